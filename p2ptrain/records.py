@@ -1,0 +1,314 @@
+"""What travels between peers: ids, control messages, chunk headers, signed records.
+
+Every type here is frozen and strict, unknown keys are refused and every text, number and list is bounded, because
+each of them may have been written by a stranger. Tensors are not here: they travel as raw bytes beside a header.
+Digests are lower-case hex SHA-256.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NewType
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in base58: the hash of, or the very, public key that the transport authenticated."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Id = Annotated[PeerId, Field(min_length=1, max_length=128)]
+Step = Annotated[int, Field(ge=0, lt=2**53)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=300)]
+
+MAX_ROSTER = 256
+MAX_HEADER_BYTES = 256 * 1024
+
+
+class Record(BaseModel):
+    """Base of everything that travels."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+# -- where a replica stands ------------------------------------------------------------------------------------
+
+
+class Position(Record):
+    """Where a replica stands in the log: the step it would take next, its lineage, and the samples behind it."""
+
+    step: Step
+    lineage: Digest
+    weight: Count
+
+
+class Ballot(Record):
+    """The right to run an attempt. Ballots are totally ordered by (number, leader); a member obeys the highest."""
+
+    number: Annotated[int, Field(ge=0, lt=2**31)]
+    leader: Id
+
+    def __lt__(self, other: Ballot) -> bool:
+        return (self.number, self.leader) < (other.number, other.leader)
+
+    def __le__(self, other: Ballot) -> bool:
+        return (self.number, self.leader) <= (other.number, other.leader)
+
+
+class EntryHeader(Record):
+    """What a committed round produced, except the averaged bytes themselves, which `digest` binds.
+
+    Every member that holds the averaged bytes derives this same header from the freeze and the chunks alone, so
+    whoever ends up committing the attempt commits the same entry.
+    """
+
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    squared_norms: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(max_length=MAX_ROSTER)]
+    digest: Digest
+    """SHA-256 over the digests of the entry's encoded chunks, in order."""
+
+    @property
+    def total_samples(self) -> int:
+        return sum(self.samples)
+
+
+# -- control messages: leader <-> members ----------------------------------------------------------------------
+
+
+class Report(Record):
+    """member → leader: how far I am with this step. Sent after every micro-batch, and as a heartbeat."""
+
+    kind: Literal["report"] = "report"
+    incarnation: Annotated[str, Field(max_length=32)]
+    position: Position
+    samples: Count
+    in_flight: Count
+    """Samples of the micro-batch that is being computed now; 0 when idle or paused."""
+    finish_seconds: Seconds
+    """Expected time from sending this until the micro-batch in flight is done."""
+    state_digest: Digest | None = None
+    """Digest of the parameters at `position`, once known."""
+
+
+class Freeze(Record):
+    """leader → members: this attempt has this roster; reduce now."""
+
+    kind: Literal["freeze"] = "freeze"
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_ROSTER + 1)]
+    """Boundaries of the spans in values: roster member i reduces [spans[i], spans[i+1])."""
+    cutoff_seconds: Seconds
+    """A micro-batch in flight still counts if it ends within this time after the freeze arrives."""
+    deadline_seconds: Seconds
+    """After this time an attempt that still misses chunks has failed."""
+
+
+class Done(Record):
+    """member → leader: I hold every span; this is the header I would commit."""
+
+    kind: Literal["done"] = "done"
+    header: EntryHeader
+
+
+class Failed(Record):
+    """member → leader: this attempt cannot end here, and `suspects` are the peers I waited for in vain."""
+
+    kind: Literal["failed"] = "failed"
+    step: Step
+    ballot: Ballot
+    suspects: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)]
+    cause: Text
+
+
+class Commit(Record):
+    """leader → members and newcomers: the attempt is committed, apply it."""
+
+    kind: Literal["commit"] = "commit"
+    header: EntryHeader
+    newcomers: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)] = ()
+    """Peers that reported at this step too late for its roster: the next leader expects them."""
+
+
+class Abort(Record):
+    """leader → members: nobody steps on this attempt; contributions are kept."""
+
+    kind: Literal["abort"] = "abort"
+    step: Step
+    ballot: Ballot
+    cause: Text
+    dropped: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)] = ()
+
+
+class Ask(Record):
+    """any → any: where do you stand? With a ballot it is also a take-over: the answer is a promise (I7)."""
+
+    kind: Literal["ask"] = "ask"
+    position: Position
+    ballot: Ballot | None = None
+
+
+class Answer(Record):
+    """any → any: where I stand. Also the leader's heartbeat."""
+
+    kind: Literal["answer"] = "answer"
+    incarnation: Annotated[str, Field(max_length=32)]
+    position: Position
+    ballot: Ballot | None
+    """The highest ballot this peer has joined or promised at its step."""
+    leading: bool
+    question: Ballot | None = None
+    """The take-over ballot that this answers, if it answers one."""
+    descends: bool | None = None
+    """Whether this peer's lineage contains the asker's; None if it cannot know."""
+    held: EntryHeader | None = None
+    """The header of the attempt whose every span this peer holds."""
+    committed: EntryHeader | None = None
+    """The last entry this peer applied."""
+
+
+Message = Report | Freeze | Done | Failed | Commit | Abort | Ask | Answer
+
+# -- the data plane --------------------------------------------------------------------------------------------
+
+
+class Chunk(Record):
+    """member → reducer: chunk `number` of my contribution to your span, as encoded bytes beside this header."""
+
+    kind: Literal["chunk"] = "chunk"
+    step: Step
+    ballot: Ballot
+    number: Count
+    samples: Count
+    """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for all."""
+
+
+class Averaged(Record):
+    """reducer → members: chunk `number` of the mean of my span; the same bytes to everyone."""
+
+    kind: Literal["averaged"] = "averaged"
+    step: Step
+    ballot: Ballot
+    number: Count
+    samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    """The sample counts that this mean was divided by, in roster order."""
+    squared_norm: Annotated[float, Field(ge=0)] | None = None
+    """Of the decoded span, in float64; on the last chunk only."""
+
+
+# -- state transfer: one request, one reply ---------------------------------------------------------------------
+
+
+class GetRun(Record):
+    """What run is this? The reply's payload is the run file as canonical JSON."""
+
+    kind: Literal["get_run"] = "get_run"
+
+
+class GetEntry(Record):
+    """The entry that was committed at `step`; the reply's payload is its encoded bytes."""
+
+    kind: Literal["get_entry"] = "get_entry"
+    step: Step
+
+
+class GetManifest(Record):
+    """The snapshot you would give me."""
+
+    kind: Literal["get_manifest"] = "get_manifest"
+
+
+class GetPiece(Record):
+    """Piece `number` of the snapshot whose state digest is `state_digest`."""
+
+    kind: Literal["get_piece"] = "get_piece"
+    state_digest: Digest
+    number: Count
+
+
+class Piece(Record):
+    """The payload beside this is what was asked for."""
+
+    kind: Literal["piece"] = "piece"
+
+
+class EntryReply(Record):
+    """An entry's header; its bytes are the payload."""
+
+    kind: Literal["entry"] = "entry"
+    header: EntryHeader
+
+
+class Manifest(Record):
+    """A snapshot: where it stands, and the SHA-256 of each of its pieces."""
+
+    kind: Literal["manifest"] = "manifest"
+    position: Position
+    state_digest: Digest
+    size_bytes: Count
+    piece_bytes: Annotated[int, Field(ge=1, le=64 * 2**20)]
+    pieces: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=3000)]
+    last: EntryHeader | None
+    """The entry that led to this state; None at step 0."""
+
+
+class Refusal(Record):
+    """No, and why."""
+
+    kind: Literal["refusal"] = "refusal"
+    reason: Text
+
+
+class Hello(Record):
+    """First frame on every stream: which run its sender trains. Different fingerprints never meet."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: Count
+    fingerprint: Digest
+    """Of the run; see `config.fingerprint`."""
+
+
+Request = GetRun | GetEntry | GetManifest | GetPiece
+Reply = Piece | EntryReply | Manifest | Refusal
+Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
+WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
+
+# -- signed DHT records -----------------------------------------------------------------------------------------
+
+Role = Literal["train", "bootstrap", "monitor"]
+
+
+class Presence(Record):
+    """A peer's short-lived, signed statement of itself, under the run's presence key."""
+
+    kind: Literal["presence"] = "presence"
+    peer: Id
+    role: Role
+    name: Annotated[str, Field(max_length=64)]
+    protocol: Count
+    fingerprint: Digest
+    incarnation: Annotated[str, Field(max_length=32)]
+    position: Position | None
+    """None for peers that hold no replica."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    extra: Annotated[str, Field(max_length=200)] = ""
+    """The task's own note, such as the corpus digest."""
+
+
+class RoundRecord(Record):
+    """The leader's signed statement of the last commit, under the run's round key."""
+
+    kind: Literal["round"] = "round"
+    peer: Id
+    position: Position
+    roster_size: Annotated[int, Field(ge=1, le=MAX_ROSTER)]
+
+
+SignedRecord = Annotated[Presence | RoundRecord, Field(discriminator="kind")]
+SIGNED: TypeAdapter[SignedRecord] = TypeAdapter(SignedRecord)
