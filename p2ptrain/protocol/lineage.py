@@ -1,0 +1,45 @@
+"""The digest chain that says which log led to a state, and which of two logs survives.
+
+`genesis` binds the run and the initial parameters, `advance` binds one committed entry to its parent. Equal lineage
+therefore means the same entries from the same start, and since apply is deterministic, the same parameters (I2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from p2ptrain.records import EntryHeader, Position
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 over the SHA-256 of each part: parts cannot run into each other."""
+    outer = hashlib.sha256()
+    for part in parts:
+        outer.update(hashlib.sha256(part).digest())
+    return outer.hexdigest()
+
+
+def genesis(run_fingerprint: str, state_digest: str) -> Position:
+    """Step 0 of a run: no entry, no samples behind it."""
+    lineage = digest_of([b"p2ptrain genesis", run_fingerprint.encode(), state_digest.encode()])
+    return Position(step=0, lineage=lineage, weight=0)
+
+
+def advance(position: Position, header: EntryHeader) -> Position:
+    """Where a replica at `position` stands after applying the entry."""
+    if (header.step, header.parent) != (position.step, position.lineage):
+        raise ValueError(
+            f"entry {header.step} of parent {header.parent[:8]} does not follow "
+            f"step {position.step} of lineage {position.lineage[:8]}"
+        )
+    return Position(
+        step=position.step + 1,
+        lineage=digest_of([position.lineage.encode(), header.model_dump_json().encode()]),
+        weight=position.weight + header.total_samples,
+    )
+
+
+def heavier(a: Position, b: Position) -> bool:
+    """Whether lineage `a` outweighs `b` (I8): more samples, then more steps; the digest settles a tie."""
+    return (a.weight, a.step, a.lineage) > (b.weight, b.step, b.lineage)
