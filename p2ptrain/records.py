@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NewType
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 PeerId = NewType("PeerId", str)
 """A libp2p peer id in base58: the hash of, or the very, public key that the transport authenticated."""
@@ -67,13 +67,25 @@ class EntryHeader(Record):
     ballot: Ballot
     roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    squared_norms: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(max_length=MAX_ROSTER)]
+    spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_ROSTER + 1)]
+    """Boundaries in values: roster member i averaged [spans[i], spans[i+1])."""
+    squared_norms: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_ROSTER)
+    ]
+    """Of each decoded span, in float64, as its reducer measured it: the clip factor comes from these alone."""
     digest: Digest
     """SHA-256 over the digests of the entry's encoded chunks, in order."""
 
     @property
     def total_samples(self) -> int:
         return sum(self.samples)
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> EntryHeader:
+        members = len(self.roster)
+        if not (len(self.samples) == len(self.squared_norms) == len(self.spans) - 1 == members):
+            raise ValueError(f"samples, squared_norms and spans must fit the roster of {members}")
+        return self
 
 
 # -- control messages: leader <-> members ----------------------------------------------------------------------
@@ -90,6 +102,8 @@ class Report(Record):
     """Samples of the micro-batch that is being computed now; 0 when idle or paused."""
     finish_seconds: Seconds
     """Expected time from sending this until the micro-batch in flight is done."""
+    batch_seconds: Seconds
+    """What one micro-batch takes this peer, measured; 0 before the first."""
     state_digest: Digest | None = None
     """Digest of the parameters at `position`, once known."""
 
@@ -104,10 +118,12 @@ class Freeze(Record):
     roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_ROSTER + 1)]
     """Boundaries of the spans in values: roster member i reduces [spans[i], spans[i+1])."""
+    finishing: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)]
+    """Members that finish their micro-batch in flight first; the others bring what they have now."""
     cutoff_seconds: Seconds
-    """A micro-batch in flight still counts if it ends within this time after the freeze arrives."""
+    """A finishing member waits for its micro-batch no longer than this."""
     deadline_seconds: Seconds
-    """After this time an attempt that still misses chunks has failed."""
+    """After this time (from arrival) an attempt that still misses chunks has failed."""
 
 
 class Done(Record):
@@ -161,8 +177,11 @@ class Answer(Record):
     incarnation: Annotated[str, Field(max_length=32)]
     position: Position
     ballot: Ballot | None
-    """The highest ballot this peer has joined or promised at its step."""
-    leading: bool
+    """The highest ballot this peer has obeyed or promised to obey at its step."""
+    joined: Ballot | None
+    """The last attempt at its step that this peer, in this incarnation, took part in."""
+    leader: Id
+    """Whom this peer takes for the leader of its step; itself, if it leads."""
     question: Ballot | None = None
     """The take-over ballot that this answers, if it answers one."""
     descends: bool | None = None

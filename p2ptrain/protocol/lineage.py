@@ -7,6 +7,7 @@ therefore means the same entries from the same start, and since apply is determi
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 from p2ptrain.records import EntryHeader, Position
@@ -26,6 +27,11 @@ def genesis(run_fingerprint: str, state_digest: str) -> Position:
     return Position(step=0, lineage=lineage, weight=0)
 
 
+def canonical(header: EntryHeader) -> bytes:
+    """The header's bytes as the lineage hashes them: sorted keys, no spaces, shortest round-trip floats."""
+    return json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
 def advance(position: Position, header: EntryHeader) -> Position:
     """Where a replica at `position` stands after applying the entry."""
     if (header.step, header.parent) != (position.step, position.lineage):
@@ -35,7 +41,7 @@ def advance(position: Position, header: EntryHeader) -> Position:
         )
     return Position(
         step=position.step + 1,
-        lineage=digest_of([position.lineage.encode(), header.model_dump_json().encode()]),
+        lineage=digest_of([position.lineage.encode(), canonical(header)]),
         weight=position.weight + header.total_samples,
     )
 

@@ -1,0 +1,500 @@
+"""The round's effects, carried out: one `Member` machine wired to the swarm, and the bytes of each attempt.
+
+`Rounds` feeds the machine with messages, broken links and time, and does what it answers. `Attempt` moves the bytes:
+it sends this peer's contribution to every reducer, averages this peer's own span, and collects the averaged chunks of
+all spans in a shadow buffer that touches nothing until the round is committed.
+
+Not covered: the numeric work of an attempt runs on the event loop, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from p2ptrain.errors import BadMessage, Unreachable
+from p2ptrain.gradients.aggregation import mean_chunk, squared_norm
+from p2ptrain.gradients.codecs import Codec
+from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.reduction import Reduction
+from p2ptrain.protocol.round import (
+    AbortCause,
+    Apply,
+    Begin,
+    Cancel,
+    CatchUp,
+    Effect,
+    Send,
+    TookOver,
+    Waiting,
+)
+from p2ptrain.protocol.spans import chunk_ranges
+from p2ptrain.records import (
+    Averaged,
+    Ballot,
+    Chunk,
+    EntryHeader,
+    Freeze,
+    Message,
+    PeerId,
+    Position,
+    Reply,
+    Request,
+)
+from p2ptrain.replica.log import Entry
+from p2ptrain.swarm.port import Buffer, Swarm
+
+# -- outcomes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Everyone on the roster applies this entry."""
+
+    entry: Entry
+    newcomers: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The swarm stands elsewhere; `donor` knows where."""
+
+    donor: PeerId
+    position: Position
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """Nobody stepped; the contribution is kept."""
+
+    ballot: Ballot
+    cause: AbortCause
+    dropped: tuple[PeerId, ...]
+
+
+Outcome = Committed | Behind | Aborted
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What this peer brings: `total` float32 [values] = Σ over its samples of the gradient, and their number."""
+
+    total: Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Faulted:
+    """For the log: this peer could not finish an attempt, and why."""
+
+    suspects: tuple[PeerId, ...]
+    cause: AbortCause
+    detail: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """For the log: the link to a peer could not be restored."""
+
+    peer: PeerId
+
+
+# -- one attempt -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Outbox:
+    """Frames for one peer, in order. After a broken link they are sent again from the first: receivers know
+    duplicates."""
+
+    frames: list[tuple[Chunk | Averaged, Buffer]] = field(default_factory=list)
+    sent: int = 0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, header: Chunk | Averaged, payload: Buffer) -> None:
+        self.frames.append((header, payload))
+        self.wake.set()
+
+    def rewind(self) -> None:
+        self.sent = 0
+        self.wake.set()
+
+
+class Attempt:
+    """The transfers of one attempt; `on_held` or `on_failed` is called when they are over."""
+
+    def __init__(
+        self,
+        freeze: Freeze,
+        swarm: Swarm,
+        codec: Codec,
+        chunk_values: int,
+        on_held: Callable[[EntryHeader], None],
+        on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
+    ) -> None:
+        self.freeze = freeze
+        self.began = asyncio.get_running_loop().time()
+        self.sealed = False
+        self.header: EntryHeader | None = None
+        self._me = swarm.peer_id
+        self._swarm = swarm
+        self._codec = codec
+        self._reduction = Reduction(freeze, self._me, chunk_values)
+        self._ranges = [
+            chunk_ranges(start, stop, chunk_values)
+            for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
+        ]
+        self._on_held, self._on_failed = on_held, on_failed
+        self._parts: dict[tuple[int, int], bytes] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._shadow: dict[tuple[int, int], bytes] = {}  # (reducer's rank, chunk) → encoded mean
+        self._norm = 0.0
+        self._over = False
+        self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
+        self._senders = [
+            asyncio.create_task(self._send_all(peer, outbox), name=f"send {peer[-8:]}")
+            for peer, outbox in self._outboxes.items()
+        ]
+        self._timer = asyncio.get_running_loop().call_later(freeze.deadline_seconds, self._overdue)
+
+    def contribute(self, contribution: Contribution) -> None:
+        """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
+        self.sealed = True
+        for rank, reducer in enumerate(self.freeze.roster):
+            ranges = self._ranges[rank] if contribution.samples else self._ranges[rank][:1]
+            for number, (start, stop) in enumerate(ranges):
+                header = Chunk(
+                    step=self.freeze.step,
+                    ballot=self.freeze.ballot,
+                    number=number,
+                    samples=contribution.samples,
+                )
+                encoded = self._codec.encode(contribution.total[start:stop]) if contribution.samples else b""
+                self._deliver(reducer, header, encoded)
+
+    def receive(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+        """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's name."""
+        if self._over:
+            return
+        try:
+            if isinstance(header, Chunk):
+                self._take_part(sender, header, payload)
+            else:
+                self._take_mean(sender, header, payload)
+        except BadMessage as fault:
+            self._fail([sender], AbortCause.BAD_CHUNK, str(fault))
+
+    def rewind(self, peer: PeerId) -> None:
+        """The link to `peer` was reset: say everything again."""
+        if peer in self._outboxes:
+            self._outboxes[peer].rewind()
+
+    def payload(self) -> bytes:
+        """The averaged bytes, spans in roster order, once all are here."""
+        return b"".join(self._shadow[key] for key in sorted(self._shadow))
+
+    def close(self) -> None:
+        """Stop all transfers."""
+        self._over = True
+        self._timer.cancel()
+        for sender in self._senders:
+            sender.cancel()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, to: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+        if to == self._me:
+            self.receive(to, header, payload)
+        else:
+            self._outboxes[to].put(header, payload)
+
+    def _take_part(self, sender: PeerId, chunk: Chunk, payload: bytes) -> None:
+        reduction = self._reduction
+        if not reduction.accept(sender, chunk):
+            return
+        rank = self.freeze.roster.index(sender)
+        if chunk.samples:
+            start, stop = self._ranges[reduction.rank][chunk.number]
+            if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
+                raise BadMessage(
+                    f"chunk {chunk.number} from {sender[-8:]} has {len(payload)} bytes, not {expected}"
+                )
+            self._parts[rank, chunk.number] = payload
+        for number in reduction.ready():
+            self._average(number)
+            if self._over:
+                return
+
+    def _average(self, number: int) -> None:
+        """All of chunk `number` is here: sum in roster order, divide once, encode once, same bytes to all."""
+        reduction, roster = self._reduction, self.freeze.roster
+        start, stop = self._ranges[reduction.rank][number]
+        ranks = reduction.contributors()
+        samples = reduction.samples
+        parts = []
+        for rank in ranks:
+            part = torch.empty(stop - start)
+            try:
+                self._codec.decode(self._parts.pop((rank, number)), part)
+            except BadMessage as fault:
+                self._fail([roster[rank]], AbortCause.NONFINITE, str(fault))
+                return
+            parts.append(part)
+        if not parts:
+            self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
+            return
+        encoded = self._codec.encode(mean_chunk(parts, [samples[rank] for rank in ranks]))
+        decoded = torch.empty(stop - start)
+        self._codec.decode(encoded, decoded)
+        self._norm += squared_norm(decoded)
+        last = number == len(self._ranges[reduction.rank]) - 1
+        header = Averaged(
+            step=self.freeze.step,
+            ballot=self.freeze.ballot,
+            number=number,
+            samples=samples,
+            squared_norm=self._norm if last else None,
+        )
+        for peer in roster:
+            if peer != self._me:
+                self._deliver(peer, header, encoded)
+        self._deliver(self._me, header, encoded)
+
+    def _take_mean(self, reducer: PeerId, averaged: Averaged, payload: bytes) -> None:
+        reduction = self._reduction
+        if not reduction.receive(reducer, averaged):
+            return
+        rank = self.freeze.roster.index(reducer)
+        start, stop = self._ranges[rank][averaged.number]
+        if reducer != self._me:
+            # Checked now and not when applying: after the commit it would be too late to refuse.
+            self._codec.decode(payload, torch.empty(stop - start))
+        self._shadow[rank, averaged.number] = payload
+        if reduction.complete and self.header is None:
+            digest = hashlib.sha256()
+            for key in sorted(self._shadow):
+                digest.update(hashlib.sha256(self._shadow[key]).digest())
+            self.header = reduction.header(digest.hexdigest())
+            self._timer.cancel()
+            self._on_held(self.header)
+
+    def _overdue(self) -> None:
+        suspects = self._reduction.suspects()
+        self._fail(
+            suspects, AbortCause.DEADLINE, f"nothing from {', '.join(p[-8:] for p in suspects)} in time"
+        )
+
+    def _fail(self, suspects: Sequence[PeerId], cause: AbortCause, detail: str) -> None:
+        if not self._over and self.header is None:
+            self._on_failed(suspects, cause, detail)
+
+    async def _send_all(self, peer: PeerId, outbox: _Outbox) -> None:
+        while True:
+            if outbox.sent == len(outbox.frames):
+                outbox.wake.clear()
+                await outbox.wake.wait()
+                continue
+            header, payload = outbox.frames[outbox.sent]
+            outbox.sent += 1
+            try:
+                await self._swarm.send_chunk(peer, header, payload)
+            except Unreachable:
+                # Either the link comes back and `rewind` says everything again, or the peer is lost and the
+                # leader ends the attempt.
+                outbox.sent = len(outbox.frames)
+
+
+# -- the machine and its surroundings -----------------------------------------------------------------------------
+
+
+Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
+
+
+class Rounds:
+    """The handler of everything that arrives, and the driver of this peer's `Member`.
+
+    The trainer waits on it (`changed`), reads `attempt` and takes the `outcome`; it never sees a message.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        member: Member,
+        codec: Codec,
+        chunk_values: int,
+        serve: Serve,
+        note: Callable[[TookOver | Waiting | Faulted | Gone], None],
+    ) -> None:
+        self.member = member
+        self.attempt: Attempt | None = None
+        self.outcome: Outcome | None = None
+        """How the last attempt, or the wait for one, ended; the trainer takes it and sets None."""
+        self._swarm = swarm
+        self._codec = codec
+        self._chunk_values = chunk_values
+        self._serve = serve
+        self._note = note
+        self._turn = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # -- for the trainer ---------------------------------------------------------------------------------------
+
+    def advance(
+        self, position: Position, last: EntryHeader | None, newcomers: Iterable[PeerId], *, settled: bool
+    ) -> None:
+        """The replica stands at `position` now."""
+        self.outcome = None
+        self._carry_out(
+            self.member.advance(position, last, self._now(), newcomers=newcomers, settled=settled)
+        )
+
+    def progressed(
+        self, samples: int, in_flight: int, finish_seconds: float, batch_seconds: float, digest: str | None
+    ) -> None:
+        """How far this peer is; see `Member.progressed`."""
+        self._carry_out(
+            self.member.progressed(samples, in_flight, finish_seconds, batch_seconds, digest, self._now())
+        )
+
+    def informed(self, present: Mapping[PeerId, Position]) -> None:
+        """Who is there, from the DHT."""
+        self._carry_out(self.member.informed(present, self._now()))
+
+    def unreachable(self, peer: PeerId) -> None:
+        """The trainer could not get from `peer` what it had promised."""
+        self._carry_out(self.member.linked(peer, False, self._now()))
+
+    async def changed(self, timeout_seconds: float) -> bool:
+        """Wait until an attempt began or ended; False if nothing did in that time."""
+        turn = self._turn
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await turn.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def join(self, contribution: Contribution) -> Outcome:
+        """Bring the contribution to the attempt, and to the one that replaces it, until one ends."""
+        while self.outcome is None:
+            if self.attempt is not None and not self.attempt.sealed:
+                self.attempt.contribute(contribution)
+                continue
+            await self._turn.wait()
+        outcome, self.outcome = self.outcome, None
+        return outcome
+
+    def close(self) -> None:
+        """Take part in nothing any more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.attempt is not None:
+            self.attempt.close()
+        self._change()
+
+    # -- Handler -----------------------------------------------------------------------------------------------
+
+    def on_message(self, sender: PeerId, message: Message) -> None:
+        self._carry_out(self.member.received(sender, message, self._now()))
+
+    def on_link(self, peer: PeerId, up: bool) -> None:
+        if up and self.attempt is not None:
+            self.attempt.rewind(peer)
+        if not up:
+            self._note(Gone(peer))
+        self._carry_out(self.member.linked(peer, up, self._now()))
+
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+        """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is dropped."""
+        patience = self._now() + self.member.rules.silence_seconds
+        while not self._closed:
+            attempt, position = self.attempt, self.member.position
+            if (
+                attempt is not None
+                and attempt.freeze.ballot == header.ballot
+                and attempt.freeze.step == header.step
+            ):
+                attempt.receive(sender, header, payload)
+                return
+            if position is None or not position.step <= header.step <= position.step + 1:
+                return
+            if header.step == position.step:
+                joined, obeyed = self.member.joined, self.member.ballot
+                if (joined and header.ballot <= joined) or (obeyed and header.ballot < obeyed):
+                    return
+            if not await self.changed(patience - self._now()):
+                return
+
+    async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
+        return await self._serve(sender, request)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _change(self) -> None:
+        turn, self._turn = self._turn, asyncio.Event()
+        turn.set()
+
+    def _end(self, outcome: Outcome) -> None:
+        if self.attempt is not None:
+            self.attempt.close()
+            self.attempt = None
+        self.outcome = outcome
+        self._change()
+
+    def _begin(self, freeze: Freeze) -> None:
+        def on_held(header: EntryHeader) -> None:
+            self._carry_out(self.member.held(header, self._now()))
+
+        def on_failed(suspects: Sequence[PeerId], cause: AbortCause, detail: str) -> None:
+            self._note(Faulted(tuple(suspects), cause, detail))
+            self._carry_out(self.member.failed(freeze.ballot, suspects, cause, self._now()))
+
+        self.outcome = None
+        self.attempt = Attempt(freeze, self._swarm, self._codec, self._chunk_values, on_held, on_failed)
+        self._change()
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        if self._closed:
+            return
+        for effect in effects:
+            match effect:
+                case Send(to, message):
+                    self._swarm.send(to, message)
+                case Begin(freeze):
+                    self._begin(freeze)
+                case Cancel(ballot, cause, dropped):
+                    self._end(Aborted(ballot, cause, dropped))
+                case Apply(header, newcomers):
+                    assert self.attempt is not None
+                    self._end(Committed(Entry(header, self.attempt.payload()), newcomers))
+                case CatchUp(donor, position):
+                    self._end(Behind(donor, position))
+                case TookOver() | Waiting():
+                    self._note(effect)
+                case _:
+                    assert_never(effect)
+        self._arm()
+
+    def _arm(self) -> None:
+        due = self.member.deadline()
+        if self._timer is not None:
+            if self._timer.when() == due:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if due != float("inf"):
+            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._carry_out(self.member.tick(self._now()))

@@ -1,0 +1,523 @@
+"""One peer in the swarm: follows a leader, joins attempts, and steps in when the leader is gone.
+
+    OUTSIDE ──advance──▶ ACCUMULATING ──freeze──▶ REDUCING ──every span here──▶ HELD ──commit──▶ (apply) OUTSIDE
+                              ▲                      │                           │
+                              └───────abort──────────┴───────────────────────────┘
+
+A ballot orders attempts: a member obeys the highest it has joined or promised and answers a lower one with it. The
+swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine is then OUTSIDE,
+takes part in nothing, and comes back with `advance`.
+
+Not covered: whether what a peer claims is true. A position that no donor can prove is the rim's to discover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum, auto
+from typing import assert_never
+
+from p2ptrain.protocol.leader import Leader, Phase, cause_of
+from p2ptrain.protocol.lineage import heavier
+from p2ptrain.protocol.roster import leader_order
+from p2ptrain.protocol.round import (
+    AbortCause,
+    Apply,
+    Begin,
+    Cancel,
+    CatchUp,
+    Effect,
+    Rules,
+    Send,
+    TookOver,
+)
+from p2ptrain.records import (
+    Abort,
+    Answer,
+    Ask,
+    Ballot,
+    Commit,
+    Done,
+    EntryHeader,
+    Failed,
+    Freeze,
+    Message,
+    PeerId,
+    Position,
+    Report,
+)
+
+MAX_KNOWN = 1024
+"""Peers one machine keeps in mind; more are not believed."""
+
+
+class Stage(Enum):
+    OUTSIDE = auto()
+    ACCUMULATING = auto()
+    REDUCING = auto()
+    HELD = auto()
+
+
+class Member:
+    """The state machine of one peer. Every method returns the effects to carry out, in order."""
+
+    def __init__(self, me: PeerId, incarnation: str, rules: Rules) -> None:
+        self.me = me
+        self.incarnation = incarnation
+        self.rules = rules
+        self.stage = Stage.OUTSIDE
+        self.position: Position | None = None
+        self.last: EntryHeader | None = None
+        self.history: dict[int, str] = {}
+        """Lineage of every step this replica went through, for telling ancestors from strangers."""
+        self.leader: Leader | None = None
+        self.order: tuple[PeerId, ...] = ()
+        self.following: PeerId = me
+        self.ballot: Ballot | None = None
+        self.joined: Ballot | None = None
+        self.freeze: Freeze | None = None
+        self.held_header: EntryHeader | None = None
+        self.heard: dict[PeerId, float] = {}
+        self.lost: set[PeerId] = set()
+        self.known: dict[PeerId, Position] = {}
+        self._report: Report | None = None
+        self._early: dict[PeerId, Report] = {}
+        self._unanswered: set[PeerId] = set()
+        self._beat_at = float("inf")
+
+    # -- what the rim tells ------------------------------------------------------------------------------------
+
+    def advance(
+        self,
+        position: Position,
+        last: EntryHeader | None,
+        now: float,
+        *,
+        newcomers: Iterable[PeerId] = (),
+        settled: bool,
+    ) -> list[Effect]:
+        """The replica now stands at `position`, where `last` led it.
+
+        `settled` is True after a commit that this peer took part in. After a start, a resume or a catch-up it is
+        False: somebody may lead this step already, so this peer asks before it would lead.
+        """
+        self.position, self.last = position, last
+        self.history[position.step] = position.lineage
+        self.leader = None
+        if not settled:
+            ahead = [
+                (at, peer)
+                for peer, at in self.known.items()
+                if peer not in self.lost and heavier(at, position)
+            ]
+            if ahead:
+                at, peer = max(ahead, key=lambda one: (one[0].weight, one[0].step, one[1]))
+                return [CatchUp(peer, at)]
+        self.stage = Stage.ACCUMULATING
+        self.ballot = self.joined = self.freeze = self.held_header = None
+        self._beat_at = now + self.rules.heartbeat_seconds
+        self._report = Report(
+            incarnation=self.incarnation,
+            position=position,
+            samples=0,
+            in_flight=0,
+            finish_seconds=0.0,
+            batch_seconds=0.0,
+        )
+        for peer in newcomers:
+            self._meet(peer)
+        alike = [peer for peer, at in self.known.items() if at.step <= position.step + 1]
+        self.order = leader_order(position.step, last, {self.me, *alike})
+        self.following = self._first_alive()
+        effects: list[Effect] = []
+        if self.following == self.me:
+            appointed = settled and last is not None and self.me in last.roster
+            alone = not (set(self.order) - {self.me} - self.lost)
+            if appointed or alone:
+                roster = set(last.roster) if last is not None else set()
+                self.leader = Leader(
+                    self.me, self.rules, position, expected=(roster | set(newcomers)) - {self.me} - self.lost
+                )
+            else:
+                effects += self._take_over(now, quietly=True)
+        else:
+            self.heard[self.following] = now
+        effects += [Send(peer, self.answer()) for peer in sorted(self._unanswered)]
+        self._unanswered.clear()
+        early, self._early = self._early, {}
+        for peer, report in early.items():
+            effects += self._on_report(peer, report, now)
+        return self._settle(effects, now)
+
+    def progressed(
+        self,
+        samples: int,
+        in_flight: int,
+        finish_seconds: float,
+        batch_seconds: float,
+        state_digest: str | None,
+        now: float,
+    ) -> list[Effect]:
+        """The trainer has started or finished a micro-batch, or resumed after an abort."""
+        if self.position is None or self.stage is Stage.OUTSIDE:
+            return []
+        self._report = Report(
+            incarnation=self.incarnation,
+            position=self.position,
+            samples=samples,
+            in_flight=in_flight,
+            finish_seconds=finish_seconds,
+            batch_seconds=batch_seconds,
+            state_digest=state_digest,
+        )
+        return self._settle(self._speak(now), now)
+
+    def held(self, header: EntryHeader, now: float) -> list[Effect]:
+        """The data plane holds every span of the attempt that `header` names."""
+        if self.stage is not Stage.REDUCING or self.freeze is None or header.ballot != self.freeze.ballot:
+            return []
+        self.stage = Stage.HELD
+        self.held_header = header
+        return self._settle(self._speak(now), now)
+
+    def failed(
+        self, ballot: Ballot, suspects: Iterable[PeerId], cause: AbortCause, now: float
+    ) -> list[Effect]:
+        """The data plane cannot finish the attempt; `suspects` are those it waited for in vain."""
+        if self.stage is not Stage.REDUCING or self.freeze is None or ballot != self.freeze.ballot:
+            return []
+        message = Failed(
+            step=self.freeze.step, ballot=ballot, suspects=tuple(sorted(suspects)), cause=cause.value
+        )
+        return self._settle([Send(self.following, message)], now)
+
+    def linked(self, peer: PeerId, up: bool, now: float) -> list[Effect]:
+        """The link to a peer was reset (`up`) or could not be restored (not `up`)."""
+        if not up:
+            return self._settle(self._lose(peer, now), now)
+        self.lost.discard(peer)
+        effects: list[Effect] = []
+        if self.leader is not None:
+            effects += self.leader.again(peer)
+        elif peer == self.following:
+            effects += self._speak(now)
+        return self._settle(effects, now)
+
+    def informed(self, present: Mapping[PeerId, Position], now: float) -> list[Effect]:
+        """Who is there, from the DHT. Peers that seem to stand elsewhere are asked; a lone peer finds others."""
+        effects: list[Effect] = []
+        self.known = {
+            peer: position for peer, position in sorted(present.items())[:MAX_KNOWN] if peer != self.me
+        }
+        mine = self.position
+        if mine is None or self.stage is Stage.OUTSIDE:
+            return []
+        posted = self.leader.audience() if self.leader is not None else {self.following}
+        for peer, position in self.known.items():
+            # A presence record lags by seconds, so it only gives cause to ask.
+            stranger = self.leader is not None and peer not in posted
+            if stranger or heavier(position, mine) or position.lineage != self.history.get(position.step):
+                effects.append(Send(peer, Ask(position=mine)))
+        return self._settle(effects, now)
+
+    def received(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
+        """A control message came in."""
+        return self._settle(self._receive(sender, message, now), now)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed; call when `deadline()` is due."""
+        effects: list[Effect] = []
+        if self.stage is Stage.OUTSIDE:
+            return effects
+        if now >= self._beat_at:
+            self._beat_at = now + self.rules.heartbeat_seconds
+            effects += self._speak(now)
+            effects += self._notice_silence(now)
+        if self.leader is not None and now >= self.leader.deadline():
+            if self.leader.phase is Phase.ASKING:
+                effects += self._conclude(now)
+            else:
+                effects += self.leader.tick(now)
+        return self._settle(effects, now)
+
+    def deadline(self) -> float:
+        """When `tick` should be called, on the caller's clock."""
+        if self.stage is Stage.OUTSIDE:
+            return float("inf")
+        return min(self._beat_at, self.leader.deadline() if self.leader else float("inf"))
+
+    def answer(self, question: Ballot | None = None, to: Position | None = None) -> Answer:
+        """Where this peer stands, as it tells others."""
+        assert self.position is not None
+        descends = None if to is None else self.history.get(to.step) == to.lineage
+        return Answer(
+            incarnation=self.incarnation,
+            position=self.position,
+            ballot=self.ballot,
+            joined=self.joined,
+            leader=self.following,
+            question=question,
+            descends=descends,
+            held=self.held_header,
+            committed=self.last,
+        )
+
+    # -- messages ----------------------------------------------------------------------------------------------
+
+    def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
+        if sender != self.me:
+            self._meet(sender, message.position if isinstance(message, Report | Ask | Answer) else None)
+            self.heard[sender] = now
+            self.lost.discard(sender)
+        if self.position is None:
+            return []
+        match message:
+            case Ask():
+                return self._on_ask(sender, message, now)
+            case Report():
+                return self._on_report(sender, message, now)
+            case _ if self.stage is Stage.OUTSIDE:
+                return []
+            case Freeze():
+                return self._on_freeze(sender, message, now)
+            case Done():
+                return self.leader.done(sender, message.header, now) if self.leader else []
+            case Failed():
+                return self.leader.failed(sender, message, now) if self.leader else []
+            case Commit():
+                return self._on_commit(sender, message.header, message.newcomers)
+            case Abort():
+                return self._on_abort(sender, message)
+            case Answer():
+                return self._on_answer(sender, message, now)
+            case _:
+                assert_never(message)
+
+    def _on_report(self, sender: PeerId, report: Report, now: float) -> list[Effect]:
+        mine, theirs = self._here(), report.position
+        if theirs == mine and self.stage is not Stage.OUTSIDE:
+            if self.leader is not None and self.leader.phase is not Phase.ENDED:
+                return self.leader.report(sender, report, now)
+            return [Send(sender, self.answer())] if sender != self.me else []
+        if theirs.step == mine.step + 1 or self.stage is Stage.OUTSIDE:
+            # It has applied what we are about to; keep its word until we get there.
+            if len(self._early) < MAX_KNOWN:
+                self._early[sender] = report
+            return []
+        if self.last is not None and (theirs.step, theirs.lineage) == (self.last.step, self.last.parent):
+            return [Send(sender, Commit(header=self.last))]
+        if heavier(theirs, mine):
+            return [Send(sender, Ask(position=mine))]
+        return [Send(sender, self.answer(to=theirs))]
+
+    def _on_freeze(self, sender: PeerId, freeze: Freeze, now: float) -> list[Effect]:
+        mine = self._here()
+        if (freeze.step, freeze.parent) != (mine.step, mine.lineage) or freeze.ballot.leader != sender:
+            return [Send(sender, self.answer())] if sender != self.me else []
+        if self.me not in freeze.roster or freeze.spans[-1] != self.rules.values:
+            return []
+        if self.ballot is not None and freeze.ballot < self.ballot:
+            return [Send(sender, self.answer())]
+        if self.freeze is not None and freeze.ballot == self.freeze.ballot:
+            return self._speak(now) if self.stage is Stage.HELD else []
+        effects = self._leave_attempt(AbortCause.SUPERSEDED)
+        self._follow(sender, freeze.ballot, now)
+        self.freeze = freeze
+        self.joined = freeze.ballot
+        self.stage = Stage.REDUCING
+        return [*effects, Begin(freeze)]
+
+    def _on_commit(self, sender: PeerId, header: EntryHeader, newcomers: tuple[PeerId, ...]) -> list[Effect]:
+        mine = self._here()
+        if (header.step, header.parent) == (mine.step, mine.lineage):
+            if self.held_header == header:
+                self.stage = Stage.OUTSIDE
+                return [Apply(header, newcomers)]
+            holders = [peer for peer in header.roster if peer not in self.lost and peer != self.me]
+            donor = sender if sender != self.me else next(iter(holders), sender)
+            return self._go_outside(donor, mine)
+        if header.step > mine.step:
+            return [Send(sender, Ask(position=mine))]
+        return []
+
+    def _on_abort(self, sender: PeerId, abort: Abort) -> list[Effect]:
+        if self.freeze is None or abort.ballot != self.freeze.ballot:
+            return []
+        if sender not in (abort.ballot.leader, self.following):
+            return []
+        return self._leave_attempt(cause_of(abort.cause), abort.dropped)
+
+    def _on_ask(self, sender: PeerId, ask: Ask, now: float) -> list[Effect]:
+        mine = self._here()
+        effects: list[Effect] = []
+        question = None
+        if ask.ballot is not None and ask.position == mine and ask.ballot.leader == sender:
+            if self.stage is Stage.OUTSIDE:
+                self._unanswered.add(sender)  # between two states: the answer comes when we have arrived
+                return []
+            if self.ballot is None or self.ballot < ask.ballot:
+                # The promise: what is not held now, this peer will never declare held (I7).
+                if self.stage is Stage.REDUCING:
+                    effects += self._leave_attempt(AbortCause.LEADER_LOST)
+                self._follow(sender, ask.ballot, now)
+            question = ask.ballot if self.ballot == ask.ballot else None
+        if sender == self.me:
+            return effects
+        effects.append(Send(sender, self.answer(question, ask.position)))
+        if question is not None and self.stage is Stage.ACCUMULATING and self._report is not None:
+            effects.append(Send(sender, self._report))
+        return effects
+
+    def _on_answer(self, sender: PeerId, answer: Answer, now: float) -> list[Effect]:
+        mine, theirs = self._here(), answer.position
+        committed = answer.committed
+        if committed is not None and (committed.step, committed.parent) == (mine.step, mine.lineage):
+            return self._on_commit(sender, committed, ())
+        if theirs != mine:
+            if heavier(theirs, mine):
+                return self._go_outside(sender, theirs)
+            # The sender believes it leads a step that is over, or trains a lineage that lost: it should know.
+            return [Send(sender, self.answer(to=theirs))] if answer.leader == sender else []
+        if self.leader is not None:
+            return self._on_answer_as_leader(sender, answer, self.leader, now)
+        if sender == self.following and answer.leader == self.me:
+            return self._take_over(now)  # each takes the other for the leader: one has to begin
+        if sender == self.following and answer.leader != sender and answer.leader not in self.lost:
+            self._follow(answer.leader, answer.ballot, now)
+            return self._speak(now)
+        ballot = answer.ballot
+        if ballot is not None and ballot.leader == sender and (self.ballot is None or self.ballot < ballot):
+            self._follow(sender, ballot, now)
+            return self._speak(now)
+        return []
+
+    def _on_answer_as_leader(
+        self, sender: PeerId, answer: Answer, leader: Leader, now: float
+    ) -> list[Effect]:
+        if answer.question is not None and answer.question == leader.ballot:
+            leader.answer(sender, answer)
+            return self._conclude(now) if leader.settled() else []
+        if answer.ballot is not None and leader.ballot < answer.ballot:
+            effects = self._leave_attempt(AbortCause.SUPERSEDED)
+            self._follow(answer.ballot.leader, answer.ballot, now)
+            return [*effects, *self._speak(now)]
+        if answer.leader == sender and answer.ballot is None and leader.number == 0 and sender < self.me:
+            self._follow(sender, None, now)  # two who have not begun: the smaller id leads
+            return self._speak(now)
+        return []
+
+    # -- moves -------------------------------------------------------------------------------------------------
+
+    def _here(self) -> Position:
+        assert self.position is not None
+        return self.position
+
+    def _meet(self, peer: PeerId, position: Position | None = None) -> None:
+        if peer == self.me or (peer not in self.known and len(self.known) >= MAX_KNOWN):
+            return
+        if position is not None:
+            self.known[peer] = position
+        elif self.position is not None:
+            self.known.setdefault(peer, self.position)
+
+    def _first_alive(self) -> PeerId:
+        return next((peer for peer in self.order if peer not in self.lost), self.me)
+
+    def _follow(self, leader: PeerId, ballot: Ballot | None, now: float) -> None:
+        """Obey `leader` from now on."""
+        if ballot is not None:
+            self.ballot = ballot
+        self.following = leader
+        if leader != self.me:
+            self.leader = None
+            self.heard.setdefault(leader, now)
+            self.heard[leader] = max(self.heard[leader], now)
+
+    def _speak(self, now: float) -> list[Effect]:
+        """Say what matters now: as a leader that one is alive, as a member where one stands in the attempt."""
+        effects: list[Effect] = []
+        if self.leader is not None:
+            effects += [Send(peer, self.answer()) for peer in sorted(self.leader.audience() - self.lost)]
+        if self.stage is Stage.HELD and self.held_header is not None:
+            effects.append(Send(self.following, Done(header=self.held_header)))
+        elif self._report is not None:
+            effects.append(Send(self.following, self._report))
+        return effects
+
+    def _leave_attempt(self, cause: AbortCause, dropped: tuple[PeerId, ...] = ()) -> list[Effect]:
+        if self.freeze is None:
+            return []
+        ballot, self.freeze, self.held_header = self.freeze.ballot, None, None
+        self.stage = Stage.ACCUMULATING
+        return [Cancel(ballot, cause, dropped)]
+
+    def _go_outside(self, donor: PeerId, position: Position) -> list[Effect]:
+        effects = self._leave_attempt(AbortCause.SUPERSEDED)
+        self.stage = Stage.OUTSIDE
+        self.leader = None
+        return [*effects, CatchUp(donor, position)]
+
+    def _lose(self, peer: PeerId, now: float) -> list[Effect]:
+        """A peer is gone: drop it as a member, replace it as a leader."""
+        if peer == self.me or peer in self.lost:
+            return []
+        self.lost.add(peer)
+        if self.stage is Stage.OUTSIDE or self.position is None:
+            return []
+        if self.leader is not None:
+            effects = self.leader.lost(peer, now)
+            if self.leader.settled():
+                effects += self._conclude(now)
+            return effects
+        if peer != self.following:
+            return []
+        self.following = self._first_alive()
+        if self.following == self.me:
+            return self._take_over(now)
+        self.heard[self.following] = now
+        return self._speak(now)
+
+    def _take_over(self, now: float, *, quietly: bool = False) -> list[Effect]:
+        """Everyone before this peer in the order is gone: hear how things stand, then lead."""
+        position = self._here()
+        # Its own promise, too: what it does not hold now it will never declare held.
+        effects = self._leave_attempt(AbortCause.LEADER_LOST) if self.stage is Stage.REDUCING else []
+        self.leader = Leader(self.me, self.rules, position, expected=())
+        peers = ({*self.order, *self.known} | set(self.freeze.roster if self.freeze else ())) - self.lost
+        effects += self.leader.ask(peers, self.ballot, now)
+        self.ballot = self.leader.ballot
+        self.following = self.me
+        if not quietly:
+            effects.append(TookOver(position.step, self.ballot))
+        if self.leader.settled():
+            effects += self._conclude(now)
+        return effects
+
+    def _conclude(self, now: float) -> list[Effect]:
+        """The take-over's answers are in."""
+        assert self.leader is not None
+        effects = self.leader.conclude(self.answer(), now)
+        if self.stage is Stage.ACCUMULATING and self._report is not None:
+            effects.append(Send(self.me, self._report))
+        return effects
+
+    def _notice_silence(self, now: float) -> list[Effect]:
+        """Peers that a decision waits for and that have said nothing for too long are taken for gone."""
+        awaited = self.leader.audience() if self.leader is not None else {self.following}
+        effects: list[Effect] = []
+        for peer in sorted(awaited - {self.me} - self.lost):
+            if now - self.heard.setdefault(peer, now) > self.rules.silence_seconds:
+                effects += self._lose(peer, now)
+        return effects
+
+    def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
+        """Deliver to this peer what it sends to itself, so that the leader is a member like any other."""
+        settled: list[Effect] = []
+        pending = list(effects)
+        while pending:
+            effect = pending.pop(0)
+            if isinstance(effect, Send) and effect.to == self.me:
+                pending = [*self._receive(self.me, effect.message, now), *pending]
+            else:
+                settled.append(effect)
+        return settled

@@ -1,0 +1,136 @@
+"""Which chunks of one attempt are here: the reducer's and the receiver's bookkeeping, without the bytes.
+
+As a reducer, a peer waits until chunk *k* of its span has come from every member and then averages it, in roster
+order. As a receiver, it waits for every averaged chunk of every span. What breaks the contract raises `BadMessage`,
+and `suspects` names whom this peer itself waits for: never somebody who may only be waiting for a third.
+"""
+
+from __future__ import annotations
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.protocol.spans import chunk_count
+from p2ptrain.records import Averaged, Chunk, EntryHeader, Freeze, PeerId
+
+MAX_SAMPLES = 2**40
+
+
+class Reduction:
+    """One peer's view of one attempt. Chunks are named (span, number), spans by their place in the roster."""
+
+    def __init__(self, freeze: Freeze, me: PeerId, chunk_values: int) -> None:
+        self.freeze = freeze
+        self.rank = freeze.roster.index(me)
+        self.chunks = [
+            chunk_count(start, stop, chunk_values)
+            for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
+        ]
+        members = len(freeze.roster)
+        self._rank_of = {peer: rank for rank, peer in enumerate(freeze.roster)}
+        self._samples: list[int | None] = [None] * members
+        self._got: list[set[int]] = [set() for _ in range(members)]
+        self._next = 0
+        self._averaged: list[set[int]] = [set() for _ in range(members)]
+        self._norms: list[float | None] = [0.0 if count == 0 else None for count in self.chunks]
+        self._counts: tuple[int, ...] | None = None
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """The members' sample counts in roster order, once each has said its own; absent ones count 0 so far."""
+        return tuple(count or 0 for count in self._samples)
+
+    def accept(self, sender: PeerId, chunk: Chunk) -> bool:
+        """Take note of a member's chunk for my span; False if it was here already. A member with no samples sends
+        one empty chunk that stands for all."""
+        rank = self._rank(sender)
+        if chunk.number >= self.chunks[self.rank]:
+            raise BadMessage(
+                f"chunk {chunk.number} of a span of {self.chunks[self.rank]} chunks from {sender[-8:]}"
+            )
+        if chunk.samples > MAX_SAMPLES:
+            raise BadMessage(f"{chunk.samples} samples claimed by {sender[-8:]}, more than {MAX_SAMPLES}")
+        if self._samples[rank] not in (None, chunk.samples):
+            raise BadMessage(f"{sender[-8:]} claims {chunk.samples} samples after {self._samples[rank]}")
+        if chunk.number in self._got[rank]:
+            return False
+        self._samples[rank] = chunk.samples
+        self._got[rank].add(chunk.number)
+        return True
+
+    def ready(self) -> list[int]:
+        """The chunks of my span that became complete since the last call, in order."""
+        complete = []
+        while self._next < self.chunks[self.rank] and all(
+            count == 0 or self._next in got for count, got in zip(self._samples, self._got, strict=True)
+        ):
+            if None in self._samples:
+                break
+            complete.append(self._next)
+            self._next += 1
+        return complete
+
+    def contributors(self) -> list[int]:
+        """Ranks of the members that bring samples, in roster order."""
+        return [rank for rank, count in enumerate(self._samples) if count]
+
+    def receive(self, reducer: PeerId, averaged: Averaged) -> bool:
+        """Take note of an averaged chunk of the reducer's span; False if it was here already."""
+        rank = self._rank(reducer)
+        last = self.chunks[rank] - 1
+        if averaged.number > last:
+            raise BadMessage(f"averaged chunk {averaged.number} of a span of {last + 1} from {reducer[-8:]}")
+        if len(averaged.samples) != len(self.freeze.roster) or sum(averaged.samples) == 0:
+            raise BadMessage(f"averaged chunk from {reducer[-8:]} names no samples for this roster")
+        if self._counts not in (None, averaged.samples):
+            raise BadMessage(f"{reducer[-8:]} divided by other sample counts than the reducers before it")
+        if (averaged.squared_norm is not None) != (averaged.number == last):
+            raise BadMessage(
+                f"the norm belongs on the last chunk of a span; {reducer[-8:]} sent it otherwise"
+            )
+        if averaged.number in self._averaged[rank]:
+            return False
+        self._counts = averaged.samples
+        self._averaged[rank].add(averaged.number)
+        if averaged.squared_norm is not None:
+            self._norms[rank] = averaged.squared_norm
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """Every averaged chunk of every span is here."""
+        return all(len(got) == count for got, count in zip(self._averaged, self.chunks, strict=True))
+
+    def header(self, digest: str) -> EntryHeader:
+        """The entry that this attempt would commit; `digest` is over its encoded chunks in order."""
+        assert self.complete
+        assert self._counts is not None
+        return EntryHeader(
+            step=self.freeze.step,
+            parent=self.freeze.parent,
+            ballot=self.freeze.ballot,
+            roster=self.freeze.roster,
+            samples=self._counts,
+            spans=self.freeze.spans,
+            squared_norms=tuple(norm or 0.0 for norm in self._norms),
+            digest=digest,
+        )
+
+    def suspects(self) -> list[PeerId]:
+        """Whom this peer waits for: members whose chunks it lacks, or else reducers that are late with theirs."""
+        mine = self.chunks[self.rank]
+        senders = [
+            peer
+            for peer, count, got in zip(self.freeze.roster, self._samples, self._got, strict=True)
+            if mine and count != 0 and len(got) < mine
+        ]
+        if senders:
+            return senders
+        return [
+            peer
+            for peer, got, count in zip(self.freeze.roster, self._averaged, self.chunks, strict=True)
+            if len(got) < count
+        ]
+
+    def _rank(self, peer: PeerId) -> int:
+        if peer not in self._rank_of:
+            raise BadMessage(f"{peer[-8:]} is not on the roster of this attempt")
+        return self._rank_of[peer]

@@ -1,0 +1,97 @@
+"""The words of the round's two state machines: what goes in, what comes out, and the numbers they share.
+
+`Member` (member.py) is one peer in the swarm; while it leads a step it holds a `Leader` (leader.py). Both are fed
+events with `now` and return effects, in order, for the rim to carry out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from p2ptrain.records import Ballot, EntryHeader, Freeze, Message, PeerId, Position
+
+
+class AbortCause(StrEnum):
+    """Why an attempt ended without a step; every abort has exactly one."""
+
+    PEER_LOST = "peer_lost"
+    DEADLINE = "deadline"
+    NONFINITE = "nonfinite"
+    BAD_CHUNK = "bad_chunk"
+    DIGEST_MISMATCH = "digest_mismatch"
+    SUPERSEDED = "superseded"
+    LEADER_LOST = "leader_lost"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every machine of a run goes by."""
+
+    target_batch_size: int
+    min_peers: int
+    max_peers: int
+    values: int
+    """Length of the averaged vector."""
+    heartbeat_seconds: float
+    silence_seconds: float
+    """A peer that has not been heard for this long is taken for gone."""
+
+
+# -- effects ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Send:
+    to: PeerId
+    message: Message
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Seal the contribution as the freeze says, reduce it with the roster, then report `held` or `failed`."""
+
+    freeze: Freeze
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """The attempt is over without a step: stop its transfers, keep the contribution, go on accumulating."""
+
+    ballot: Ballot
+    cause: AbortCause
+    dropped: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Committed, and this peer holds the bytes: apply the entry, then call `advance`."""
+
+    header: EntryHeader
+    newcomers: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """The swarm stands elsewhere: fetch its state from `donor`, then call `advance`."""
+
+    donor: PeerId
+    position: Position
+
+
+@dataclass(frozen=True)
+class TookOver:
+    """For the log: this peer now leads, because everyone before it in the order is gone."""
+
+    step: int
+    ballot: Ballot
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """For the log: why this peer, leading, does not freeze. Sent when the reason changes."""
+
+    reason: str
+
+
+Effect = Send | Begin | Cancel | Apply | CatchUp | TookOver | Waiting
