@@ -1,0 +1,442 @@
+"""What happened in a peer: one frozen value for everything worth telling, keeping or counting.
+
+The same value becomes the volunteer's sentence (`sentence`, logged at `level`), a line of the journal
+(`to_dict`) and a change of the metrics (`telemetry.metrics.Metrics.observe`), so the three never tell
+different stories. Event names, fields and enum values are read by other programs: add to them, never rename.
+
+Steps are log positions, as in `records`: the round of step s commits entry s and leads to step s + 1.
+Durations are seconds. Text that came from a peer is shown printable and short, whatever the peer sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from p2ptrain.records import PeerId
+
+# -- the words events use ------------------------------------------------------------------------------------
+
+
+class AbortCause(StrEnum):
+    """Why an attempt ended without a step; every abort has exactly one."""
+
+    PEER_LOST = "peer_lost"
+    LEADER_LOST = "leader_lost"
+    DEADLINE = "deadline"
+    NONFINITE = "nonfinite"
+    BAD_CHUNK = "bad_chunk"
+    DIGEST_MISMATCH = "digest_mismatch"
+    TOO_FEW_PEERS = "too_few_peers"
+    SUPERSEDED = "superseded"
+
+
+class FaultCause(StrEnum):
+    """What a peer did wrong: the leaves of `errors.PeerFault`."""
+
+    UNREACHABLE = "unreachable"
+    BAD_MESSAGE = "bad_message"
+    REFUSED = "refused"
+
+
+class WasteCause(StrEnum):
+    """Why samples that this peer computed were not counted in any entry."""
+
+    BEHIND = "behind"
+    NONFINITE = "nonfinite"
+    ROLLED_BACK = "rolled_back"
+    LEAVING = "leaving"
+
+
+class CatchUpBy(StrEnum):
+    """How a replica reached the swarm's step."""
+
+    SNAPSHOT = "snapshot"
+    LOG = "log"
+
+
+_ABORTED_BECAUSE = {
+    AbortCause.PEER_LOST: "a peer was lost",
+    AbortCause.LEADER_LOST: "the leader was lost",
+    AbortCause.DEADLINE: "time ran out",
+    AbortCause.NONFINITE: "a contribution was not finite",
+    AbortCause.BAD_CHUNK: "a chunk broke its contract",
+    AbortCause.DIGEST_MISMATCH: "members held different averages",
+    AbortCause.TOO_FEW_PEERS: "too few peers were left",
+    AbortCause.SUPERSEDED: "a newer attempt took its place",
+}
+
+_WASTED_BECAUSE = {
+    WasteCause.BEHIND: "the swarm stepped without this peer",
+    WasteCause.NONFINITE: "their gradient was not finite",
+    WasteCause.ROLLED_BACK: "a heavier lineage replaced the one they went into",
+    WasteCause.LEAVING: "this peer left before the round",
+}
+
+_FAULT_WAS = {
+    FaultCause.UNREACHABLE: "could not be reached",
+    FaultCause.BAD_MESSAGE: "sent something out of contract",
+    FaultCause.REFUSED: "refused",
+}
+
+# -- events --------------------------------------------------------------------------------------------------
+
+
+class _Happened(ABC):
+    """What all events share; `Event` below is the closed list of them."""
+
+    event: ClassVar[str]
+    level: ClassVar[int] = logging.INFO
+    """WARNING only where a human could act."""
+
+    @abstractmethod
+    def sentence(self) -> str:
+        """The event as one line for a person."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event for strict JSON: its name under `event`, then its fields; a number not finite is None."""
+        fields = asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+        return {"event": self.event, **{name: _plain(value) for name, value in fields.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(_Happened):
+    """This peer is on the net and about to find out where the swarm stands."""
+
+    event: ClassVar[str] = "joined"
+    run_id: str
+    peer: PeerId
+    name: str
+    others: int
+    """Peers of this run seen in the DHT, without this one."""
+
+    def sentence(self) -> str:
+        known_as = f" ({clean(self.name)})" if self.name else ""
+        return (
+            f"joined {self.run_id} as {short(self.peer)}{known_as}; {_count(self.others, 'other peer')} there"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving(_Happened):
+    """This peer takes part in no further round."""
+
+    event: ClassVar[str] = "leaving"
+    step: int
+    reason: str
+    rounds: int
+    """Committed rounds that this process took part in."""
+    samples: int
+    """Samples that it gave to them."""
+
+    def sentence(self) -> str:
+        given = f"gave {_count(self.samples, 'sample')} in {_count(self.rounds, 'round')}"
+        return f"step {self.step}: leaving ({clean(self.reason)}); {given}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingChanged(_Happened):
+    """What this peer waits for is now something else; an empty reason means that it waits no longer."""
+
+    event: ClassVar[str] = "waiting_changed"
+    reason: str
+
+    def sentence(self) -> str:
+        return f"waiting: {clean(self.reason)}" if self.reason else "no longer waiting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCommitted(_Happened):
+    """Entry `step` was committed and applied here."""
+
+    event: ClassVar[str] = "round_committed"
+    step: int
+    attempt: int
+    """Number of the ballot that was committed."""
+    samples: int
+    """Of the whole roster."""
+    mine: int
+    """Of them, this peer's."""
+    peers: int
+    """On the roster."""
+    loss: float | None
+    """Mean training loss over `mine`, in nats; None if there were none."""
+    gradient_norm: float
+    """Of the averaged gradient, before clipping."""
+    learning_rate: float
+    accumulate_seconds: float
+    """From the previous step until the freeze; earlier attempts at this step included."""
+    reduce_seconds: float
+    """From the freeze until this peer held every span."""
+    commit_seconds: float
+    """From then until the commit arrived."""
+    apply_seconds: float
+    """From then until the replica stood at step + 1."""
+    lineage: str
+    """After the entry."""
+    digest: str
+    """The entry's own."""
+
+    @property
+    def seconds(self) -> float:
+        """What the round cost: from the freeze until the entry was applied."""
+        return self.reduce_seconds + self.commit_seconds + self.apply_seconds
+
+    def sentence(self) -> str:
+        averaged = f"averaged {_count(self.samples, 'sample')} from {_count(self.peers, 'peer')}"
+        return f"step {self.step}: {averaged} in {duration(self.seconds)}; you gave {self.mine:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundAborted(_Happened):
+    """An attempt ended without a step; nobody stepped, and contributions are kept."""
+
+    event: ClassVar[str] = "round_aborted"
+    step: int
+    attempt: int
+    cause: AbortCause
+    dropped: tuple[PeerId, ...]
+    """Left out of the next attempt."""
+    seconds: float
+    """From the freeze until the abort."""
+
+    def sentence(self) -> str:
+        out = f"; without {_names(self.dropped)} from here" if self.dropped else ""
+        return (
+            f"step {self.step}: attempt {self.attempt} aborted after {duration(self.seconds)}, "
+            f"{_ABORTED_BECAUSE[self.cause]}{out}; contributions are kept"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderTookOver(_Happened):
+    """`leader` leads this step now, because all before it in the order are gone."""
+
+    event: ClassVar[str] = "leader_took_over"
+    step: int
+    attempt: int
+    leader: PeerId
+
+    def sentence(self) -> str:
+        return f"step {self.step}: {short(self.leader)} takes the lead (attempt {self.attempt})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesWasted(_Happened):
+    """Samples that this peer computed will not be counted."""
+
+    event: ClassVar[str] = "samples_wasted"
+    step: int
+    samples: int
+    cause: WasteCause
+
+    def sentence(self) -> str:
+        lost = f"{_count(self.samples, 'sample')} of yours did not count"
+        return f"step {self.step}: {lost}, {_WASTED_BECAUSE[self.cause]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaughtUp(_Happened):
+    """The replica adopted the swarm's state."""
+
+    event: ClassVar[str] = "caught_up"
+    from_step: int
+    to_step: int
+    how: CatchUpBy
+    received_bytes: int
+    seconds: float
+
+    def sentence(self) -> str:
+        received = f"{self.received_bytes / 1e6:,.1f} MB in {duration(self.seconds)}"
+        return f"caught up from step {self.from_step} to {self.to_step} by {self.how.value} ({received})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatchUpFailed(_Happened):
+    """A donor could not bring the replica to the swarm's state; another will be asked."""
+
+    event: ClassVar[str] = "catch_up_failed"
+    from_step: int
+    donor: PeerId
+    reason: str
+
+    def sentence(self) -> str:
+        return f"could not catch up from step {self.from_step} with {short(self.donor)}: {clean(self.reason)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(_Happened):
+    """A heavier lineage replaced this replica's own: the only way back there is (I3)."""
+
+    event: ClassVar[str] = "rolled_back"
+    level: ClassVar[int] = logging.WARNING
+    from_step: int
+    to_step: int
+    samples_lost: int
+    """Of the whole swarm, behind the entries that were given up."""
+    lineage: str
+    """The one adopted."""
+
+    def sentence(self) -> str:
+        given_up = (
+            f"{_count(self.samples_lost, 'sample')} given up for the heavier lineage {self.lineage[:8]}"
+        )
+        return f"rolled back from step {self.from_step} to {self.to_step}: {given_up}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaDiverged(_Happened):
+    """At one and the same lineage, this replica's state digest is not the swarm's: I2 is broken."""
+
+    event: ClassVar[str] = "replica_diverged"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    ours: str
+    theirs: str
+
+    def sentence(self) -> str:
+        digests = f"state digest {self.ours[:8]} here, {self.theirs[:8]} in the swarm"
+        return (
+            f"step {self.step}: this replica differs from the swarm's ({digests}); fetching the swarm's state"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(_Happened):
+    """The model at `step` on held-out data."""
+
+    event: ClassVar[str] = "evaluated"
+    step: int
+    loss: float
+    """Mean over the held-out samples, in nats."""
+    bits_per_byte: float | None
+    """None for tasks that do not count bytes."""
+    seconds: float
+
+    def sentence(self) -> str:
+        bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.2f} bits per byte)"
+        return f"step {self.step}: held-out loss {self.loss:.3f}{bits}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(_Happened):
+    """A checkpoint of `step` is on disk, whole."""
+
+    event: ClassVar[str] = "checkpoint_saved"
+    step: int
+    path: str
+    size_bytes: int
+    seconds: float
+
+    def sentence(self) -> str:
+        size = f"{self.size_bytes / 1e6:,.1f} MB in {duration(self.seconds)}"
+        return f"step {self.step}: checkpoint saved to {clean(self.path)} ({size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(_Happened):
+    """No checkpoint of `step` was written; earlier ones are untouched and training goes on."""
+
+    event: ClassVar[str] = "checkpoint_failed"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    reason: str
+
+    def sentence(self) -> str:
+        return f"step {self.step}: checkpoint not saved, training goes on: {clean(self.reason)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerFaulted(_Happened):
+    """A peer or the way to it did not do what was asked; this was survived."""
+
+    event: ClassVar[str] = "peer_faulted"
+    peer: PeerId
+    cause: FaultCause
+    detail: str
+
+    def sentence(self) -> str:
+        detail = f": {clean(self.detail)}" if self.detail else ""
+        return f"peer {short(self.peer)} {_FAULT_WAS[self.cause]}{detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonRestarted(_Happened):
+    """The libp2p daemon had died and runs again, under the same peer id."""
+
+    event: ClassVar[str] = "daemon_restarted"
+    seconds: float
+    """Without network."""
+
+    def sentence(self) -> str:
+        return f"the libp2p daemon died and was started again; {duration(self.seconds)} without network"
+
+
+Event = (
+    Joined
+    | Leaving
+    | WaitingChanged
+    | RoundCommitted
+    | RoundAborted
+    | LeaderTookOver
+    | SamplesWasted
+    | CaughtUp
+    | CatchUpFailed
+    | RolledBack
+    | ReplicaDiverged
+    | Evaluated
+    | CheckpointSaved
+    | CheckpointFailed
+    | PeerFaulted
+    | DaemonRestarted
+)
+
+# -- how numbers, peers and strangers' words are shown -------------------------------------------------------
+
+
+def short(peer: PeerId) -> str:
+    """A peer id as people see it: its last 8 characters, the first ones being alike in all of them."""
+    return f"…{clean(peer[-8:])}"
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """`text` on one printable line of at most `limit` characters: it may be a stranger's."""
+    shown = "".join(character if character.isprintable() else "�" for character in text[: limit + 1])
+    return shown if len(text) <= limit else f"{shown[: limit - 1]}…"
+
+
+def duration(seconds: float) -> str:
+    """Seconds to about two digits: 38 ms, 3.2 s, 4 min 10 s."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:,} min {rest} s"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def _names(peers: Sequence[PeerId]) -> str:
+    """The first three by name; a roster can have hundreds."""
+    named = ", ".join(short(peer) for peer in peers[:3])
+    return named if len(peers) <= 3 else f"{named} and {len(peers) - 3} more"
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case StrEnum():
+            return value.value
+        case float() if not math.isfinite(value):
+            return None
+        case tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
