@@ -1,0 +1,197 @@
+"""The training state of one peer: parameters, optimizer state, and where it stands in the log.
+
+All parameters lie in one flat float32 vector and all gradients in another, of which the model's own tensors
+are views; so the optimizer, the codecs and the digest see one vector, and `backward` writes straight into
+what is sent.
+
+Not covered: models with persistent buffers (such as batch-norm statistics), which would be state that no
+gradient carries, frozen parameters, and other dtypes than float32.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from p2ptrain.config import RunConfig
+from p2ptrain.errors import BadMessage, LocalFault
+from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.protocol.lineage import advance, genesis
+from p2ptrain.records import EntryHeader, Position
+from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
+from p2ptrain.replica.optimizers import build_optimizer, clip_factor
+from p2ptrain.replica.schedule import learning_rate
+from p2ptrain.replica.snapshot import Snapshot, State, pack, unpack
+
+ParameterTable = list[tuple[str, tuple[int, ...], str]]
+
+
+def parameter_table(model: nn.Module) -> ParameterTable:
+    """(name, shape, dtype) of every parameter, a tied one once, in the order the run fingerprint binds."""
+    return [
+        (name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        for name, parameter in model.named_parameters()
+    ]
+
+
+class Replica:
+    """The state at `position`, where entry `last` led (None at step 0). Used on the compute thread only."""
+
+    def __init__(self, model: nn.Module, run: RunConfig, fingerprint: str) -> None:
+        """Take the model over, at step 0 of the run. Raises LocalFault if it cannot be trained so."""
+        _check_trainable(model)
+        named = list(model.named_parameters())
+        sizes = [parameter.numel() for _, parameter in named]
+        bounds = [0, *accumulate(sizes)]
+
+        self.model = model
+        self.run = run
+        self.fingerprint = fingerprint
+        self.numel = bounds[-1]
+        self.gradient = torch.zeros(self.numel)
+        """float32 [numel]. `backward` adds to it; clear it with `zero_()`: `zero_grad()` would detach it."""
+        self.parameters = torch.empty(self.numel)
+        """float32 [numel]."""
+
+        self._views: dict[str, Tensor] = {}
+        decayed = []
+        for (name, parameter), (start, stop) in zip(named, pairwise(bounds), strict=True):
+            view = self.parameters[start:stop].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = self._views[name] = view
+            parameter.grad = self.gradient[start:stop].view(parameter.shape)
+            # Matrices only: decay would pull gains and biases to zero and gain nothing.
+            if parameter.ndim >= 2:
+                decayed.append((start, stop))
+
+        self._optimizer = build_optimizer(run.optimizer, self.numel, decayed)
+        self._codec = codec_named(run.codec)
+        self._mean = torch.empty(self.numel)
+        self.state_digest: str | None = self._state().digest()
+        """Digest of the state at `position`, or None while it has not been computed there."""
+        self.position = genesis(fingerprint, self.state_digest)
+        self.last: EntryHeader | None = None
+
+    @property
+    def max_state_bytes(self) -> int:
+        """No snapshot of this run is larger: its tensors, and room for a header that names them."""
+        tensors = self._state().tensors()
+        return sum(4 * tensor.numel() + 2 * len(name) + 256 for name, tensor in tensors.items()) + 65_536
+
+    def parameter_table(self) -> ParameterTable:
+        """(name, shape, dtype) of every parameter, in the order they have in the flat vectors."""
+        return parameter_table(self.model)
+
+    def compute_state_digest(self) -> str:
+        """Digest of the state at `position`, as every replica there must have it (I2)."""
+        if self.state_digest is None:
+            self.state_digest = self._state().digest()
+        return self.state_digest
+
+    def apply(self, entry: Entry) -> None:
+        """Take the synchronized optimizer step that the entry stands for.
+
+        The payload must be known to be the header's: the round has hashed it, and `log.verify_entry` does for
+        one that was fetched. Raises ValueError if the entry does not follow `position`, and BadMessage if its
+        spans, size or numbers cannot be; nothing changed then.
+        """
+        header = entry.header
+        position = advance(self.position, header)
+        ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
+        for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
+            self._codec.decode(chunk, self._mean[start:stop])
+        factor = clip_factor(header.squared_norms, self.run.optimizer.clip_norm)
+        if factor < 1.0:
+            self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
+
+        self._optimizer.step(self.parameters, self._mean, learning_rate(self.run, header.step))
+        self.position, self.last, self.state_digest = position, header, None
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state, to send or to save."""
+        return Snapshot(self.position, self.last, self.compute_state_digest(), pack(self._state()))
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """Adopt a snapshot of this run.
+
+        Raises BadMessage, and nothing has changed, if its tensors are not those of our model, are not finite,
+        do not have its `state_digest`, or if its position does not follow from its last entry.
+        """
+        theirs = unpack(snapshot.blob)
+        _check_same_layout(theirs, self._state())
+        if (digest := theirs.digest()) != snapshot.state_digest:
+            raise BadMessage(
+                f"a snapshot was announced as {snapshot.state_digest[:8]}, but its state is {digest[:8]}"
+            )
+        self._check_position(snapshot)
+
+        for name, view in self._views.items():
+            view.copy_(theirs.parameters[name])
+        self._optimizer.load(theirs.optimizer, theirs.scalars)
+        self.position, self.last, self.state_digest = snapshot.position, snapshot.last, snapshot.state_digest
+
+    def _state(self) -> State:
+        return State(self._views, self._optimizer.state_tensors(), self._optimizer.scalars())
+
+    def _check_position(self, snapshot: Snapshot) -> None:
+        last, position = snapshot.last, snapshot.position
+        if last is None:
+            expected = genesis(self.fingerprint, snapshot.state_digest)
+        else:
+            try:
+                weight = position.weight - last.total_samples
+                expected = advance(Position(step=last.step, lineage=last.parent, weight=weight), last)
+            except ValidationError as error:
+                raise BadMessage(
+                    f"a snapshot claims {position.weight} samples, but its last entry alone has "
+                    f"{last.total_samples}"
+                ) from error
+        if position != expected:
+            raise BadMessage(
+                f"a snapshot claims step {position.step} of lineage {position.lineage[:8]}, but its last "
+                f"entry leads to step {expected.step} of {expected.lineage[:8]}"
+            )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    kind = type(model).__name__
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise LocalFault(f"{kind} has no parameters to train")
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise LocalFault(
+                f"parameter {name} of {kind} must be float32 on the cpu, "
+                f"not {parameter.dtype} on {parameter.device}"
+            )
+        if not parameter.requires_grad:
+            raise LocalFault(f"parameter {name} of {kind} is frozen, but payload 'full' trains all of them")
+    state = model.state_dict(keep_vars=True)
+    if buffers := [name for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)]:
+        raise LocalFault(
+            f"{kind} keeps state in buffers ({', '.join(buffers[:5])}), which no gradient carries; use "
+            "layers without running statistics, and register_buffer(…, persistent=False) for constants"
+        )
+
+
+def _check_same_layout(theirs: State, ours: State) -> None:
+    found, expected = theirs.tensors(), ours.tensors()
+    if found.keys() != expected.keys() or theirs.scalars.keys() != ours.scalars.keys():
+        names = {*found, *theirs.scalars} ^ {*expected, *ours.scalars}
+        raise BadMessage(
+            f"a snapshot does not fit this run's model: only one of them has {sorted(names)[:5]}"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+            raise BadMessage(
+                f"{name} must be float32 {list(expected[name].shape)}, but a snapshot has {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise BadMessage(f"{name} of a snapshot holds a value that is not finite")
+    for name, value in theirs.scalars.items():
+        if not 0.0 <= value <= 1.0:
+            raise BadMessage(f"{name} of a snapshot is {value}, which is not a power of a beta")

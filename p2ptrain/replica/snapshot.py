@@ -1,0 +1,180 @@
+"""A replica's whole state as bytes, in pieces that a joiner can fetch from several peers and verify.
+
+The bytes (the *blob*) are a safetensors file: parameters as `model.<name>`, optimizer tensors as
+`optimizer.<name>`, and the optimizer's scalars as text in its metadata. safetensors holds shapes and raw
+numbers and can run nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.records import EntryHeader, Manifest, Position
+
+FORMAT = "p2ptrain-state-1"
+PIECE_BYTES = 2**20
+MAX_PIECES = 3000  # as in records.Manifest
+
+
+# -- the state and its bytes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What the log has led to: all that the next `apply` depends on, besides the position."""
+
+    parameters: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    scalars: Mapping[str, float]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under the names they have in the blob."""
+        return {f"model.{name}": tensor for name, tensor in self.parameters.items()} | {
+            f"optimizer.{name}": tensor for name, tensor in self.optimizer.items()
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over every tensor's name, shape and bytes in order of names, then the scalars."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            sha.update(json.dumps([name, list(tensor.shape)]).encode() + b"\n")
+            sha.update(tensor.detach().reshape(-1).numpy().data)
+        sha.update(json.dumps(_scalar_texts(self.scalars), sort_keys=True).encode())
+        return sha.hexdigest()
+
+
+def pack(state: State) -> bytes:
+    """The blob of a state."""
+    tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
+    return save_safetensors(tensors, {"format": FORMAT, **_scalar_texts(state.scalars)})
+
+
+def unpack(blob: bytes) -> State:
+    """The state in a blob, names and shapes unchecked. Raises BadMessage if it is not a blob of ours."""
+    try:
+        tensors = load_safetensors(blob)
+        header_bytes = int.from_bytes(blob[:8], "little")
+        metadata: dict[str, str] = json.loads(blob[8 : 8 + header_bytes]).get("__metadata__", {})
+        found = metadata.pop("format", "none")
+        if found != FORMAT:
+            raise ValueError(f"its format is {found[:40]!r}, not {FORMAT}")
+        if strays := [name for name in tensors if not name.startswith(("model.", "optimizer."))]:
+            raise ValueError(f"it holds {strays[0][:40]!r}")
+        scalars = {name: float.fromhex(text) for name, text in metadata.items()}
+    # KeyError is what safetensors raises for a dtype that torch lacks; the others tell of damage.
+    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+        raise BadMessage(f"a state must be a safetensors file of ours: {error}") from error
+    return State(
+        parameters=_under("model.", tensors), optimizer=_under("optimizer.", tensors), scalars=scalars
+    )
+
+
+def _scalar_texts(scalars: Mapping[str, float]) -> dict[str, str]:
+    return {name: value.hex() for name, value in scalars.items()}  # hexadecimal: exact both ways
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+# -- giving it -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state at a committed step: `last` is the entry that led there, None at step 0."""
+
+    position: Position
+    last: EntryHeader | None
+    state_digest: str
+    blob: bytes
+
+    def manifest(self) -> Manifest:
+        """What a joiner must know to fetch this from anyone who has it."""
+        return Manifest(
+            position=self.position,
+            state_digest=self.state_digest,
+            size_bytes=len(self.blob),
+            piece_bytes=self.piece_bytes,
+            pieces=self._piece_digests,
+            last=self.last,
+        )
+
+    def piece(self, number: int) -> memoryview:
+        """Raises IndexError if there is no such piece."""
+        if not 0 <= number < len(self._piece_digests):
+            raise IndexError(f"there is no piece {number}; this snapshot has {len(self._piece_digests)}")
+        return memoryview(self.blob)[number * self.piece_bytes : (number + 1) * self.piece_bytes]
+
+    @property
+    def piece_bytes(self) -> int:
+        """`PIECE_BYTES`, or as many times that as it takes for the manifest to stay within `MAX_PIECES`."""
+        return PIECE_BYTES * max(1, -(-len(self.blob) // (PIECE_BYTES * MAX_PIECES)))
+
+    @cached_property
+    def _piece_digests(self) -> tuple[str, ...]:
+        view = memoryview(self.blob)
+        starts = range(0, len(view), self.piece_bytes)
+        return tuple(hashlib.sha256(view[at : at + self.piece_bytes]).hexdigest() for at in starts)
+
+
+# -- getting it ----------------------------------------------------------------------------------------------
+
+
+class Assembly:
+    """A snapshot being put together from pieces, in any order and from any peer.
+
+    It holds as much as the manifest announces: compare `size_bytes` with `Replica.max_state_bytes` first.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Raises BadMessage if the manifest contradicts itself."""
+        expected = -(-manifest.size_bytes // manifest.piece_bytes)
+        if len(manifest.pieces) != expected:
+            raise BadMessage(
+                f"a snapshot of {manifest.size_bytes} bytes has {expected} pieces of {manifest.piece_bytes}, "
+                f"not {len(manifest.pieces)}"
+            )
+        self.manifest = manifest
+        self._pieces: dict[int, bytes] = {}
+
+    def missing(self) -> list[int]:
+        """Numbers of the pieces that are not here yet, in rising order."""
+        return [number for number in range(len(self.manifest.pieces)) if number not in self._pieces]
+
+    def add(self, number: int, data: bytes) -> None:
+        """Take piece `number` in. Raises BadMessage, and changes nothing, if it is not the manifest's."""
+        manifest = self.manifest
+        if not 0 <= number < len(manifest.pieces):
+            raise BadMessage(f"there is no piece {number}; this snapshot has {len(manifest.pieces)}")
+        expected = min(manifest.piece_bytes, manifest.size_bytes - number * manifest.piece_bytes)
+        if len(data) != expected:
+            raise BadMessage(f"piece {number} of a snapshot must have {expected} bytes, not {len(data)}")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != manifest.pieces[number]:
+            raise BadMessage(
+                f"piece {number} of a snapshot has digest {digest[:8]}, its manifest says "
+                f"{manifest.pieces[number][:8]}; ask another peer for it"
+            )
+        self._pieces[number] = data
+
+    def blob(self) -> bytes:
+        """The bytes of the snapshot. Raises ValueError while pieces are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{len(missing)} of {len(self.manifest.pieces)} pieces are missing")
+        return b"".join(self._pieces[number] for number in range(len(self._pieces)))
+
+    def snapshot(self) -> Snapshot:
+        """The same as a snapshot, to load and to give on."""
+        manifest = self.manifest
+        return Snapshot(manifest.position, manifest.last, manifest.state_digest, self.blob())
