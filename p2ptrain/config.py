@@ -1,81 +1,568 @@
-"""The run file (`RunConfig`: shared by every peer, hashed) and the peer file (`PeerConfig`: local, free to choose).
+"""The run file (`RunConfig`: shared by all peers, hashed) and the peer file (`PeerConfig`: local, free).
 
-Whatever changes the result of training is in the run; whatever only changes how this machine takes part is in the
-peer file. Both are data, never code.
+Whatever changes the result of training is in the run; whatever only changes how this machine takes part is in
+the peer file. Both are TOML, and data, never code. A run also arrives from strangers, as canonical JSON: it
+is bounded, checked like a file, and no path in it is ever opened (see `check_together`).
+
+Every field is followed by its documentation, which `explain`, `schema` and `commented_toml` hand out again.
+
+Not covered: that this machine has the memory and the speed which a run asks for.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import hashlib
+import json
+import textwrap
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from p2ptrain import PROTOCOL_VERSION
+from p2ptrain.errors import BadMessage, ConfigError
+
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Address = Annotated[
+    str, Field(pattern=r"^(/[A-Za-z0-9.:%_-]+){2,}$", max_length=300, examples=["/ip4/0.0.0.0/tcp/31337"])
+]
+# Not strict as a tuple, or TOML's lists would be refused; its items still are.
+Addresses = Annotated[tuple[Address, ...], Field(strict=False, max_length=16)]
+
+MAX_FILE_BYTES = 64 * 1024
+"""Of a run or peer file, and of a run from the swarm; the default run with all its comments takes a tenth."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    """A table of a run or peer file: frozen, nothing coerced, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+# -- the run -------------------------------------------------------------------------------------------------
 
 
 class BytesTask(Section):
     """A byte-level transformer language model on plain text."""
 
     kind: Literal["bytes"] = "bytes"
+    """What is trained: a transformer that predicts the next byte of plain text."""
+
     layers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Transformer blocks. Memory, computing time and bytes per round grow in proportion."""
+
     width: Annotated[int, Field(ge=8, le=4096)] = 128
+    """Values per position between blocks; must be divisible by `heads`. Parameters, and with them the bytes
+    of every round, grow with its square."""
+
     heads: Annotated[int, Field(ge=1, le=64)] = 4
+    """Attention heads per block, each of width / heads values. Setting it high will leave each head too
+    narrow to tell positions apart."""
+
     context: Annotated[int, Field(ge=8, le=8192)] = 128
+    """Bytes in a sample, and how far back the model can look. Setting it low will make it forget how a
+    sentence began; setting it high will cost attention time that grows with its square."""
+
     corpus: Annotated[str, Field(min_length=1, max_length=300)] = "stdlib"
+    """The text to learn. `stdlib` is the source of the Python that runs the peer, so everyone has it.
+    Anything else only names the text: each peer says in its own peer file where that text is on its machine,
+    because a path that a stranger wrote is never opened."""
+
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the text that is never trained on and gives the held-out loss. Setting it low will make that
+    loss jump about; setting it high will leave less to learn from."""
+
     exact: bool = False
+    """Whether every peer must have the same text to the byte. If true, a peer whose corpus digest differs
+    from the swarm's is refused; if false, texts may differ, as they do between Python versions, and so may
+    held-out figures."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"task.width ({self.width}) must be divisible by task.heads ({self.heads}); "
+                f"the nearest width that is: {max(1, round(self.width / self.heads)) * self.heads}"
+            )
+        return self
 
 
 class Optimizer(Section):
+    """The rule that turns the averaged gradient into a step; every peer applies it to the same bytes."""
+
     kind: Literal["adamw", "sgd"] = "adamw"
+    """`adamw` scales each parameter's step by its gradient's history and keeps 8 bytes of state per
+    parameter, which newcomers download; `sgd` keeps 4 and needs its `lr` tuned more carefully."""
+
     lr: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    """Learning rate after warm-up. Setting it high will make the loss rise or turn into noise, setting it low
+    will waste rounds. It suits one `target_batch_size`: change both together."""
+
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share by which matrices shrink in each step, times the learning rate, apart from the gradient; vectors
+    such as norms are spared."""
+
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """adamw: how much of the running mean of gradients is kept in each step."""
+
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """adamw: how much of the running mean of squared gradients is kept in each step. Setting it high will
+    keep steps small long after a burst of large gradients; setting it low will make steps noisy."""
+
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """adamw: added to the root of the mean squared gradient, so that nothing is ever divided by zero."""
+
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd: how much of the last step is repeated in the next; 0 for none."""
+
     nesterov: bool = True
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """sgd: whether the gradient counts once more on top of the momentum (Nesterov)."""
+
+    clip_norm: Annotated[float, Field(ge=0, le=10**9)] = 1.0
+    """Longest averaged gradient (Euclidean norm over all parameters) that is applied as it is; a longer one
+    is scaled down to it, and 0 scales none. Setting it low will shorten all steps, not only the wild ones."""
 
 
 class Schedule(Section):
+    """The learning rate of each step, from the first to the last."""
+
     kind: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """After warm-up the learning rate stays (`constant`) or falls until `total_steps` (`linear`, `cosine`). A
+    run without a planned end wants `constant`."""
+
+    warmup_steps: Annotated[int, Field(ge=0, lt=10**9)] = 50
+    """Steps over which the learning rate rises from zero; less than `total_steps`. Setting it low will let
+    the first steps, whose gradients are large, throw the model off."""
+
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """`linear` and `cosine` end at this share of `optimizer.lr`."""
 
 
 class RunConfig(Section):
-    run_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "python-stdlib"
+    """A run file: what every peer of the run shares. One changed value makes another run."""
+
+    run_id: RunId = "python-stdlib"
+    """Name of the run, before all its keys in the DHT: lower-case letters, digits and dashes."""
+
     strategy: Literal["sync"] = "sync"
+    """`sync`: each step averages the gradients of one large batch over all peers."""
+
     payload: Literal["full"] = "full"
+    """`full`: all parameters are trained and averaged."""
+
     total_steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
+    """Synchronized steps after which the run is over. Changing it changes a `linear` or `cosine` schedule."""
+
     target_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
+    """Samples that all peers together accumulate before a step. Setting it low will make rounds so frequent
+    that the network takes the time, not training; setting it high will need more samples for one loss."""
+
     min_peers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Fewest peers that may step. With 1 a peer that was cut off trains on alone, and rolls back later; with
+    more than half of the swarm no two parts of it can train apart, but those left wait when many leave."""
+
     max_peers: Annotated[int, Field(ge=1, le=256)] = 64
+    """Most peers in one round; when there are more, those that bring most samples are in. Setting it high
+    will multiply connections and cut the gradient into ever smaller spans."""
+
     codec: Literal["fp32", "fp16"] = "fp16"
+    """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
+    2. Replicas stay bit-equal with either, because all peers decode the same bytes."""
+
     chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 65_536
+    """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will
+    spend time on headers; setting it high will leave the network idle while the first chunk is encoded."""
+
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the first parameters and of which samples each peer draws."""
+
     heartbeat_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """Longest time that a leader or member says nothing to the other. Setting it high will delay the start of
+    rounds with slow members; setting it low will cost one small message per peer and beat."""
+
     silence_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """A peer not heard for this long is taken for gone; at least 3 heartbeats. Setting it low will drop peers
+    for a hiccup of their network; setting it high will make all wait that long for one that vanished."""
+
     task: BytesTask = BytesTask()
+    """What is trained: model and text."""
+
     optimizer: Optimizer = Optimizer()
+    """How the averaged gradient is applied."""
+
     schedule: Schedule = Schedule()
+    """How the learning rate moves over the run."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if self.min_peers > self.max_peers:
+            raise ValueError(
+                f"min_peers ({self.min_peers}) must be at most max_peers ({self.max_peers}), "
+                "or no round could ever begin; lower min_peers or raise max_peers"
+            )
+        if 3 * self.heartbeat_seconds - self.silence_seconds > 1e-6:  # 3 × 0.1 is a little more than 0.3
+            raise ValueError(
+                f"silence_seconds ({self.silence_seconds:g}) must be at least 3 times heartbeat_seconds "
+                f"({self.heartbeat_seconds:g}), or one late heartbeat would drop a healthy peer; "
+                f"raise silence_seconds to {3 * self.heartbeat_seconds:g} or lower heartbeat_seconds"
+            )
+        if self.schedule.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be less than "
+                f"total_steps ({self.total_steps}), or the run would never reach its learning rate; "
+                "lower schedule.warmup_steps or raise total_steps"
+            )
+        return self
+
+
+# -- the peer ------------------------------------------------------------------------------------------------
 
 
 class PeerConfig(Section):
+    """A peer file: how this machine takes part. No other peer needs to agree with it."""
+
     name: Annotated[str, Field(max_length=64)] = ""
-    data_dir: str = ""
+    """What others see beside this peer's id, on the monitor for instance. Empty: a name made from the id."""
+
+    data_dir: Annotated[str, Field(max_length=4096)] = ""
+    """Folder for this peer's key, checkpoints and journal. Empty: p2ptrain's folder in your user data. Two
+    peers on one machine need two."""
+
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
+    """Samples per forward and backward pass, at most the run's `target_batch_size`. Setting it high will need
+    more memory and make the others wait for a slow machine; setting it low will compute less efficiently."""
+
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """CPU threads for computing. Setting it to the number of cores will make the machine sluggish for its
+    owner and the peer slow to answer."""
+
     device: Literal["cpu"] = "cpu"
-    corpus: str = ""
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    announce: tuple[str, ...] = ()
-    metrics_host: str = "127.0.0.1"
+    """Where gradients are computed."""
+
+    corpus: Annotated[str, Field(max_length=4096)] = ""
+    """Text file, or folder of text files, to train on in place of the run's `task.corpus`; needed unless that
+    is `stdlib`. Everyone gets a model that has read this text and may repeat it: name nothing private."""
+
+    listen: Addresses = ("/ip4/0.0.0.0/tcp/0",)
+    """Addresses to accept peers on. Port 0 takes any free port, which changes at each start: set one to open
+    it in your router."""
+
+    announce: Addresses = ()
+    """Addresses to tell other peers in place of those in `listen`, for a machine behind a forwarded port. A
+    wrong one makes this peer unreachable."""
+
+    metrics_host: Annotated[str, Field(max_length=255)] = "127.0.0.1"
+    """Address to serve metrics and health on. `0.0.0.0` will show them to all who can reach this machine."""
+
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 200
+    """Port of metrics and health; 0 takes any free port, which the log names."""
+
+    checkpoint_every_steps: Annotated[int, Field(ge=0, le=10**9)] = 200
+    """Steps between two checkpoints on disk; 0 for none. Setting it high will lengthen the catch-up after a
+    restart; setting it low will write the whole state, three times the model, that often."""
+
     checkpoints_kept: Annotated[int, Field(ge=1, le=1000)] = 3
+    """How many of the newest checkpoints stay on disk."""
+
     log_megabytes: Annotated[int, Field(ge=1, le=100_000)] = 256
-    eval_every_steps: Annotated[int, Field(ge=0)] = 50
+    """Megabytes of past entries kept for peers that missed some steps. Setting it low will make them download
+    a whole snapshot instead."""
+
+    eval_every_steps: Annotated[int, Field(ge=0, le=10**9)] = 50
+    """Steps between two looks at the held-out loss; 0 for none. Setting it low takes time from training."""
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def load_run(path: Path | str) -> RunConfig:
+    """The run that this TOML file describes; what it leaves out has its default. Raises ConfigError."""
+    return _validated(RunConfig, _read_toml(Path(path)), str(path))
+
+
+def load_peer(path: Path | str) -> PeerConfig:
+    """The peer settings in this TOML file; what it leaves out has its default. Raises ConfigError."""
+    return _validated(PeerConfig, _read_toml(Path(path)), str(path))
+
+
+def load_either(path: Path | str) -> RunConfig | PeerConfig:
+    """The run or the peer settings in this TOML file: its keys tell which. Raises ConfigError."""
+    document = _read_toml(Path(path))
+    for_peer = sum(key in PeerConfig.model_fields for key in document)
+    for_run = sum(key in RunConfig.model_fields for key in document)
+    if for_peer > for_run:
+        return _validated(PeerConfig, document, str(path))
+    return _validated(RunConfig, document, str(path))
+
+
+def parse_run(text: str | bytes) -> RunConfig:
+    """The run that a peer sent as JSON (see `canonical_json`). Raises BadMessage."""
+    if len(text) > MAX_FILE_BYTES:
+        raise BadMessage(f"a peer sent a run of {len(text)} bytes; at most {MAX_FILE_BYTES} are read")
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        reason = _sentence(RunConfig, error, "the run that a peer sent")
+        raise BadMessage(f"{reason}; if the swarm runs a newer p2ptrain, upgrade this one") from None
+
+
+def check_together(run: RunConfig, peer: PeerConfig) -> None:
+    """Raises ConfigError if this peer cannot take part in this run as it is configured.
+
+    A run's corpus other than `stdlib` is only a name here. Were it opened as a path, whoever writes an invite
+    could have volunteers train on their private files, and read those back from the model.
+    """
+    if peer.micro_batch_size > run.target_batch_size:
+        raise ConfigError(
+            f"target_batch_size ({run.target_batch_size}) of run {run.run_id} is smaller than this peer's "
+            f"micro_batch_size ({peer.micro_batch_size}); lower micro_batch_size in the peer file"
+        )
+    if run.task.corpus != "stdlib" and not peer.corpus:
+        raise ConfigError(
+            f"run {run.run_id} trains on the text {_shown(run.task.corpus)}, and p2ptrain opens no path that "
+            "another peer wrote; set corpus in the peer file to the file or folder where you have that text"
+        )
+
+
+# -- identity ------------------------------------------------------------------------------------------------
+
+
+def canonical_json(run: RunConfig) -> str:
+    """The run as ASCII JSON, all defaults spelled out, keys sorted, no spaces: equal runs, equal text."""
+    return _canonical(run.model_dump(mode="json"))
+
+
+def run_digest(run: RunConfig) -> str:
+    """Hex SHA-256 of the canonical JSON: names the run file in invites and checkpoints."""
+    return hashlib.sha256(canonical_json(run).encode()).hexdigest()
+
+
+def fingerprint(run: RunConfig, parameters: Sequence[tuple[str, tuple[int, ...], str]]) -> str:
+    """Hex SHA-256 of the run, the protocol and each parameter's (name, shape, dtype), in order.
+
+    Peers of different fingerprints never meet. The order counts: it is the order of the averaged vector's
+    values.
+    """
+    bound = {
+        "protocol": PROTOCOL_VERSION,
+        "run": run.model_dump(mode="json"),
+        "parameters": [[name, list(shape), dtype] for name, shape, dtype in parameters],
+    }
+    return hashlib.sha256(_canonical(bound).encode()).hexdigest()
+
+
+def difference(a: RunConfig, b: RunConfig) -> list[str]:
+    """Where two runs differ, as `optimizer.lr: 0.002 here, 0.001 there`; empty if their digests agree."""
+    here, there = _leaves(a), _leaves(b)
+    return [f"{key}: {here[key]} here, {there[key]} there" for key in here if here[key] != there[key]]
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _leaves(section: Section, prefix: str = "") -> dict[str, str]:
+    """Dotted key → value as JSON, sections resolved, in the order of the fields."""
+    leaves: dict[str, str] = {}
+    for name, value in section:
+        if isinstance(value, Section):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = _canonical(value)
+    return leaves
+
+
+# -- documentation -------------------------------------------------------------------------------------------
+
+
+def schema() -> dict[str, dict[str, Any]]:
+    """The JSON schemas of the `run` and the `peer` file."""
+    return {"run": RunConfig.model_json_schema(), "peer": PeerConfig.model_json_schema()}
+
+
+def explain(key: str) -> str:
+    """What a dotted key of either file takes, its default and what it does. Raises ConfigError if unknown."""
+    for model in (RunConfig, PeerConfig):
+        keys = _keys(model)
+        if key in keys:
+            about = keys[key]
+            inside = ", ".join(each.removeprefix(f"{key}.") for each in keys if each.startswith(f"{key}."))
+            takes = (
+                f"a table of {inside}"
+                if inside
+                else f"{_wanted(about)}; default {_canonical(about['default'])}"
+            )
+            return f"{key} ({_file(model)}): {takes}\n{_wrapped(about['description'])}"
+    raise ConfigError(f"there is no key {_shown(key)}{_nearest(key, RunConfig)}")
+
+
+def commented_toml(config: RunConfig | PeerConfig) -> str:
+    """A TOML file of this config with every key spelled out under its documentation."""
+    about = _keys(type(config))
+    blocks = [_wrapped(type(config).__doc__ or "", "# ")]
+    table = ""
+    for key, value in _leaves(config).items():
+        section, _, name = key.rpartition(".")
+        if section != table:
+            table = section
+            blocks.append(f"[{table}]")
+        # JSON spells texts, numbers, booleans and lists of texts as TOML does, DEL apart.
+        line = f"{name} = {json.dumps(json.loads(value), ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        blocks.append(f"{_wrapped(about[key]['description'], '# ')}\n{line}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _wrapped(text: str, margin: str = "") -> str:
+    return textwrap.fill(" ".join(text.split()), width=100, initial_indent=margin, subsequent_indent=margin)
+
+
+# -- errors as sentences -------------------------------------------------------------------------------------
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes, so it is no run or peer file")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows put a mark before the text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _validated(model: type[S], document: dict[str, Any], where: str) -> S:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_sentence(model, error, where)) from None
+
+
+def _sentence(model: type[Section], error: ValidationError, where: str) -> str:
+    """The first thing that is wrong, in words, and how many more there are.
+
+    Unknown keys come first: a mistyped key is often what the other complaints come from.
+    """
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
+    key = _dotted(problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            text = f"unknown key {_shown(key)} in {where}{_nearest(key, model)}"
+        case "value_error":
+            text = f"{where}: {problem['ctx']['error']}"
+        case "json_invalid":
+            text = f"{where} is not JSON: {problem['ctx']['error']}"
+        case _:
+            place = f"{key} in {where}" if key else where
+            wanted = _wanted_at(model, problem["loc"])
+            text = f"{place} must be {wanted}, but is {_shown(problem['input'])}"
+    return text if len(problems) == 1 else f"{text} (1 of {len(problems)} problems)"
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    """("task", "width") → task.width, ("listen", 0) → listen[0]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    """A value as its file would spell it, short and printable whoever wrote it."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "an integer beyond 64 bits"  # Python refuses to print those of thousands of digits
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _nearest(key: str, model: type[Section]) -> str:
+    """The known key of either file that `key` may have meant, as the end of a sentence."""
+    other = PeerConfig if model is RunConfig else RunConfig
+    known = {each: _file(owner) for owner in (other, model) for each in _keys(owner)}
+    key = key[:80]  # comparing takes time in proportion, and the key may be a stranger's
+    leaf = key.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio())
+
+    best = max(known, key=likeness)
+    if likeness(best) < 0.6:
+        return "; `p2ptrain config schema` lists all keys"
+    if best == key:
+        return f"; it belongs in the {known[best]}"
+    return f"; the nearest known key is {best} of the {known[best]}"
+
+
+def _file(model: type[Section]) -> str:
+    return "run file" if model is RunConfig else "peer file"
+
+
+@cache
+def _keys(model: type[Section]) -> dict[str, dict[str, Any]]:
+    """Dotted key → its JSON schema, for each key and section of the file."""
+    whole = model.model_json_schema()
+    keys: dict[str, dict[str, Any]] = {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for name, about in node["properties"].items():
+            keys[prefix + name] = about
+            if "$ref" in about:
+                walk(whole["$defs"][about["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+
+    walk(whole, "")
+    return keys
+
+
+def _wanted_at(model: type[Section], loc: tuple[int | str, ...]) -> str:
+    if not loc:
+        return "a table of keys"
+    about = _keys(model)[_dotted(tuple(part for part in loc if isinstance(part, str)))]
+    return _wanted(about["items"] if isinstance(loc[-1], int) else about)
+
+
+def _wanted(about: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    match about:
+        case {"const": only}:
+            return _canonical(only)
+        case {"enum": choices}:
+            return " or ".join(map(_canonical, choices))
+        case {"type": "boolean"}:
+            return "true or false"
+        case {"type": "integer"}:
+            return f"a whole number{_range(about)}"
+        case {"type": "number"}:
+            return f"a number{_range(about)}"
+        case {"type": "string", "pattern": pattern}:
+            example = about.get("examples", [about.get("default")])[0]
+            return f"text like {_canonical(example)} (pattern {pattern})"
+        case {"type": "string"}:
+            return f"text of {about.get('minLength', 0)} to {about['maxLength']} characters"
+        case {"type": "array"}:
+            return f"a list of at most {about['maxItems']} entries, each {_wanted(about['items'])}"
+        case _:
+            return "a table of keys"
+
+
+def _range(about: dict[str, Any]) -> str:
+    match about:
+        case {"minimum": low, "maximum": high}:
+            return f" from {low} to {high}"
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    return ", " + " and ".join(f"{said} {about[bound]}" for bound, said in words.items() if bound in about)

@@ -1,0 +1,114 @@
+"""`p2ptrain config`: check a run or peer file, explain a key, print the schemas or a file to start from.
+
+It needs no swarm, torch or hivemind, so it answers at once. With `--json` the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, assert_never
+
+import typer
+
+from p2ptrain import config
+from p2ptrain.config import PeerConfig, RunConfig
+
+app = typer.Typer(name="config", help="Check, explain and describe run and peer files.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on one line.")]
+
+
+class Kind(StrEnum):
+    RUN = "run"
+    PEER = "peer"
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A run file or a peer file; its keys tell which.")],
+    as_json: Json = False,
+) -> None:
+    """Say whether FILE is valid, and what it means."""
+    settings = config.load_either(file)
+    match settings:
+        case RunConfig():
+            lines, facts = _about_run(settings), {"kind": "run", "digest": config.run_digest(settings)}
+        case PeerConfig():
+            lines, facts = _about_peer(settings), {"kind": "peer"}
+        case _:
+            assert_never(settings)
+    typer.echo(f"{file} is a valid {facts['kind']} file")
+    for line in lines:
+        typer.echo(f"  {line}")
+    if as_json:
+        _echo_json({"file": str(file), **facts, "config": settings.model_dump(mode="json")})
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A key of either file, such as optimizer.lr")],
+    as_json: Json = False,
+) -> None:
+    """Say what KEY takes, its default, and what setting it low or high does."""
+    text = config.explain(key)
+    typer.echo(text)
+    if as_json:
+        _echo_json({"key": key, "text": text})
+
+
+@app.command()
+def schema(
+    kind: Annotated[Kind | None, typer.Argument(help="Which file; both if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the JSON schema of the run file, of the peer file or of both, for editors and other programs."""
+    schemas = config.schema()
+    chosen = schemas if kind is None else schemas[kind]
+    if as_json:
+        _echo_json(chosen)
+    else:
+        typer.echo(json.dumps(chosen, indent=2))
+
+
+@app.command()
+def default(kind: Annotated[Kind, typer.Argument(help="Which file.")]) -> None:
+    """Print a run or peer file with every default spelled out and explained, to start your own from."""
+    typer.echo(config.commented_toml(RunConfig() if kind is Kind.RUN else PeerConfig()), nl=False)
+
+
+def _about_run(run: RunConfig) -> list[str]:
+    task, schedule = run.task, run.schedule
+    after = "" if schedule.kind == "constant" else f", then {schedule.kind} to {schedule.final_ratio:g} of it"
+    return [
+        f"run      {run.run_id}, {run.total_steps:,} steps",
+        f"digest   {config.run_digest(run)}",
+        f"trains   {task.layers} layers of width {task.width} on samples of {task.context} bytes "
+        f"from {task.corpus}",
+        f"step     {run.target_batch_size:,} samples from {run.min_peers} to {run.max_peers} peers, "
+        f"averaged as {run.codec}",
+        f"applies  {run.optimizer.kind}, lr {run.optimizer.lr:g} after {schedule.warmup_steps} steps{after}",
+        f"gone     is a peer that says nothing for {run.silence_seconds:g} s",
+    ]
+
+
+def _about_peer(peer: PeerConfig) -> list[str]:
+    checkpoints = (
+        f"every {peer.checkpoint_every_steps:,} steps, {peer.checkpoints_kept} kept"
+        if peer.checkpoint_every_steps
+        else "none"
+    )
+    return [
+        f"name         {peer.name or 'made from the peer id'}",
+        f"computes     {peer.micro_batch_size:,} samples at a time on {peer.device}, threads {peer.threads}",
+        f"corpus       {peer.corpus or 'as the run says'}",
+        f"listens on   {' '.join(peer.listen) or 'nothing'}",
+        f"announces    {' '.join(peer.announce) or 'what it listens on'}",
+        f"metrics on   {peer.metrics_host}:{peer.metrics_port or 'any free port'}",
+        f"checkpoints  {checkpoints}",
+    ]
+
+
+def _echo_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value))

@@ -1,0 +1,467 @@
+"""What a run file and a peer file may say, what is said when they are wrong, and what their hashes bind."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from p2ptrain.config import (
+    MAX_FILE_BYTES,
+    BytesTask,
+    Optimizer,
+    PeerConfig,
+    RunConfig,
+    Schedule,
+    canonical_json,
+    check_together,
+    commented_toml,
+    difference,
+    explain,
+    fingerprint,
+    load_either,
+    load_peer,
+    load_run,
+    parse_run,
+    run_digest,
+    schema,
+)
+from p2ptrain.errors import BadMessage, ConfigError
+from peers.config_cli import app
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted((CONFIGS / "runs").glob("*.toml"))
+PEERS = sorted((CONFIGS / "peers").glob("*.toml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file with this content and gives its path."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "some.toml"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def refusal(load, path) -> str:
+    """The one sentence with which `load` refuses the file."""
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message.replace(str(path), "FILE")
+
+
+# -- the files we ship ---------------------------------------------------------------------------------------
+
+# A changed digest means that peers with the old and the new p2ptrain, or the old and the new file, train
+# different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
+# the new digest here.
+DIGESTS = {
+    "default": "487a773c2e7a44f32cd708712c9d1f9a8c5913f0b07359a0ab76c2317d830d0c",
+    "own-text": "0e95220dd66c67885292659a529d561ada80b2d5f1537d80cd6f4dcb5b2bc898",
+    "tiny": "fbf45670a844d90510aa3f3d921913dceab1177b78e790302e8b131e16d43859",
+}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_run_file_has_its_known_digest_when_loaded(path):
+    assert run_digest(load_run(path)) == DIGESTS[path.stem]
+
+
+@pytest.mark.parametrize("path", PEERS, ids=lambda path: path.stem)
+def test_peer_file_loads_and_fits_the_default_run_when_shipped(path):
+    check_together(RunConfig(), load_peer(path))
+
+
+def test_shipped_files_are_all_tested_when_one_is_added():
+    assert {path.stem for path in RUNS} == set(DIGESTS)
+    assert set(CONFIGS.rglob("*.toml")) == {*RUNS, *PEERS}
+
+
+@pytest.mark.parametrize(("folder", "config"), [("runs", RunConfig()), ("peers", PeerConfig())])
+def test_default_file_spells_out_every_default_and_its_documentation_when_read(folder, config):
+    """If this fails, `p2ptrain config default run` (or peer) prints what the file must hold."""
+    path = CONFIGS / folder / "default.toml"
+    assert load_either(path) == config
+    assert path.read_text() == commented_toml(config)
+
+
+@pytest.mark.parametrize("path", [*RUNS, *PEERS], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_commented_toml_gives_the_same_config_when_loaded(path, write):
+    config = load_either(path)
+    assert load_either(write(commented_toml(config))) == config
+
+
+@given(name=st.text(max_size=64).filter(lambda text: text.isprintable() or "\x7f" in text))
+def test_commented_toml_keeps_a_text_when_it_needs_escapes(name, tmp_path_factory):
+    path = tmp_path_factory.mktemp("peer") / "peer.toml"
+    path.write_text(commented_toml(PeerConfig(name=name, threads=3)), encoding="utf-8")
+    assert load_peer(path).name == name
+
+
+# -- what a file may say -------------------------------------------------------------------------------------
+
+
+def test_run_is_the_default_one_when_the_file_is_empty(write):
+    assert load_run(write("")) == load_either(write("")) == RunConfig()
+
+
+def test_whole_number_counts_as_a_number_when_the_field_is_a_number(write):
+    run = load_run(write("[optimizer]\nlr = 1"))
+    assert run == RunConfig(optimizer=Optimizer(lr=1.0))
+    assert run_digest(run) == run_digest(RunConfig(optimizer=Optimizer(lr=1.0)))
+
+
+def test_list_is_taken_when_the_field_is_a_tuple(write):
+    peer = load_peer(write('listen = ["/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/31337"]'))
+    assert peer.listen == ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/31337")
+
+
+def test_file_is_read_when_windows_wrote_it(write):
+    assert load_run(write(b"\xef\xbb\xbfseed = 3\r\n\r\n[task]\r\nlayers = 2\r\n")).task.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("seed = 1", RunConfig), ("[task]\nlayers = 1", RunConfig), ("threads = 1", PeerConfig)],
+)
+def test_either_tells_run_from_peer_when_it_sees_the_keys(write, text, kind):
+    assert isinstance(load_either(write(text)), kind)
+
+
+def test_config_cannot_be_changed_when_made():
+    with pytest.raises(ValidationError):
+        RunConfig().task.layers = 5
+
+
+# -- what is said when it is wrong ---------------------------------------------------------------------------
+
+NEAREST = "the nearest known key is"
+ID_PATTERN = "^[a-z0-9][a-z0-9-]{0,62}$"
+WRONG_RUNS = {
+    # an unknown key, and the nearest known one
+    "total_stps = 9": f'unknown key "total_stps" in FILE; {NEAREST} total_steps of the run file',
+    "[task]\nlayrs = 2": f'unknown key "task.layrs" in FILE; {NEAREST} task.layers of the run file',
+    "lr = 0.1": f'unknown key "lr" in FILE; {NEAREST} optimizer.lr of the run file',
+    "[optimiser]\nlr = 1": f'unknown key "optimiser" in FILE; {NEAREST} optimizer of the run file',
+    "threads = 2": 'unknown key "threads" in FILE; it belongs in the peer file',
+    "qqq = 2": 'unknown key "qqq" in FILE; `p2ptrain config schema` lists all keys',
+    # out of range
+    "[optimizer]\nlr = 20": "optimizer.lr in FILE must be a number, above 0 and at most 10, but is 20",
+    "[task]\nlayers = 0": "task.layers in FILE must be a whole number from 1 to 64, but is 0",
+    "seed = 0x" + "f" * 4000: (
+        "seed in FILE must be a whole number, at least 0 and below 2147483648, "
+        "but is an integer beyond 64 bits"
+    ),
+    "[schedule]\nfinal_ratio = nan": "schedule.final_ratio in FILE must be a number from 0 to 1, but is NaN",
+    "[task]\ncorpus = ''": 'task.corpus in FILE must be text of 1 to 300 characters, but is ""',
+    "codec = 'int8'": 'codec in FILE must be "fp32" or "fp16", but is "int8"',
+    "strategy = 'local'": 'strategy in FILE must be "sync", but is "local"',
+    "run_id = 'My Run'": (
+        f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "My Run"'
+    ),
+    # the wrong type
+    "[task]\nlayers = 4.0": "task.layers in FILE must be a whole number from 1 to 64, but is 4.0",
+    "total_steps = '9'": 'total_steps in FILE must be a whole number from 1 to 1000000000, but is "9"',
+    "[optimizer]\nlr = true": "optimizer.lr in FILE must be a number, above 0 and at most 10, but is true",
+    "[optimizer]\nnesterov = 1": "optimizer.nesterov in FILE must be true or false, but is 1",
+    "run_id = 2026-11-23": (
+        f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "2026-11-23"'
+    ),
+    "task = 3": "task in FILE must be a table of keys, but is 3",
+    # several at once: an unknown key first, it may explain the others
+    "seed = -1\nsede = 1": (
+        'unknown key "sede" in FILE; the nearest known key is seed of the run file (1 of 2 problems)'
+    ),
+    # fields that do not fit together
+    "[task]\nwidth = 100\nheads = 3": (
+        "FILE: task.width (100) must be divisible by task.heads (3); the nearest width that is: 99"
+    ),
+    "min_peers = 9\nmax_peers = 8": (
+        "FILE: min_peers (9) must be at most max_peers (8), or no round could ever begin; "
+        "lower min_peers or raise max_peers"
+    ),
+    "heartbeat_seconds = 2": (
+        "FILE: silence_seconds (5) must be at least 3 times heartbeat_seconds (2), or one late heartbeat "
+        "would drop a healthy peer; raise silence_seconds to 6 or lower heartbeat_seconds"
+    ),
+    "total_steps = 50": (
+        "FILE: schedule.warmup_steps (50) must be less than total_steps (50), or the run would never reach "
+        "its learning rate; lower schedule.warmup_steps or raise total_steps"
+    ),
+    # not TOML
+    "seed = 1\nlr =\n": "FILE is not valid TOML: Invalid value (at line 2, column 5)",
+    "seed = 1\nseed = 2\n": "FILE is not valid TOML: Cannot overwrite a value (at line 2, column 9)",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_RUNS, ids=lambda text: text[:24])
+def test_run_file_is_refused_in_one_sentence_when_wrong(write, text):
+    assert refusal(load_run, write(text)) == WRONG_RUNS[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seed = 1", 'unknown key "seed" in FILE; it belongs in the run file'),
+        ("listen = '/ip4/0.0.0.0/tcp/0'", "listen in FILE must be a list of at most 16 entries"),
+        ("listen = ['0.0.0.0:31337']", 'listen[0] in FILE must be text like "/ip4/0.0.0.0/tcp/31337"'),
+        ("announce = ['/ip4/1.2.3.4/tcp/1', 2]", "announce[1] in FILE must be text like"),
+        ("metrics_port = 70000", "metrics_port in FILE must be a whole number from 0 to 65535, but is 70000"),
+    ],
+)
+def test_peer_file_is_refused_in_one_sentence_when_wrong(write, text, sentence):
+    assert refusal(load_peer, write(text)).startswith(sentence)
+
+
+def test_file_is_refused_when_it_is_none(tmp_path):
+    assert refusal(load_run, tmp_path / "none.toml") == "cannot read FILE: No such file or directory"
+    assert refusal(load_peer, tmp_path) == "cannot read FILE: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            b"# " + b"x" * MAX_FILE_BYTES,
+            f"FILE is larger than {MAX_FILE_BYTES} bytes, so it is no run or peer file",
+        ),
+        (b"run_id = '\xff'", "FILE is not UTF-8 text (byte 10); save it as UTF-8"),
+        (b"x = " + b"[" * 9000, "FILE is not valid TOML: "),
+    ],
+    ids=["large", "latin-1", "deep"],
+)
+def test_file_is_refused_when_it_is_no_text_of_ours(write, content, sentence):
+    assert refusal(load_run, write(content)).startswith(sentence)
+
+
+def test_silence_of_three_heartbeats_is_enough_when_floats_round():
+    assert 3 * 0.1 > 0.3
+    assert RunConfig(heartbeat_seconds=0.1, silence_seconds=0.3).silence_seconds == 0.3
+
+
+# -- run and peer together -----------------------------------------------------------------------------------
+
+
+def test_peer_is_refused_when_its_micro_batch_exceeds_the_target():
+    with pytest.raises(
+        ConfigError, match=r"^target_batch_size \(64\) of run r is smaller than this peer's "
+    ) as caught:
+        check_together(RunConfig(run_id="r", target_batch_size=64), PeerConfig(micro_batch_size=128))
+    assert "(128); lower micro_batch_size in the peer file" in str(caught.value)
+    check_together(RunConfig(target_batch_size=64), PeerConfig(micro_batch_size=64))
+
+
+def test_peer_is_refused_when_only_the_run_says_where_the_text_is():
+    """An invite must not be able to make a volunteer train on, and so give away, a folder of its choice."""
+    run = RunConfig(task=BytesTask(corpus="/home"))
+    with pytest.raises(ConfigError, match=r'trains on the text "/home", .* set corpus in the peer file'):
+        check_together(run, PeerConfig())
+    check_together(run, PeerConfig(corpus="texts"))
+
+
+# -- identity ------------------------------------------------------------------------------------------------
+
+runs = st.builds(
+    RunConfig,
+    run_id=st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True),
+    seed=st.integers(0, 2**31 - 1),
+    target_batch_size=st.integers(1, 2**24),
+    codec=st.sampled_from(["fp32", "fp16"]),
+    task=st.builds(
+        BytesTask, corpus=st.text(min_size=1, max_size=300, alphabet=st.characters(exclude_categories=["Cs"]))
+    ),
+    optimizer=st.builds(
+        Optimizer,
+        lr=st.floats(0, 10, exclude_min=True),
+        weight_decay=st.floats(0, 1),
+        nesterov=st.booleans(),
+    ),
+)
+
+
+@given(run=runs)
+def test_run_arrives_unchanged_when_sent_as_canonical_json(run):
+    text = canonical_json(run)
+    assert text.isascii()
+    assert len(text) <= MAX_FILE_BYTES
+    assert parse_run(text) == parse_run(text.encode()) == run
+    assert canonical_json(parse_run(text)) == text
+
+
+@given(a=runs, b=runs)
+def test_digests_agree_when_and_only_when_there_is_no_difference(a, b):
+    assert (run_digest(a) == run_digest(b)) == (difference(a, b) == [])
+    assert difference(a, a) == []
+
+
+def test_difference_names_keys_and_both_values_when_runs_differ():
+    here = RunConfig(seed=1)
+    there = RunConfig(optimizer=Optimizer(lr=1e-3), task=BytesTask(corpus="texts"))
+    assert difference(here, there) == [
+        "seed: 1 here, 0 there",
+        'task.corpus: "stdlib" here, "texts" there',
+        "optimizer.lr: 0.002 here, 0.001 there",
+    ]
+
+
+TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float32")]
+
+
+def test_fingerprint_is_the_known_one_when_nothing_changed():
+    """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
+    assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
+        "f719611da742031ea9513e320b610cab06bddd528fd8c8bb20d418642524a359"
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "table"),
+    [
+        (RunConfig(seed=1), TABLE),
+        (RunConfig(schedule=Schedule(warmup_steps=51)), TABLE),
+        (RunConfig(), [("embed", (256, 128), "float32"), TABLE[1]]),
+        (RunConfig(), [("embed.weight", (128, 256), "float32"), TABLE[1]]),
+        (RunConfig(), [("embed.weight", (256, 128), "float64"), TABLE[1]]),
+        (RunConfig(), [TABLE[1], TABLE[0]]),
+        (RunConfig(), TABLE[:1]),
+    ],
+    ids=["seed", "warmup", "name", "shape", "dtype", "order", "missing"],
+)
+def test_fingerprint_differs_when_peers_could_not_average(run, table):
+    assert fingerprint(run, table) != fingerprint(RunConfig(), TABLE)
+
+
+# -- a run from a stranger -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "the run that a peer sent is not JSON: EOF while parsing a value at line 1 column 0"),
+        ("[]", "the run that a peer sent must be a table of keys, but is []"),
+        ("[" * 5000, "the run that a peer sent is not JSON: recursion limit exceeded"),
+        ('{"optimizer":{"lr":1e999}}', "optimizer.lr in the run that a peer sent must be a number, above 0"),
+        ('{"tempo":1}', 'unknown key "tempo" in the run that a peer sent'),
+        ('{"min_peers":70}', "the run that a peer sent: min_peers (70) must be at most max_peers (64)"),
+        ('{"\\u001b[2J' + "x" * 5000 + '":1}', 'unknown key "\\u001b[2Jxxx'),
+        (b"\xff\xfe", "the run that a peer sent is not JSON: "),
+        ('{"run_id":"\\ud800"}', "the run that a peer sent is not JSON: "),
+    ],
+    ids=["empty", "list", "deep", "infinite", "unknown", "misfit", "escape", "binary", "surrogate"],
+)
+def test_run_of_a_peer_is_refused_in_a_short_printable_sentence_when_wrong(text, sentence):
+    with pytest.raises(BadMessage) as caught:
+        parse_run(text)
+    message = str(caught.value)
+    assert message.startswith(sentence)
+    assert message.endswith("; if the swarm runs a newer p2ptrain, upgrade this one")
+    assert message.isprintable()
+    assert len(message) < 300
+
+
+def test_run_of_a_peer_is_refused_unread_when_too_large():
+    with pytest.raises(BadMessage, match="at most 65536 are read"):
+        parse_run(b" " * (MAX_FILE_BYTES + 1))
+
+
+@given(text=st.binary(max_size=200) | st.text(max_size=200))
+def test_run_of_a_peer_gives_a_run_or_bad_message_when_anything_is_sent(text):
+    with contextlib.suppress(BadMessage):
+        assert isinstance(parse_run(text), RunConfig)
+
+
+# -- documentation -------------------------------------------------------------------------------------------
+
+FIELDS = [
+    (model, name, field)
+    for model in (RunConfig, BytesTask, Optimizer, Schedule, PeerConfig)
+    for name, field in model.model_fields.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "field"), FIELDS, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_field_is_documented_in_sentences_when_declared(model, name, field):
+    assert field.description
+    assert field.description.rstrip().endswith(".")
+    assert len(field.description) > 20
+
+
+def test_explain_gives_range_default_and_text_when_the_key_is_known():
+    head, text = explain("optimizer.lr").split("\n", 1)
+    assert head == "optimizer.lr (run file): a number, above 0 and at most 10; default 0.002"
+    assert text.startswith("Learning rate after warm-up.")
+    assert explain("micro_batch_size").startswith(
+        "micro_batch_size (peer file): a whole number from 1 to 65536; "
+    )
+    assert explain("schedule").startswith("schedule (run file): a table of kind, warmup_steps, final_ratio\n")
+
+
+@pytest.mark.parametrize("kind", ["run", "peer"])
+def test_explain_knows_every_key_when_the_schema_does(kind):
+    document = schema()[kind]
+    assert document["additionalProperties"] is False
+    for key in document["properties"]:
+        assert explain(key).startswith(f"{key} ({kind} file): ")
+
+
+def test_explain_names_the_nearest_key_when_there_is_none():
+    with pytest.raises(ConfigError, match=r'^there is no key "heads"; .* is task.heads of the run file$'):
+        explain("heads")
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def output(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_check_says_what_a_file_is_and_means_when_it_is_valid():
+    path = CONFIGS / "runs" / "tiny.toml"
+    text = output("check", str(path))
+    assert text.startswith(f"{path} is a valid run file\n")
+    assert DIGESTS["tiny"] in text
+    assert "is a valid peer file" in output("check", str(CONFIGS / "peers" / "laptop.toml"))
+
+
+def test_check_ends_with_one_json_object_when_asked():
+    last = json.loads(output("check", str(CONFIGS / "runs" / "tiny.toml"), "--json").splitlines()[-1])
+    assert (last["kind"], last["digest"]) == ("run", DIGESTS["tiny"])
+    assert RunConfig.model_validate(last["config"]) == load_run(CONFIGS / "runs" / "tiny.toml")
+
+
+def test_check_raises_what_the_command_line_prints_when_a_file_is_wrong(write):
+    result = CliRunner().invoke(app, ["check", str(write("lr = 1"))])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.exit_code == 2
+    assert result.output == ""
+
+
+def test_command_prints_explanations_schemas_and_defaults_when_asked():
+    assert output("explain", "codec") == explain("codec") + "\n"
+    assert json.loads(output("explain", "codec", "--json").splitlines()[-1])["key"] == "codec"
+    assert json.loads(output("schema")) == schema()
+    assert json.loads(output("schema", "peer", "--json")) == schema()["peer"]
+    assert output("default", "run") == commented_toml(RunConfig())
+
+
+def test_config_imports_neither_torch_nor_hivemind_when_a_command_starts():
+    script = "import sys, peers.config_cli; print({'torch', 'hivemind', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
