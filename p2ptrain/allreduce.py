@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage, Unreachable
+from p2ptrain.events import AbortCause
 from p2ptrain.gradients.aggregation import mean_chunk, squared_norm
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
-    AbortCause,
     Apply,
     Begin,
     Cancel,
@@ -59,6 +59,9 @@ class Committed:
 
     entry: Entry
     newcomers: tuple[PeerId, ...]
+    began: float
+    """Loop time of the freeze, and of holding every span."""
+    held: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Aborted:
     ballot: Ballot
     cause: AbortCause
     dropped: tuple[PeerId, ...]
+    seconds: float
+    """From the freeze until now."""
 
 
 Outcome = Committed | Behind | Aborted
@@ -140,6 +145,7 @@ class Attempt:
     ) -> None:
         self.freeze = freeze
         self.began = asyncio.get_running_loop().time()
+        self.held = self.began
         self.sealed = False
         self.header: EntryHeader | None = None
         self._me = swarm.peer_id
@@ -281,6 +287,7 @@ class Attempt:
                 digest.update(hashlib.sha256(self._shadow[key]).digest())
             self.header = reduction.header(digest.hexdigest())
             self._timer.cancel()
+            self.held = asyncio.get_running_loop().time()
             self._on_held(self.header)
 
     def _overdue(self) -> None:
@@ -366,11 +373,11 @@ class Rounds:
         """Who is there, from the DHT."""
         self._carry_out(self.member.informed(present, self._now()))
 
-    def unreachable(self, peer: PeerId) -> None:
-        """The trainer could not get from `peer` what it had promised."""
-        self._carry_out(self.member.linked(peer, False, self._now()))
+    def unhelpful(self, donor: PeerId) -> None:
+        """The trainer could not get from `donor` what it had promised."""
+        self.member.unhelpful(donor)
 
-    async def changed(self, timeout_seconds: float) -> bool:
+    async def changed(self, timeout_seconds: float | None) -> bool:
         """Wait until an attempt began or ended; False if nothing did in that time."""
         turn = self._turn
         try:
@@ -473,10 +480,13 @@ class Rounds:
                 case Begin(freeze):
                     self._begin(freeze)
                 case Cancel(ballot, cause, dropped):
-                    self._end(Aborted(ballot, cause, dropped))
+                    began = self.attempt.began if self.attempt is not None else self._now()
+                    self._end(Aborted(ballot, cause, dropped, self._now() - began))
                 case Apply(header, newcomers):
-                    assert self.attempt is not None
-                    self._end(Committed(Entry(header, self.attempt.payload()), newcomers))
+                    attempt = self.attempt
+                    assert attempt is not None
+                    entry = Entry(header, attempt.payload())
+                    self._end(Committed(entry, newcomers, attempt.began, attempt.held))
                 case CatchUp(donor, position):
                     self._end(Behind(donor, position))
                 case TookOver() | Waiting():

@@ -231,10 +231,11 @@ class GetRun(Record):
 
 
 class GetEntry(Record):
-    """The entry that was committed at `step`; the reply's payload is its encoded bytes."""
+    """The entry that was committed at `step`; the reply's payload is its encoded bytes, if they are wanted."""
 
     kind: Literal["get_entry"] = "get_entry"
     step: Step
+    with_payload: bool = True
 
 
 class GetManifest(Record):

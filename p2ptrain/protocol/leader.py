@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
-from p2ptrain.protocol.round import AbortCause, Effect, Rules, Send, Waiting
+from p2ptrain.protocol.round import Effect, Rules, Send, Waiting
 from p2ptrain.protocol.spans import share_out
 from p2ptrain.records import (
     Abort,
@@ -75,6 +76,7 @@ class Leader:
         self.newcomers: set[PeerId] = set()
         self.dropped: set[PeerId] = set()
         self.attempt_seconds = 0.0
+        self._hold_until = float("-inf")
         self._began = 0.0
         self._reason = ""
         self._asked: set[PeerId] = set()
@@ -92,6 +94,8 @@ class Leader:
                 return self._ask_deadline
             case Phase.REDUCING if self.attempt is not None:
                 return self.attempt.deadline
+            case Phase.COLLECTING if self.expected and self._hold_until > float("-inf"):
+                return self._hold_until
             case _:
                 return float("inf")
 
@@ -153,6 +157,17 @@ class Leader:
         self.expected.discard(sender)
         return self.consider(now)
 
+    def include(self, report: Report, now: float) -> None:
+        """The leader is a member from the start, also before it has anything to report."""
+        self.reports[self.me] = _Known(report, now)
+
+    def welcome(self, newcomer: PeerId, now: float) -> None:
+        """A peer will stand here within a few round trips: hold the freeze for it, but not for long. Meanwhile
+        the members go on accumulating."""
+        if self.phase is Phase.COLLECTING and newcomer not in self.reports and newcomer not in self.dropped:
+            self.expected.add(newcomer)
+            self._hold_until = now + self.rules.heartbeat_seconds
+
     def consider(self, now: float) -> list[Effect]:
         """Freeze, if the batch is full."""
         if self.phase is not Phase.COLLECTING:
@@ -166,6 +181,8 @@ class Leader:
             )
             for peer, known in self._eligible()
         }
+        if self.expected and now < self._hold_until:
+            return []
         match progress.decide(
             paces, len(self.expected), self.rules.target_batch_size, self.rules.min_peers, now
         ):
@@ -253,6 +270,9 @@ class Leader:
 
     def tick(self, now: float) -> list[Effect]:
         """Whatever was due has not come."""
+        if self.phase is Phase.COLLECTING and now >= self._hold_until:
+            self._hold_until = float("-inf")
+            return self.consider(now)
         attempt = self.attempt
         if self.phase is not Phase.REDUCING or attempt is None:
             return []

@@ -13,15 +13,16 @@ Not covered: whether what a peer claims is true. A position that no donor can pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import assert_never
 
+from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import Leader, Phase, cause_of
-from p2ptrain.protocol.lineage import heavier
+from p2ptrain.protocol.lineage import advance, heavier
 from p2ptrain.protocol.roster import leader_order
 from p2ptrain.protocol.round import (
-    AbortCause,
     Apply,
     Begin,
     Cancel,
@@ -49,6 +50,10 @@ from p2ptrain.records import (
 
 MAX_KNOWN = 1024
 """Peers one machine keeps in mind; more are not believed."""
+
+MAX_UNHELPFUL = 5
+WELCOME_STEPS = 20
+"""A newcomer that missed its first round is waited for again after so many steps."""
 
 
 class Stage(Enum):
@@ -82,6 +87,8 @@ class Member:
         self.known: dict[PeerId, Position] = {}
         self._report: Report | None = None
         self._early: dict[PeerId, Report] = {}
+        self._welcomed: dict[PeerId, int] = {}
+        self._unhelpful: Counter[PeerId] = Counter()
         self._unanswered: set[PeerId] = set()
         self._beat_at = float("inf")
 
@@ -135,9 +142,9 @@ class Member:
             alone = not (set(self.order) - {self.me} - self.lost)
             if appointed or alone:
                 roster = set(last.roster) if last is not None else set()
-                self.leader = Leader(
-                    self.me, self.rules, position, expected=(roster | set(newcomers)) - {self.me} - self.lost
-                )
+                self.leader = Leader(self.me, self.rules, position, expected=roster - {self.me} - self.lost)
+                self.leader.include(self._report, now)
+                self._welcome(newcomers, now)
             else:
                 effects += self._take_over(now, quietly=True)
         else:
@@ -170,7 +177,7 @@ class Member:
             batch_seconds=batch_seconds,
             state_digest=state_digest,
         )
-        return self._settle(self._speak(now), now)
+        return self._settle(self._speak(), now)
 
     def held(self, header: EntryHeader, now: float) -> list[Effect]:
         """The data plane holds every span of the attempt that `header` names."""
@@ -178,7 +185,7 @@ class Member:
             return []
         self.stage = Stage.HELD
         self.held_header = header
-        return self._settle(self._speak(now), now)
+        return self._settle(self._speak(), now)
 
     def failed(
         self, ballot: Ballot, suspects: Iterable[PeerId], cause: AbortCause, now: float
@@ -191,6 +198,14 @@ class Member:
         )
         return self._settle([Send(self.following, message)], now)
 
+    def unhelpful(self, donor: PeerId) -> None:
+        """The donor could not bring this peer further. It is not gone for that: another is tried first, and what
+        one claims is believed no more after `MAX_UNHELPFUL` times, until it says it again."""
+        self._unhelpful[donor] += 1
+        if self._unhelpful[donor] >= MAX_UNHELPFUL:
+            del self._unhelpful[donor]
+            self.known.pop(donor, None)
+
     def linked(self, peer: PeerId, up: bool, now: float) -> list[Effect]:
         """The link to a peer was reset (`up`) or could not be restored (not `up`)."""
         if not up:
@@ -200,7 +215,7 @@ class Member:
         if self.leader is not None:
             effects += self.leader.again(peer)
         elif peer == self.following:
-            effects += self._speak(now)
+            effects += self._speak()
         return self._settle(effects, now)
 
     def informed(self, present: Mapping[PeerId, Position], now: float) -> list[Effect]:
@@ -231,8 +246,7 @@ class Member:
             return effects
         if now >= self._beat_at:
             self._beat_at = now + self.rules.heartbeat_seconds
-            effects += self._speak(now)
-            effects += self._notice_silence(now)
+            effects += [*self._beat(), *self._speak(), *self._notice_silence(now)]
         if self.leader is not None and now >= self.leader.deadline():
             if self.leader.phase is Phase.ASKING:
                 effects += self._conclude(now)
@@ -305,6 +319,7 @@ class Member:
                 self._early[sender] = report
             return []
         if self.last is not None and (theirs.step, theirs.lineage) == (self.last.step, self.last.parent):
+            self._welcome([sender], now)
             return [Send(sender, Commit(header=self.last))]
         if heavier(theirs, mine):
             return [Send(sender, Ask(position=mine))]
@@ -319,7 +334,7 @@ class Member:
         if self.ballot is not None and freeze.ballot < self.ballot:
             return [Send(sender, self.answer())]
         if self.freeze is not None and freeze.ballot == self.freeze.ballot:
-            return self._speak(now) if self.stage is Stage.HELD else []
+            return self._speak() if self.stage is Stage.HELD else []
         effects = self._leave_attempt(AbortCause.SUPERSEDED)
         self._follow(sender, freeze.ballot, now)
         self.freeze = freeze
@@ -335,7 +350,7 @@ class Member:
                 return [Apply(header, newcomers)]
             holders = [peer for peer in header.roster if peer not in self.lost and peer != self.me]
             donor = sender if sender != self.me else next(iter(holders), sender)
-            return self._go_outside(donor, mine)
+            return self._go_outside(donor, advance(mine, header))
         if header.step > mine.step:
             return [Send(sender, Ask(position=mine))]
         return []
@@ -384,11 +399,11 @@ class Member:
             return self._take_over(now)  # each takes the other for the leader: one has to begin
         if sender == self.following and answer.leader != sender and answer.leader not in self.lost:
             self._follow(answer.leader, answer.ballot, now)
-            return self._speak(now)
+            return self._speak()
         ballot = answer.ballot
         if ballot is not None and ballot.leader == sender and (self.ballot is None or self.ballot < ballot):
             self._follow(sender, ballot, now)
-            return self._speak(now)
+            return self._speak()
         return []
 
     def _on_answer_as_leader(
@@ -400,10 +415,10 @@ class Member:
         if answer.ballot is not None and leader.ballot < answer.ballot:
             effects = self._leave_attempt(AbortCause.SUPERSEDED)
             self._follow(answer.ballot.leader, answer.ballot, now)
-            return [*effects, *self._speak(now)]
+            return [*effects, *self._speak()]
         if answer.leader == sender and answer.ballot is None and leader.number == 0 and sender < self.me:
             self._follow(sender, None, now)  # two who have not begun: the smaller id leads
-            return self._speak(now)
+            return self._speak()
         return []
 
     # -- moves -------------------------------------------------------------------------------------------------
@@ -420,6 +435,20 @@ class Member:
         elif self.position is not None:
             self.known.setdefault(peer, self.position)
 
+    def _welcome(self, newcomers: Iterable[PeerId], now: float) -> None:
+        """As a leader, hold the freeze for peers that are one entry away. Each is granted that once in a while:
+        one that is always late must not slow down everybody."""
+        if self.leader is None:
+            return
+        step = self._here().step
+        for peer in newcomers:
+            if peer in self.lost or step - self._welcomed.get(peer, -WELCOME_STEPS) < WELCOME_STEPS:
+                continue
+            if len(self._welcomed) >= MAX_KNOWN:
+                self._welcomed.clear()
+            self._welcomed[peer] = step
+            self.leader.welcome(peer, now)
+
     def _first_alive(self) -> PeerId:
         return next((peer for peer in self.order if peer not in self.lost), self.me)
 
@@ -433,16 +462,17 @@ class Member:
             self.heard.setdefault(leader, now)
             self.heard[leader] = max(self.heard[leader], now)
 
-    def _speak(self, now: float) -> list[Effect]:
-        """Say what matters now: as a leader that one is alive, as a member where one stands in the attempt."""
-        effects: list[Effect] = []
-        if self.leader is not None:
-            effects += [Send(peer, self.answer()) for peer in sorted(self.leader.audience() - self.lost)]
+    def _speak(self) -> list[Effect]:
+        """Tell the leader what it must know now: that this peer is Done, or how far it is."""
         if self.stage is Stage.HELD and self.held_header is not None:
-            effects.append(Send(self.following, Done(header=self.held_header)))
-        elif self._report is not None:
-            effects.append(Send(self.following, self._report))
-        return effects
+            return [Send(self.following, Done(header=self.held_header))]
+        return [Send(self.following, self._report)] if self._report is not None else []
+
+    def _beat(self) -> list[Effect]:
+        """A leader tells those who wait for it that it is alive, and where it stands."""
+        if self.leader is None:
+            return []
+        return [Send(peer, self.answer()) for peer in sorted(self.leader.audience() - self.lost)]
 
     def _leave_attempt(self, cause: AbortCause, dropped: tuple[PeerId, ...] = ()) -> list[Effect]:
         if self.freeze is None:
@@ -475,7 +505,7 @@ class Member:
         if self.following == self.me:
             return self._take_over(now)
         self.heard[self.following] = now
-        return self._speak(now)
+        return self._speak()
 
     def _take_over(self, now: float, *, quietly: bool = False) -> list[Effect]:
         """Everyone before this peer in the order is gone: hear how things stand, then lead."""

@@ -7,21 +7,9 @@ events with `now` and return effects, in order, for the rim to carry out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
+from p2ptrain.events import AbortCause
 from p2ptrain.records import Ballot, EntryHeader, Freeze, Message, PeerId, Position
-
-
-class AbortCause(StrEnum):
-    """Why an attempt ended without a step; every abort has exactly one."""
-
-    PEER_LOST = "peer_lost"
-    DEADLINE = "deadline"
-    NONFINITE = "nonfinite"
-    BAD_CHUNK = "bad_chunk"
-    DIGEST_MISMATCH = "digest_mismatch"
-    SUPERSEDED = "superseded"
-    LEADER_LOST = "leader_lost"
 
 
 @dataclass(frozen=True)

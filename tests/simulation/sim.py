@@ -12,13 +12,14 @@ import random
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 
+from p2ptrain.swarm.memory import Network
+
 from p2ptrain.errors import BadMessage
 from p2ptrain.protocol.lineage import advance, digest_of, genesis, heavier
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import AbortCause, Apply, Begin, Cancel, CatchUp, Effect, Rules, Send
 from p2ptrain.records import Averaged, Chunk, EntryHeader, Freeze, PeerId, Position
-from p2ptrain.swarm.memory import Network
 
 GENESIS = genesis("f" * 64, "0" * 64)
 VALUES, CHUNK_VALUES = 12, 2
@@ -136,6 +137,7 @@ class Peer:
             self.sim.network.after(PRESENCE_SECONDS, self.publish)
 
     def crash(self) -> None:
+        self.sim.trace(self.name, "crash")
         self.alive = False
         self.sim.network.detach(self.name)
 
@@ -250,6 +252,9 @@ class Peer:
 
     def average(self, attempt: Attempt, number: int) -> None:
         roster = attempt.freeze.roster
+        if not attempt.reduction.contributors():
+            self.overdue(attempt, AbortCause.BAD_CHUNK, [])
+            return
         content = ";".join(
             ",".join(attempt.contributions[roster[rank]]) for rank in attempt.reduction.contributors()
         )
@@ -271,6 +276,7 @@ class Peer:
     def carry_out(self, effects: list[Effect]) -> None:
         net = self.sim.network
         for effect in effects:
+            self.sim.trace(self.name, effect)
             match effect:
                 case Send(to, message):
                     net.send(self.name, to, message)
@@ -325,6 +331,7 @@ class Peer:
     def on_link(self, peer: PeerId, up: bool) -> None:
         if not self.alive or self.paused:
             return
+        self.sim.trace(self.name, f"link to {peer} {'reset' if up else 'lost'}")
         self.carry_out(self.machine.linked(peer, up, self.sim.network.now))
         if up and self.attempt is not None:
             for header, payload in list(self.attempt.sent.get(peer, ())):
@@ -365,7 +372,7 @@ class Peer:
         def give_up() -> None:
             if self.alive and self.fetching == number:
                 self.fetching = 0
-                self.machine.linked(donor, False, self.sim.network.now)
+                self.machine.unhelpful(donor)
                 self.back_in()
 
         self.sim.network.after(FETCH_SECONDS, give_up)
@@ -376,6 +383,8 @@ class Peer:
         self.machine.known[donor] = theirs
         if heavier(theirs, self.position):
             self.adopt(log)
+        else:
+            self.machine.unhelpful(donor)
         self.back_in()
 
     def back_in(self) -> None:
@@ -407,9 +416,14 @@ class Simulation:
         self.contents: dict[str, str] = {}
         self._positions: dict[str, Position] = {}
         self.heights: dict[PeerId, Position] = {}
+        self.transcript: deque[tuple[float, PeerId, object]] = deque(maxlen=4000)
         self.rollbacks = 0
         self.forks = 0
         self._serial = 0
+
+    def trace(self, peer: PeerId, what: object) -> None:
+        """One line of the transcript; the last few thousand are kept for the story of a failing seed."""
+        self.transcript.append((self.network.now, peer, what))
 
     def serial(self) -> int:
         self._serial += 1
@@ -445,8 +459,14 @@ class Simulation:
         known = self.children.setdefault(header.parent, lineage)
         if known != lineage:
             self.forks += 1
-            if not self.story.may_fork:
-                raise Violation(f"I1: step {header.step} was committed twice: {known[:8]} and {lineage[:8]}")
+            # An entry dies with the last peer that applied it; while one of these lives, there is no second.
+            bearers = [
+                peer.name
+                for peer in self.alive()
+                if len(peer.log) > header.step and self.positions(peer.log[: header.step + 1]).lineage == known
+            ]
+            if bearers and not self.story.may_fork:
+                raise Violation(f"I1: step {header.step} was committed twice: {known[:8]} by {bearers} and {lineage[:8]}")
         ids = [one for group in content.split(";") for one in group.split(",") if one]
         if len(ids) != len(set(ids)) or len(ids) != header.total_samples:
             raise Violation(f"I4: entry {header.step} counts {header.total_samples} samples of {sorted(ids)}")

@@ -1,0 +1,475 @@
+"""The main loop, and the peer it drives: accumulate a large batch, average it, take one synchronized step; repeat.
+
+`train` reads like the design card. `Peer` holds what one peer is made of and turns each line of the loop into calls:
+gradients on the compute thread, rounds through `allreduce`, state through `replica`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, assert_never
+
+from p2ptrain import PROTOCOL_VERSION, events
+from p2ptrain.allreduce import (
+    Aborted,
+    Attempt,
+    Behind,
+    Committed,
+    Contribution,
+    Faulted,
+    Gone,
+    Outcome,
+    Rounds,
+)
+from p2ptrain.config import PeerConfig, RunConfig, canonical_json
+from p2ptrain.errors import LocalFault, PeerFault
+from p2ptrain.gradients.accumulator import Accumulator
+from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.round import Rules, TookOver, Waiting
+from p2ptrain.records import PeerId, Presence, RoundRecord
+from p2ptrain.replica.checkpoint import save
+from p2ptrain.replica.log import Entry, EntryLog
+from p2ptrain.replica.replica import Replica
+from p2ptrain.replica.schedule import learning_rate
+from p2ptrain.replica.transfer import CatchUp, Compute, Donor, Progress
+from p2ptrain.swarm.port import Swarm
+from p2ptrain.tasks import Task
+
+PRESENCE_SECONDS = 3.0
+"""How often a peer renews its presence record and looks who else is there; the record lives five times as long."""
+
+
+async def train(peer: Peer, run: RunConfig) -> None:
+    """Accumulate a large batch, average it with the swarm, take one synchronized step; repeat."""
+    await peer.arrive()  # start from the swarm's state, never from our own guess
+    while peer.replica.position.step < run.total_steps and not peer.leaving:
+        contribution = await peer.accumulate()  # until the swarm's batch is full
+        match await peer.join_round(contribution):
+            case Committed() as committed:
+                await peer.apply(committed)  # everyone applies the same bytes
+            case Behind() as behind:
+                await peer.catch_up(behind)  # the swarm stepped without us
+                continue
+            case Aborted():
+                continue  # nobody stepped; the contribution is kept
+        await peer.after_step()
+
+
+class Peer:
+    """One peer of a run. Use as an async context manager around `train`; inside, it answers the swarm."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        run: RunConfig,
+        config: PeerConfig,
+        task: Task,
+        replica: Replica,
+        *,
+        fingerprint: str,
+        incarnation: str,
+        compute: Compute,
+        hashing: Compute,
+        observe: Callable[[events.Event], None],
+        checkpoints: Path | None = None,
+        metrics_port: int = 0,
+    ) -> None:
+        """`compute` runs a function on the one thread that owns the replica's tensors, `hashing` on another;
+        `observe` is told everything that happens; `checkpoints` is the folder for them, None for none."""
+        self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
+        self.leaving = False
+        self.rounds_joined = 0
+        self.samples_given = 0
+        self.state_digest: str | None = None
+        self.waiting = ""
+        self.catching_up: Progress | None = None
+        self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
+        self._fingerprint, self._incarnation = fingerprint, incarnation
+        self._compute, self._hashing, self._observe = compute, hashing, observe
+        self._checkpoints, self._metrics_port = checkpoints, metrics_port
+        self._codec = codec_named(run.codec)
+        self._accumulator = Accumulator(replica.numel)
+        self._donor = Donor(canonical_json(run), replica, self.log, compute)
+        rules = Rules(
+            target_batch_size=run.target_batch_size,
+            min_peers=run.min_peers,
+            max_peers=run.max_peers,
+            values=replica.numel,
+            heartbeat_seconds=run.heartbeat_seconds,
+            silence_seconds=run.silence_seconds,
+        )
+        member = Member(swarm.peer_id, incarnation, rules)
+        self.rounds = Rounds(swarm, member, self._codec, run.chunk_values, self._donor.answer, self._noted)
+        self._batch: asyncio.Future[float] | None = None
+        self._batch_at = replica.position
+        self._batch_began = self._batch_seconds = 0.0
+        self._drawn = 0
+        self._loss_sum = 0.0
+        self._in_time = False
+        """Whether this peer took part in the commit that led here, and so is in time for the next one."""
+        self._step_began = 0.0
+        self._round_published = float("-inf")
+        self._digesting: asyncio.Task[None] | None = None
+        self._presence: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[bool] | None = None
+
+    async def __aenter__(self) -> Peer:
+        self.swarm.serve(self.rounds)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.rounds.close()
+        for task in (self._presence, self._publishing):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(
+            *(task for task in (self._batch, self._digesting) if task is not None), return_exceptions=True
+        )
+
+    # -- the lines of the loop -----------------------------------------------------------------------------------
+
+    async def arrive(self) -> None:
+        """Say that this peer is here, see who else is, and take their state if it has more behind it."""
+        others = await self._announce()
+        self._observe(
+            events.Joined(
+                run_id=self.run.run_id, peer=self.swarm.peer_id, name=self.config.name, others=others
+            )
+        )
+        self._presence = asyncio.create_task(self._keep_present(), name="presence")
+        self._start_step((), settled=False)
+
+    async def accumulate(self) -> Contribution:
+        """Run micro-batches until the leader freezes the round; the sum of what is done by then."""
+        if not self._in_time and self.rounds.member.following != self.swarm.peer_id:
+            # A micro-batch begun now might end only after the swarm has stepped. The leader admits this peer with
+            # the next commit: in a fast swarm that is at once, in a slow one there is time to work after all.
+            self._report()
+            await self.rounds.changed(self.run.heartbeat_seconds)
+        while not isinstance(self.rounds.outcome, Behind):
+            if isinstance(aborted := self.rounds.outcome, Aborted):
+                self.rounds.outcome = None
+                self._aborted(aborted)
+            attempt = self.rounds.attempt
+            patience = None if attempt is None else self._patience(attempt)
+            if patience is not None and patience <= 0:
+                break
+            if self._batch is None:
+                self._begin_batch()
+            if await self._batch_ends(patience):
+                await self._take_batch()
+        return Contribution(self._accumulator.total, self._accumulator.samples)
+
+    async def join_round(self, contribution: Contribution) -> Outcome:
+        """Average with the swarm; whatever the outcome is, the caller must look at it."""
+        outcome = await self.rounds.join(contribution)
+        if isinstance(outcome, Aborted):
+            self._aborted(outcome)
+        return outcome
+
+    async def apply(self, committed: Committed) -> None:
+        """Take the synchronized step."""
+        entry, began = committed.entry, self._now()
+        mine, header = self._accumulator.samples, entry.header
+        loss = self._loss_sum / mine if mine else None
+        self.log.append(entry)
+        self._donor.appended()
+        await self._digested()
+        rate = learning_rate(self.run, header.step)
+        await self._compute(self._apply_now, entry)
+        self._observe(
+            events.RoundCommitted(
+                step=header.step,
+                attempt=header.ballot.number,
+                samples=header.total_samples,
+                mine=mine,
+                peers=len(header.roster),
+                loss=loss,
+                gradient_norm=math.sqrt(math.fsum(header.squared_norms)),
+                learning_rate=rate,
+                accumulate_seconds=max(committed.began - self._step_began, 0.0),
+                reduce_seconds=committed.held - committed.began,
+                commit_seconds=began - committed.held,
+                apply_seconds=self._now() - began,
+                lineage=self.replica.position.lineage,
+                digest=header.digest,
+            )
+        )
+        self.rounds_joined += 1
+        self.samples_given += mine
+        self._start_step(committed.newcomers, settled=True)
+        if header.ballot.leader == self.swarm.peer_id:
+            await self._publish_round(len(header.roster))
+
+    async def catch_up(self, behind: Behind) -> None:
+        """Get from a donor to where the swarm is. If it cannot help, the machine names the next one."""
+        before, began = self.replica.position, self._now()
+        await self._digested()
+        self._waste(events.WasteCause.BEHIND)
+        transfer = CatchUp(
+            self.swarm, self.replica, self.log, self._codec, self._compute, self._watch_catch_up
+        )
+        try:
+            arrival = await transfer.from_donor(behind.donor, behind.position)
+        except PeerFault as fault:
+            self._observe(
+                events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault))
+            )
+            self.rounds.unhelpful(behind.donor)
+        else:
+            after = self.replica.position
+            if arrival.given_up is not None:
+                self._observe(
+                    events.RolledBack(
+                        from_step=before.step,
+                        to_step=after.step,
+                        samples_lost=arrival.given_up,
+                        lineage=after.lineage,
+                    )
+                )
+            self._observe(
+                events.CaughtUp(
+                    from_step=before.step,
+                    to_step=after.step,
+                    how=arrival.how,
+                    received_bytes=arrival.received_bytes,
+                    seconds=self._now() - began,
+                )
+            )
+        await self._compute(self._accumulator.reset)
+        self._start_step((), settled=False)
+
+    async def after_step(self) -> None:
+        """What is due at this step: held-out figures, a checkpoint."""
+        step = self.replica.position.step
+        if self.config.eval_every_steps and step % self.config.eval_every_steps == 0:
+            await self.evaluate()
+        if self.config.checkpoint_every_steps and step % self.config.checkpoint_every_steps == 0:
+            await self.save_checkpoint()
+
+    # -- beside the loop -----------------------------------------------------------------------------------------
+
+    async def evaluate(self) -> dict[str, float]:
+        """Held-out figures of the replica as it stands."""
+        began = self._now()
+        figures: dict[str, float] = await self._compute(self.task.evaluate, self.replica.model)
+        self._observe(
+            events.Evaluated(
+                step=self.replica.position.step,
+                loss=figures["loss"],
+                bits_per_byte=figures.get("bits_per_byte"),
+                seconds=self._now() - began,
+            )
+        )
+        return figures
+
+    async def save_checkpoint(self) -> Path | None:
+        """Write the replica as it stands to the checkpoint folder; None, and a warning, if that is not possible."""
+        began, step = self._now(), self.replica.position.step
+        if self._checkpoints is None:
+            return None
+        snapshot = await self._compute(self.replica.snapshot)
+        try:
+            path: Path = await self._hashing(
+                partial(save, self._checkpoints, snapshot, self.run, keep=self.config.checkpoints_kept)
+            )
+        except LocalFault as fault:
+            self._observe(events.CheckpointFailed(step=step, reason=str(fault)))
+            return None
+        self._observe(
+            events.CheckpointSaved(
+                step=step, path=str(path), size_bytes=len(snapshot.blob), seconds=self._now() - began
+            )
+        )
+        return path
+
+    # -- micro-batches -------------------------------------------------------------------------------------------
+
+    def _begin_batch(self) -> None:
+        count, step = self.config.micro_batch_size, self.replica.position.step
+        self._batch_at, self._batch_began = self.replica.position, self._now()
+        self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
+        self._drawn += count
+        self._report()
+
+    def _gradients(self, step: int, first: int, count: int) -> float:
+        """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their losses."""
+        self.replica.gradient.zero_()
+        batch = self.task.batch(step, self.swarm.peer_id, first, count)
+        loss = self.task.loss_sum(self.replica.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    async def _batch_ends(self, patience_seconds: float | None) -> bool:
+        """Wait for the micro-batch, a change in the round, or the end of patience; True for the first of these."""
+        assert self._batch is not None
+        change = asyncio.create_task(self.rounds.changed(patience_seconds))
+        waiting: list[asyncio.Future[Any]] = [self._batch, change]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            change.cancel()
+        return self._batch.done()
+
+    async def _take_batch(self) -> None:
+        """Add the finished micro-batch to the contribution, unless it belongs to a step that is over."""
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        loss_sum = await batch
+        count = self.config.micro_batch_size
+        if self._batch_at != self.replica.position:
+            self._observe(
+                events.SamplesWasted(
+                    step=self._batch_at.step, samples=count, cause=events.WasteCause.BEHIND
+                )
+            )
+            return
+        took = self._now() - self._batch_began
+        self._batch_seconds = took if not self._batch_seconds else 0.7 * self._batch_seconds + 0.3 * took
+        if await self._compute(self._accumulator.add, self.replica.gradient, count):
+            self._loss_sum += loss_sum
+        else:
+            self._observe(
+                events.SamplesWasted(
+                    step=self._batch_at.step, samples=count, cause=events.WasteCause.NONFINITE
+                )
+            )
+        self._report()
+
+    def _patience(self, attempt: Attempt) -> float:
+        """How long the attempt lets this peer finish its micro-batch; ≤ 0: seal now."""
+        if self._batch is None or self._batch_at != self.replica.position:
+            return 0.0
+        if self.swarm.peer_id not in attempt.freeze.finishing:
+            return 0.0
+        return attempt.began + attempt.freeze.cutoff_seconds - self._now()
+
+    def _report(self) -> None:
+        in_flight, finish = 0, 0.0
+        if self._batch is not None and self._batch_at == self.replica.position:
+            in_flight = self.config.micro_batch_size
+            finish = max(self._batch_began + self._batch_seconds - self._now(), 0.0)
+        self.rounds.progressed(
+            self._accumulator.samples, in_flight, finish, self._batch_seconds, self.state_digest
+        )
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _apply_now(self, entry: Entry) -> None:
+        """On the compute thread."""
+        self.replica.apply(entry)
+        self._accumulator.reset()
+
+    def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
+        self._loss_sum, self._drawn = 0.0, 0
+        self._in_time = settled
+        self._step_began = self._now()
+        self.state_digest = None
+        self._digesting = asyncio.create_task(self._digest(), name="state digest")
+        self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
+
+    async def _digest(self) -> None:
+        """Beside the next micro-batch, which only reads what is hashed."""
+        position = self.replica.position
+        self.state_digest = await self._hashing(self.replica.compute_state_digest)
+        self._observe(
+            events.StateHashed(step=position.step, lineage=position.lineage, state_digest=self.state_digest)
+        )
+
+    async def _digested(self) -> None:
+        """Nothing may change the tensors while they are hashed."""
+        if self._digesting is not None:
+            digesting, self._digesting = self._digesting, None
+            await digesting
+
+    def _aborted(self, aborted: Aborted) -> None:
+        self._observe(
+            events.RoundAborted(
+                step=self.replica.position.step,
+                attempt=aborted.ballot.number,
+                cause=aborted.cause,
+                dropped=aborted.dropped,
+                seconds=aborted.seconds,
+            )
+        )
+        self._report()
+
+    def _waste(self, cause: events.WasteCause) -> None:
+        if self._accumulator.samples:
+            self._observe(
+                events.SamplesWasted(
+                    step=self.replica.position.step, samples=self._accumulator.samples, cause=cause
+                )
+            )
+
+    def _noted(self, note: TookOver | Waiting | Faulted | Gone) -> None:
+        match note:
+            case TookOver(step, ballot):
+                self._observe(
+                    events.LeaderTookOver(step=step, attempt=ballot.number, leader=self.swarm.peer_id)
+                )
+            case Waiting(reason):
+                self.waiting = reason
+            case Faulted(suspects, _, detail):
+                for peer in suspects:
+                    self._observe(
+                        events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=detail)
+                    )
+            case Gone(peer):
+                self._observe(
+                    events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail="")
+                )
+            case _:
+                assert_never(note)
+
+    def _watch_catch_up(self, progress: Progress) -> None:
+        self.catching_up = progress
+
+    # -- presence ------------------------------------------------------------------------------------------------
+
+    async def _keep_present(self) -> None:
+        while True:
+            await asyncio.sleep(PRESENCE_SECONDS)
+            await self._announce()
+
+    async def _announce(self) -> int:
+        """Publish this peer's presence, then look who else is there: so of two newcomers one sees the other."""
+        record = Presence(
+            peer=self.swarm.peer_id,
+            role="train",
+            name=self.config.name,
+            protocol=PROTOCOL_VERSION,
+            fingerprint=self._fingerprint,
+            incarnation=self._incarnation,
+            position=self.replica.position,
+            metrics_port=self._metrics_port,
+            extra=self.task.note,
+        )
+        await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
+        present = {
+            record.peer: record.position
+            for record in await self.swarm.lookup("presence")
+            if isinstance(record, Presence) and record.role == "train" and record.position is not None
+        }
+        self.rounds.informed(present)
+        return len(present.keys() - {self.swarm.peer_id})
+
+    async def _publish_round(self, roster_size: int) -> None:
+        """Tell monitors and newcomers where the swarm stands; a fast swarm does so every few seconds only."""
+        if self._now() - self._round_published < PRESENCE_SECONDS:
+            return
+        self._round_published = self._now()
+        record = RoundRecord(
+            peer=self.swarm.peer_id, position=self.replica.position, roster_size=roster_size
+        )
+        self._publishing = asyncio.create_task(
+            self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS), name="round record"
+        )
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

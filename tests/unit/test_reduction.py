@@ -1,0 +1,120 @@
+"""The bookkeeping of one attempt: what is complete, what breaks the contract, whom to blame."""
+
+import pytest
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.protocol.reduction import Reduction
+from p2ptrain.records import Averaged, Ballot, Chunk, Freeze, PeerId
+
+A, B, C = (PeerId(name) for name in "ABC")
+BALLOT = Ballot(number=1, leader=A)
+FREEZE = Freeze(
+    step=3,
+    parent="e" * 64,
+    ballot=BALLOT,
+    roster=(A, B, C),
+    spans=(0, 4, 8, 10),
+    finishing=(),
+    cutoff_seconds=0.0,
+    deadline_seconds=5.0,
+)
+
+
+def chunk(number: int, samples: int = 4) -> Chunk:
+    return Chunk(step=3, ballot=BALLOT, number=number, samples=samples)
+
+
+def mean(number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4)) -> Averaged:
+    return Averaged(
+        step=3, ballot=BALLOT, number=number, samples=samples, squared_norm=2.0 if last else None
+    )
+
+
+def fresh() -> Reduction:
+    return Reduction(FREEZE, B, chunk_values=2)
+
+
+def test_chunk_is_averaged_only_when_it_is_here_from_every_member() -> None:
+    reduction = fresh()
+    for peer in (A, B):
+        assert reduction.accept(peer, chunk(0))
+        assert reduction.ready() == []
+    reduction.accept(C, chunk(1))
+    assert reduction.ready() == []
+    reduction.accept(C, chunk(0))
+    assert reduction.ready() == [0]
+    assert reduction.ready() == []
+
+
+def test_member_without_samples_is_not_waited_for_beyond_its_one_empty_chunk() -> None:
+    reduction = fresh()
+    reduction.accept(A, chunk(0, samples=0))
+    for number in (0, 1):
+        reduction.accept(B, chunk(number))
+        reduction.accept(C, chunk(number))
+    assert reduction.ready() == [0, 1]
+    assert reduction.contributors() == [1, 2]
+
+
+def test_duplicate_is_ignored_when_a_peer_says_everything_again() -> None:
+    reduction = fresh()
+    assert reduction.accept(A, chunk(0))
+    assert not reduction.accept(A, chunk(0))
+    assert reduction.receive(A, mean(0, last=False))
+    assert not reduction.receive(A, mean(0, last=False))
+
+
+def test_attempt_is_complete_with_every_span_and_makes_the_header() -> None:
+    reduction = fresh()
+    for reducer, count in ((A, 2), (B, 2), (C, 1)):
+        assert not reduction.complete
+        for number in range(count):
+            reduction.receive(reducer, mean(number, last=number == count - 1))
+    assert reduction.complete
+    header = reduction.header("f" * 64)
+    assert header.samples == (4, 4, 4)
+    assert header.squared_norms == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("sender", "header"),
+    [
+        (PeerId("X"), chunk(0)),
+        (A, chunk(2)),
+        (A, chunk(0, samples=2**41)),
+        (PeerId("X"), mean(0, last=False)),
+        (A, mean(2, last=True)),
+        (A, mean(0, last=True)),
+        (A, mean(1, last=False)),
+        (A, mean(0, last=False, samples=(4, 4))),
+        (A, mean(0, last=False, samples=(0, 0, 0))),
+    ],
+)
+def test_frame_is_refused_when_it_breaks_the_contract(sender: PeerId, header: Chunk | Averaged) -> None:
+    reduction = fresh()
+    with pytest.raises(BadMessage):
+        reduction.accept(sender, header) if isinstance(header, Chunk) else reduction.receive(sender, header)
+
+
+def test_peer_that_tells_two_stories_about_samples_is_refused() -> None:
+    reduction = fresh()
+    reduction.accept(A, chunk(0, samples=4))
+    with pytest.raises(BadMessage, match="claims 5 samples after 4"):
+        reduction.accept(A, chunk(1, samples=5))
+    reduction.receive(A, mean(0, last=False))
+    with pytest.raises(BadMessage, match="other sample counts"):
+        reduction.receive(B, mean(0, last=False, samples=(4, 4, 5)))
+
+
+def test_suspects_are_missing_senders_first_and_late_reducers_only_then() -> None:
+    reduction = fresh()
+    for peer in (A, B):
+        for number in (0, 1):
+            reduction.accept(peer, chunk(number))
+    assert reduction.suspects() == [C]  # A's mean is missing too, but A may be waiting for C
+    for number in (0, 1):
+        reduction.accept(C, chunk(number))
+    for reducer, count in ((B, 2), (C, 1)):
+        for number in range(count):
+            reduction.receive(reducer, mean(number, last=number == count - 1))
+    assert reduction.suspects() == [A]
