@@ -1,0 +1,164 @@
+"""The pages of one process for operators: `/metrics`, `/livez`, `/readyz`, and `/healthz`, which is `/livez`.
+
+The pages share the event loop with training, so whoever reads them can cost it little: the metrics are
+written out at most once a second, a connection carries one request and lives for seconds however slowly its
+other end reads, and only so many are open at once.
+
+Not covered: who may read. The pages hold no secrets, and are on loopback unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self, cast
+
+from aiohttp import web
+
+from p2ptrain.errors import ConfigError, PortBusy
+
+CONNECTION_SECONDS = 10.0
+"""Prometheus waits as long for a scrape."""
+MAX_CONNECTIONS = 32
+MAX_HEADER_BYTES = 4096
+PAGE_SECONDS = 1.0
+"""A metrics page this fresh is served again as it is."""
+
+
+class HealthServer:
+    """Serves the pages while its context is open, on a loop that stays its owner's: no signal is touched.
+
+    `page` returns the metrics as Prometheus text; `failed_checks` says in words what keeps this process from
+    being ready, nothing when it is. Both run on the loop and must be quick. Entering raises PortBusy if
+    another process has the port, ConfigError if this machine has no such address.
+    """
+
+    def __init__(
+        self,
+        page: Callable[[], bytes],
+        failed_checks: Callable[[], Sequence[str]],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self._page = page
+        self._failed_checks = failed_checks
+        self._host = host
+        self._port = port
+        self._cached = b""
+        self._cached_until = float("-inf")
+        self._listener: asyncio.Server | None = None
+        self._runner = _runner(self)
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 stands for any free port until then."""
+        return self._port
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        try:
+            self._listener = await asyncio.get_running_loop().create_server(
+                self._accept, self._host, self._port
+            )
+        except OSError as error:
+            await self._runner.cleanup()
+            raise _cannot_listen(self._host, self._port, error) from error
+        self._port = self._listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._listener is not None
+        assert self._runner.server is not None
+        self._listener.close()
+        for connection in self._runner.server.connections:
+            _cut(connection)  # a reader that hangs must not hold up the end
+        await self._runner.cleanup()
+
+    # -- pages -----------------------------------------------------------------------------------------------
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        now = asyncio.get_running_loop().time()
+        if now >= self._cached_until:
+            self._cached = self._page()
+            self._cached_until = now + PAGE_SECONDS
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=self._cached, headers=headers)
+
+    async def live(self, request: web.Request) -> web.Response:
+        """The event loop answers; that is all there is to say."""
+        return web.Response(text="ok\n")
+
+    async def ready(self, request: web.Request) -> web.Response:
+        failed = list(self._failed_checks())
+        return web.json_response({"ready": not failed, "failed": failed}, status=503 if failed else 200)
+
+    # -- connections -----------------------------------------------------------------------------------------
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        """The protocol of a new connection, which ends in time."""
+        server = self._runner.server
+        if server is None or len(server.connections) >= MAX_CONNECTIONS:
+            return _HangUp()
+        connection = server()
+        asyncio.get_running_loop().call_later(CONNECTION_SECONDS, _cut, connection)
+        return connection
+
+
+def _runner(server: HealthServer) -> web.AppRunner:
+    app = web.Application(middlewares=[_one_request], client_max_size=MAX_HEADER_BYTES)
+    app.router.add_get("/metrics", server.metrics)
+    app.router.add_get("/livez", server.live)
+    app.router.add_get("/healthz", server.live)
+    app.router.add_get("/readyz", server.ready)
+    return web.AppRunner(
+        app,
+        handle_signals=False,
+        access_log=None,
+        shutdown_timeout=1.0,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+    )
+
+
+@web.middleware
+async def _one_request(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Close the connection after the answer: one that is kept open is one more to watch."""
+    try:
+        response = await handler(request)
+    except web.HTTPException as refusal:  # how aiohttp says 404 and 405
+        refusal.force_close()
+        raise
+    response.force_close()
+    return response
+
+
+class _HangUp(asyncio.Protocol):
+    """Too many connections: not this one."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
+
+
+def _cut(connection: web.RequestHandler) -> None:
+    """End it now, whatever is still unread: `close` would wait for the reader."""
+    if connection.transport is not None:
+        connection.transport.abort()
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError | PortBusy:
+    if error.errno == errno.EADDRINUSE:
+        return PortBusy(
+            f"metrics_port {port} on {host} is taken by another process; "
+            "set metrics_port in the peer file to a free port, or to 0 for any"
+        )
+    return ConfigError(
+        f"cannot serve metrics on {host} port {port} ({error.strerror or error}); "
+        "set metrics_host in the peer file to an address of this machine, and metrics_port to 0 or above 1023"
+    )

@@ -1,0 +1,73 @@
+"""One of each event, for the tests of whatever takes them."""
+
+from __future__ import annotations
+
+from p2ptrain.events import (
+    AbortCause,
+    CatchUpBy,
+    CatchUpFailed,
+    CaughtUp,
+    CheckpointFailed,
+    CheckpointSaved,
+    DaemonRestarted,
+    Evaluated,
+    Event,
+    FaultCause,
+    Joined,
+    LeaderTookOver,
+    Leaving,
+    PeerFaulted,
+    ReplicaDiverged,
+    RolledBack,
+    RoundAborted,
+    RoundCommitted,
+    SamplesWasted,
+    WaitingChanged,
+    WasteCause,
+)
+from p2ptrain.records import PeerId
+
+ANNA = PeerId("12D3KooWAnnaAnnaAnnaAnna1111aaaa")
+BERT = PeerId("12D3KooWBertBertBertBert2222bbbb")
+
+COMMITTED = RoundCommitted(
+    step=41,
+    attempt=1,
+    samples=4112,
+    mine=512,
+    peers=7,
+    loss=2.25,
+    gradient_norm=0.5,
+    learning_rate=0.002,
+    accumulate_seconds=9.0,
+    reduce_seconds=2.9,
+    commit_seconds=0.2,
+    apply_seconds=0.1,
+    lineage="a1" * 32,
+    digest="b2" * 32,
+)
+ABORTED = RoundAborted(step=41, attempt=2, cause=AbortCause.PEER_LOST, dropped=(BERT,), seconds=1.3)
+WASTED = SamplesWasted(step=41, samples=512, cause=WasteCause.BEHIND)
+CAUGHT_UP = CaughtUp(from_step=12, to_step=41, how=CatchUpBy.SNAPSHOT, received_bytes=9_800_000, seconds=2.1)
+ROLLED_BACK = RolledBack(from_step=44, to_step=41, samples_lost=1024, lineage="c3" * 32)
+SAVED = CheckpointSaved(step=200, path="checkpoints/step-00000200", size_bytes=3_400_000, seconds=0.038)
+WAITING = WaitingChanged(reason="2 of 3 peers")
+
+ONE_OF_EACH: tuple[Event, ...] = (
+    Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
+    WAITING,
+    COMMITTED,
+    ABORTED,
+    LeaderTookOver(step=41, attempt=3, leader=ANNA),
+    WASTED,
+    CAUGHT_UP,
+    CatchUpFailed(from_step=12, donor=BERT, reason="no such snapshot"),
+    ROLLED_BACK,
+    ReplicaDiverged(step=41, ours="d4" * 32, theirs="e5" * 32),
+    Evaluated(step=200, loss=1.9406, bits_per_byte=2.7997, seconds=0.4),
+    SAVED,
+    CheckpointFailed(step=400, reason="no space left on device"),
+    PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
+    DaemonRestarted(seconds=0.8),
+    Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
+)
