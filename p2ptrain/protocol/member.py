@@ -138,7 +138,7 @@ class Member:
         self.following = self._first_alive()
         effects: list[Effect] = []
         if self.following == self.me:
-            appointed = settled and last is not None and self.me in last.roster
+            appointed = settled and last is not None and self.order[0] == self.me
             alone = not (set(self.order) - {self.me} - self.lost)
             if appointed or alone:
                 roster = set(last.roster) if last is not None else set()
@@ -337,6 +337,7 @@ class Member:
             return self._speak() if self.stage is Stage.HELD else []
         effects = self._leave_attempt(AbortCause.SUPERSEDED)
         self._follow(sender, freeze.ballot, now)
+        self.lost -= set(freeze.roster)  # the leader has just heard from all of them
         self.freeze = freeze
         self.joined = freeze.ballot
         self.stage = Stage.REDUCING
@@ -364,6 +365,8 @@ class Member:
 
     def _on_ask(self, sender: PeerId, ask: Ask, now: float) -> list[Effect]:
         mine = self._here()
+        if self.stage is not Stage.OUTSIDE and heavier(ask.position, mine):
+            return [Send(sender, self.answer(to=ask.position)), *self._go_outside(sender, ask.position)]
         effects: list[Effect] = []
         question = None
         if ask.ballot is not None and ask.position == mine and ask.ballot.leader == sender:
@@ -414,6 +417,9 @@ class Member:
             return self._conclude(now) if leader.settled() else []
         if answer.ballot is not None and leader.ballot < answer.ballot:
             effects = self._leave_attempt(AbortCause.SUPERSEDED)
+            if answer.ballot.leader in self.lost:
+                self.ballot = answer.ballot  # promised to somebody who is gone: ask again, above that
+                return [*effects, *self._take_over(now)]
             self._follow(answer.ballot.leader, answer.ballot, now)
             return [*effects, *self._speak()]
         if answer.leader == sender and answer.ballot is None and leader.number == 0 and sender < self.me:
@@ -499,8 +505,10 @@ class Member:
             if self.leader.settled():
                 effects += self._conclude(now)
             return effects
-        if peer != self.following:
-            return []
+        return self._replace_leader(now) if peer == self.following else []
+
+    def _replace_leader(self, now: float) -> list[Effect]:
+        """The leader is gone: follow its successor, or be it."""
         self.following = self._first_alive()
         if self.following == self.me:
             return self._take_over(now)
@@ -538,6 +546,8 @@ class Member:
         for peer in sorted(awaited - {self.me} - self.lost):
             if now - self.heard.setdefault(peer, now) > self.rules.silence_seconds:
                 effects += self._lose(peer, now)
+        if self.leader is None and self.following in self.lost and self.stage is not Stage.OUTSIDE:
+            effects += self._replace_leader(now)
         return effects
 
     def _settle(self, effects: list[Effect], now: float) -> list[Effect]:

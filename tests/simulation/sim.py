@@ -41,7 +41,8 @@ class Story:
     pauses: int
     partitions: int
     slow: bool
-    seconds: float = 40.0
+    seconds: float = 15.0
+    quiet_seconds: float = 12.0
 
     @staticmethod
     def draw(chance: random.Random) -> Story:
@@ -97,6 +98,7 @@ class Peer:
     def __init__(self, sim: Simulation, name: PeerId, incarnation: int, log: list[tuple[EntryHeader, str]]) -> None:
         self.sim, self.name, self.incarnation = sim, name, str(incarnation)
         self.alive, self.paused = True, False
+        self.born = sim.network.now
         self.inbox: deque[object] = deque()
         self.log = list(log)
         self.machine = Member(name, self.incarnation, sim.rules)
@@ -350,9 +352,9 @@ class Peer:
 
     def adopt(self, log: list[tuple[EntryHeader, str]]) -> None:
         before = self.position
-        shared = 0
-        while shared < min(len(log), len(self.log)) and log[shared] == self.log[shared]:
-            shared += 1
+        shared = min(len(log), len(self.log))
+        while shared and log[shared - 1] != self.log[shared - 1]:
+            shared -= 1  # equal entries have equal parents, so the newest common one settles it
         if shared < len(self.log):
             self.sim.rollbacks += 1
         after = self.sim.positions(log)
@@ -411,7 +413,7 @@ class Simulation:
         self.peers: dict[PeerId, Peer] = {}
         self.presence: dict[PeerId, tuple[Position, float]] = {}
         self.aborts: dict[AbortCause, int] = defaultdict(int)
-        self.children: dict[str, str] = {}
+        self.children: dict[str, set[str]] = defaultdict(set)
         self.states: dict[str, str] = {}
         self.contents: dict[str, str] = {}
         self._positions: dict[str, Position] = {}
@@ -456,17 +458,21 @@ class Simulation:
         lineage = self.positions(log).lineage
         if self.states.setdefault(lineage, content) != content:
             raise Violation(f"I2: lineage {lineage[:8]} has two contents")
-        known = self.children.setdefault(header.parent, lineage)
-        if known != lineage:
+        children = self.children[header.parent]
+        if lineage not in children and children:
             self.forks += 1
-            # An entry dies with the last peer that applied it; while one of these lives, there is no second.
+            # An entry dies with the last peer that applied it; while one of these lives, there is no second,
+            # except for the moment until the others know that it is back.
             bearers = [
                 peer.name
                 for peer in self.alive()
-                if len(peer.log) > header.step and self.positions(peer.log[: header.step + 1]).lineage == known
+                if self.network.now - peer.born > 2 * PRESENCE_SECONDS
+                and len(peer.log) > header.step
+                and self.positions(peer.log[: header.step + 1]).lineage in children
             ]
             if bearers and not self.story.may_fork:
-                raise Violation(f"I1: step {header.step} was committed twice: {known[:8]} by {bearers} and {lineage[:8]}")
+                raise Violation(f"I1: step {header.step} was committed again while {bearers} had it")
+        children.add(lineage)
         ids = [one for group in content.split(";") for one in group.split(",") if one]
         if len(ids) != len(set(ids)) or len(ids) != header.total_samples:
             raise Violation(f"I4: entry {header.step} counts {header.total_samples} samples of {sorted(ids)}")
@@ -501,7 +507,7 @@ class Simulation:
         for _ in range(story.partitions):
             at = chance.uniform(1, story.seconds / 3)
             net.at(at, self.split)
-            net.at(at + chance.uniform(1, 8), net.heal)
+            net.at(at + chance.uniform(1, 6), net.heal)
 
     def alive(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.alive]
@@ -536,7 +542,10 @@ class Simulation:
         if not alive:
             return self
         start = max((peer.position for peer in alive), key=lambda p: (p.weight, p.step, p.lineage))
-        self.network.run(until=self.story.seconds + 30.0, max_events=400_000)
+        for _ in range(10):
+            self.network.run(until=self.network.now + self.story.quiet_seconds, max_events=400_000)
+            if all(peer.position.step >= start.step + 3 for peer in alive):
+                break
         for peer in alive:
             if peer.position.step < start.step + 3:
                 raise Violation(f"stuck: {peer.name} at {peer.position}, the swarm was at {start.step}")
