@@ -20,8 +20,7 @@ def learning_rate(run: RunConfig, step: int) -> float:
     peak, schedule = run.optimizer.lr, run.schedule
     if step < schedule.warmup_steps:
         return peak * ((step + 1) / schedule.warmup_steps)
-    falling_steps = max(1, run.total_steps - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / falling_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / (run.total_steps - schedule.warmup_steps))
     match schedule.kind:
         case "constant":
             return peak

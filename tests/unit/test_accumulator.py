@@ -1,0 +1,44 @@
+"""The accumulator: a sum and a count, which no single bad gradient can spoil."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Accumulator
+
+
+def test_accumulator_holds_the_sum_and_the_count_when_gradients_are_added() -> None:
+    accumulator = Accumulator(3)
+    assert accumulator.add(torch.tensor([1.0, 2.0, 3.0]), 8)
+    assert accumulator.add(torch.tensor([0.5, -2.0, 0.0]), 4)
+    assert accumulator.samples == 12
+    assert accumulator.total.tolist() == [1.5, 0.0, 3.0]
+
+
+def test_accumulator_keeps_its_own_sum_when_the_gradient_buffer_is_cleared() -> None:
+    accumulator, gradient = Accumulator(2), torch.ones(2)
+    accumulator.add(gradient, 1)
+    gradient.zero_()
+    assert accumulator.total.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2 * LARGEST_GRADIENT, -1e38])
+def test_accumulator_stays_as_it_was_when_a_gradient_is_not_finite(bad: float) -> None:
+    accumulator = Accumulator(3)
+    accumulator.add(torch.ones(3), 2)
+    assert not accumulator.add(torch.tensor([1.0, bad, 1.0]), 5)
+    assert (accumulator.samples, accumulator.total.tolist()) == (2, [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("shape", "samples"), [((4,), 1), ((3, 1), 1), ((3,), 0), ((3,), -1)])
+def test_accumulator_raises_when_shape_or_count_cannot_be(shape: tuple[int, ...], samples: int) -> None:
+    with pytest.raises(ValueError, match="expected a gradient"):
+        Accumulator(3).add(torch.ones(shape), samples)
+
+
+def test_accumulator_is_empty_when_reset() -> None:
+    accumulator = Accumulator(2)
+    accumulator.add(torch.ones(2), 3)
+    accumulator.reset()
+    assert (accumulator.samples, accumulator.total.tolist()) == (0, [0.0, 0.0])

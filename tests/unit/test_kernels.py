@@ -1,0 +1,128 @@
+"""The same bits on every kernel that torch chooses between: what invariant I2 rests on across machines.
+
+torch picks its kernels once, when it first needs one. So a child that has only imported torch is forked once per
+capability, each fork sets `ATEN_CPU_CAPABILITY` before its first operation, and tells what it computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CAPABILITIES = ("default", "avx2", "avx512")
+
+CHILD = """
+import hashlib, json, os, sys
+import numpy as np, torch
+from p2ptrain.config import Optimizer
+from p2ptrain.gradients.aggregation import mean_chunk
+from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.replica.optimizers import build_optimizer
+from p2ptrain.replica.snapshot import State
+
+NUMEL = 20_011  # no multiple of a vector register
+
+
+def train(kind):
+    # Uniform numbers of numpy are the same everywhere; torch.randn is not, not even on one machine.
+    random, codec = np.random.default_rng(7), codec_named("fp16")
+    draw = lambda: torch.from_numpy(random.random(NUMEL, np.float32) - np.float32(0.5))
+    parameters, mean = draw(), torch.empty(NUMEL)
+    optimizer = build_optimizer(Optimizer(kind=kind, weight_decay=0.1), NUMEL, [(0, NUMEL // 2)])
+    for step in range(30):
+        totals = [draw().mul_(torch.tensor(0.5**step)) for _ in range(3)]
+        codec.decode(codec.encode(mean_chunk(totals, [3, 7, 5])), mean)
+        optimizer.step(parameters, mean, 0.01 / (step + 1))
+    return State({"parameters": parameters}, optimizer.state_tensors(), optimizer.scalars()).digest()
+
+
+def wrong_bits():
+    # float64 has more than twice the bits of float32, so rounding its result once more is still exact
+    bits = np.random.default_rng(8).integers(0, 2**32, (2, 200_003), np.uint32)
+    x, y = (np.where(np.isfinite(each), each, np.float32(1)) for each in bits.view(np.float32))
+    X, Y, scalar = torch.from_numpy(x), torch.from_numpy(y), torch.tensor(1.37)
+    dx, dy, ds = x.astype(np.float64), y.astype(np.float64), float(scalar)
+    cases = {
+        "add": (X + Y, dx + dy),
+        "sub": (X - Y, dx - dy),
+        "mul": (X * Y, dx * dy),
+        "div": (X / Y, dx / dy),
+        "add a scalar": (X.clone().add_(scalar), dx + ds),
+        "mul by a scalar": (X.clone().mul_(scalar), dx * ds),
+        "div by a scalar": (X.clone().div_(scalar), dx / ds),
+        "sqrt": (torch.from_numpy(np.sqrt(np.abs(x))), np.sqrt(np.abs(dx))),
+        "to fp16": (X.half().float(), x.astype(np.float16).astype(np.float64)),
+    }
+    return {
+        name: int(((ours.numpy() != exact.astype(np.float32)) & ~(np.isnan(ours.numpy()) & np.isnan(exact))).sum())
+        for name, (ours, exact) in cases.items()
+    }
+
+
+np.seterr(all="ignore")
+for capability in sys.argv[1:]:
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        os.environ["ATEN_CPU_CAPABILITY"] = capability
+        torch.set_num_threads(1)
+        result = {"adamw": train("adamw"), "sgd": train("sgd"), "wrong bits": wrong_bits()}
+        result["capability"] = torch.backends.cpu.get_cpu_capability().lower()
+        print(json.dumps({capability: result}), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"the child for {capability} failed")
+"""
+
+
+@functools.cache
+def computed() -> dict[str, Any]:
+    """What a child of each capability computed. Run once for all tests of this file."""
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *CAPABILITIES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr
+    results: dict[str, Any] = {}
+    for line in child.stdout.splitlines():
+        results |= json.loads(line)
+    return results
+
+
+def result_of(capability: str) -> dict[str, Any]:
+    result: dict[str, Any] = computed()[capability]
+    if result["capability"] != capability:
+        pytest.skip(
+            f"NOT COMPARED: this processor has no {capability} kernels, it ran {result['capability']}"
+        )
+    return result
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_30_steps_of_training_end_in_the_same_state_when_the_kernels_differ(
+    kind: str, capability: str
+) -> None:
+    assert result_of(capability)[kind] == PINNED[kind]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_operation_of_apply_rounds_exactly_once_when_checked_against_float64(capability: str) -> None:
+    wrong = result_of(capability)["wrong bits"]
+    assert wrong == dict.fromkeys(wrong, 0)
+
+
+PINNED = {
+    "adamw": "498a6a162eaf4f224d07220fc69c820a251c014114e155fa62b6c25f8a836b3c",
+    "sgd": "70b4b678b517af965a7c5b1c4dd0a37e9055c00ef3d9abaa1aaaf52d72ec9176",
+}
+"""State digests, the same on every machine: a change here means that peers of two versions would drift apart."""
