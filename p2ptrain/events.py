@@ -193,6 +193,20 @@ class RoundCommitted(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateHashed(_Happened):
+    """The replica's state at `step` was hashed: equal lineages must show equal digests (I2)."""
+
+    event: ClassVar[str] = "state_hashed"
+    level: ClassVar[int] = logging.DEBUG
+    step: int
+    lineage: str
+    state_digest: str
+
+    def sentence(self) -> str:
+        return f"step {self.step}: lineage {self.lineage[:8]}, state {self.state_digest[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundAborted(_Happened):
     """An attempt ended without a step; nobody stepped, and contributions are kept."""
 
@@ -382,6 +396,7 @@ Event = (
     | Leaving
     | WaitingChanged
     | RoundCommitted
+    | StateHashed
     | RoundAborted
     | LeaderTookOver
     | SamplesWasted

@@ -30,7 +30,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from p2ptrain import PROTOCOL_VERSION, __version__
@@ -54,6 +54,7 @@ from p2ptrain.events import (
     RoundAborted,
     RoundCommitted,
     SamplesWasted,
+    StateHashed,
     WaitingChanged,
     WasteCause,
 )
@@ -118,8 +119,8 @@ def _with_all(family: Family, label: Mapping[str, type[StrEnum]]) -> Family:
 class Metrics:
     """Every metric of one peer, in a registry of its own.
 
-    `observe` folds events in, `enter` says what the peer is busy with. The public attributes are for what is
-    no event: set them, observe into them, or point the `read_*` callables at whoever keeps the number.
+    `observe` folds events in. The public attributes are for what is no event: set them, observe into them, or
+    point the `read_*` callables at whoever knows.
     """
 
     def __init__(self, run_id: str, fingerprint: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -153,7 +154,6 @@ class Metrics:
         Info("p2ptrain_run", "The run that this peer trains.", registry=registry).info(
             {"run_id": run_id, "fingerprint": fingerprint}
         )
-        self._state = gauge("peer_state", "1 for what this peer is busy with.", state=PeerState)
         self._waiting = gauge("waiting", "1 while this peer waits for what its log names.")
 
         # rounds
@@ -217,6 +217,8 @@ class Metrics:
             "event_loop_lag_seconds", "How late the event loop ran a timer.", LAG_BUCKETS
         )
         self.device_memory_bytes = gauge("device_memory_bytes", "Accelerator memory in use; 0 on a CPU.")
+        self.read_state: Callable[[], PeerState] = lambda: PeerState.JOINING
+        """What the peer is busy with."""
         self.read_traffic: Callable[[], Mapping[str, tuple[int, int]]] = dict
         """Lane → bytes (sent, received) so far; a lane that is not in `LANES` is left out."""
         self.read_journal_lost: Callable[[], int] = int
@@ -228,16 +230,10 @@ class Metrics:
 
         for unknown in (self._norm, *(self._loss.labels(split) for split in Split)):
             unknown.set(math.nan)  # 0 would be the best loss of all
-        self.enter(PeerState.JOINING)
 
     def page(self) -> bytes:
         """All metrics as Prometheus text 0.0.4, about 20 kB in 3 ms."""
         return generate_latest(self.registry)
-
-    def enter(self, state: PeerState) -> None:
-        """The peer is busy with this now, and with nothing else."""
-        for each in PeerState:
-            self._state.labels(each).set(each is state)
 
     def observe(self, event: Event) -> None:
         """Fold in what happened."""
@@ -278,10 +274,8 @@ class Metrics:
                 self._restarts.inc()
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
-            case Joined():
-                self.enter(PeerState.CATCHING_UP)
-            case Leaving():
-                self.enter(PeerState.LEAVING)
+            case Joined() | Leaving() | StateHashed():
+                pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
 
@@ -306,12 +300,19 @@ class Metrics:
 
 
 class _Readings(Collector):
-    """Counters that others keep; read when the page is."""
+    """What others know; read when the page is."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        current = self._metrics.read_state()
+        states = GaugeMetricFamily(
+            "p2ptrain_peer_state", "1 for what this peer is busy with.", labels=["state"]
+        )
+        for state in PeerState:
+            states.add_metric([state], state is current)
+        yield states
         traffic = self._metrics.read_traffic()
         for place, (direction, text) in enumerate((("sent", "sent to"), ("received", "received from"))):
             family = CounterMetricFamily(

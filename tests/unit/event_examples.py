@@ -22,6 +22,7 @@ from p2ptrain.events import (
     RoundAborted,
     RoundCommitted,
     SamplesWasted,
+    StateHashed,
     WaitingChanged,
     WasteCause,
 )
@@ -57,6 +58,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
     WAITING,
     COMMITTED,
+    StateHashed(step=42, lineage="a1" * 32, state_digest="d4" * 32),
     ABORTED,
     LeaderTookOver(step=41, attempt=3, leader=ANNA),
     WASTED,

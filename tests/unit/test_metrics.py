@@ -166,8 +166,8 @@ def test_waiting_ends_when_the_reason_is_empty(metrics: Metrics) -> None:
 
 
 @pytest.mark.parametrize("state", PeerState)
-def test_exactly_one_state_is_set_when_entered(metrics: Metrics, state: PeerState) -> None:
-    metrics.enter(state)
+def test_exactly_one_state_is_set_when_read(metrics: Metrics, state: PeerState) -> None:
+    metrics.read_state = lambda: state
     assert [each for each in PeerState if value(metrics, "peer_state", state=each)] == [state]
 
 
