@@ -77,7 +77,6 @@ class Peer:
         hashing: Compute,
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
-        metrics_port: int = 0,
     ) -> None:
         """`compute` runs a function on the one thread that owns the replica's tensors, `hashing` on another;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none."""
@@ -87,11 +86,13 @@ class Peer:
         self.samples_given = 0
         self.state_digest: str | None = None
         self.waiting = ""
+        self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
         self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
         self._fingerprint, self._incarnation = fingerprint, incarnation
         self._compute, self._hashing, self._observe = compute, hashing, observe
-        self._checkpoints, self._metrics_port = checkpoints, metrics_port
+        self._checkpoints = checkpoints
+        self.metrics_port = 0
         self._codec = codec_named(run.codec)
         self._accumulator = Accumulator(replica.numel)
         self._donor = Donor(canonical_json(run), replica, self.log, compute)
@@ -258,6 +259,7 @@ class Peer:
         """Held-out figures of the replica as it stands."""
         began = self._now()
         figures: dict[str, float] = await self._compute(self.task.evaluate, self.replica.model)
+        self.heldout = figures
         self._observe(
             events.Evaluated(
                 step=self.replica.position.step,
@@ -276,7 +278,14 @@ class Peer:
         snapshot = await self._compute(self.replica.snapshot)
         try:
             path: Path = await self._hashing(
-                partial(save, self._checkpoints, snapshot, self.run, keep=self.config.checkpoints_kept)
+                partial(
+                    save,
+                    self._checkpoints,
+                    snapshot,
+                    self.run,
+                    {"heldout": self.heldout},
+                    keep=self.config.checkpoints_kept,
+                )
             )
         except LocalFault as fault:
             self._observe(events.CheckpointFailed(step=step, reason=str(fault)))
@@ -447,7 +456,7 @@ class Peer:
             fingerprint=self._fingerprint,
             incarnation=self._incarnation,
             position=self.replica.position,
-            metrics_port=self._metrics_port,
+            metrics_port=self.metrics_port,
             extra=self.task.note,
         )
         await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)

@@ -1,0 +1,126 @@
+"""The command `p2ptrain`. Verbs import what they need when they run, so that help and small verbs answer at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from p2ptrain.errors import P2PTrainError
+from peers import config_cli
+
+app = typer.Typer(
+    name="p2ptrain",
+    help="Train one model together, over the internet, with nothing in the middle.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(config_cli.app, name="config")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
+
+
+@app.command()
+def join(
+    invite: Annotated[str, typer.Argument(help="The one line that the organizer gave you.")],
+    peer: Annotated[Path | None, typer.Option(help="Peer file: how this machine takes part.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="The run file as you know it; refuse to join if the swarm's differs.")
+    ] = None,
+    until_step: Annotated[int, typer.Option(min=0, help="Leave at this step; 0: stay to the end.")] = 0,
+    data_dir: Annotated[str, typer.Option(help="Folder for this peer's key, checkpoints and journal.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Train with the swarm that INVITE leads to."""
+    from p2ptrain.config import PeerConfig, load_peer, load_run
+    from p2ptrain.swarm.access import decode
+
+    entrance = decode(invite)
+    config = load_peer(peer) if peer else PeerConfig()
+    if data_dir:
+        config = config.model_copy(update={"data_dir": data_dir})
+    own_run = load_run(run) if run else None
+    from peers.volunteer import volunteer
+
+    receipt = _run(volunteer(entrance, config, own_run, until_step))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(receipt)))
+    else:
+        typer.echo(f"\nThank you. You gave {receipt.samples:,} samples in {receipt.rounds:,} rounds.")
+        if receipt.checkpoint:
+            typer.echo(f"Your copy of the model: {receipt.checkpoint}")
+
+
+@app.command()
+def bootstrap(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
+    listen: Annotated[str, typer.Option(help="Address to listen on.")] = "/ip4/0.0.0.0/tcp/31337",
+    announce: Annotated[
+        list[str] | None, typer.Option(help="Address that others should use; may be repeated.")
+    ] = None,
+    data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap peer's key.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Open a run for others: keep an address, hand out the run file, print the invite."""
+    from p2ptrain.config import load_run
+    from peers.places import user_data
+
+    run = load_run(run_file)
+    folder = Path(data_dir) if data_dir else user_data() / run.run_id
+    from peers import bootstrap as role
+
+    summary = _run(
+        role.bootstrap(
+            run, listen, tuple(announce or ()), folder, lambda i: role.print_invite(i, as_json, _say)
+        )
+    )
+    if as_json:
+        typer.echo(json.dumps(summary))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _run(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run a role on uvloop, telling its story on stderr."""
+    import asyncio
+
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+def main() -> None:
+    """Entry point: a mistake, or a fault of a peer or the network, is one sentence and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except (P2PTrainError, BaseExceptionGroup) as error:
+        fault = _fault_in(error)
+        if fault is None:
+            raise
+        print(f"p2ptrain: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)
+
+
+def _fault_in(error: BaseException) -> P2PTrainError | None:
+    """The fault itself, also when task groups have wrapped it; None if there is something else in it."""
+    if isinstance(error, P2PTrainError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = [_fault_in(inner) for inner in error.exceptions]
+        return None if None in found else found[0]
+    return None

@@ -1,0 +1,260 @@
+"""The volunteer's peer: everything that `p2ptrain join` puts together, and takes apart again in order.
+
+It needs nothing but an invite. The run file comes from the swarm and is checked against the invite's digest; the
+task, the model and the replica are built from it; the newest own checkpoint is where it starts from, unless the swarm
+has more behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from p2ptrain import events
+from p2ptrain.config import (
+    PeerConfig,
+    RunConfig,
+    check_together,
+    difference,
+    fingerprint,
+    parse_run,
+    run_digest,
+)
+from p2ptrain.errors import IncompatibleRun, PeerFault, Unreachable
+from p2ptrain.protocol.member import Stage
+from p2ptrain.records import GetRun, PeerId
+from p2ptrain.replica.checkpoint import latest, load, restore
+from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.libp2p import Libp2pSwarm
+from p2ptrain.tasks import build_task
+from p2ptrain.telemetry.health import HealthServer
+from p2ptrain.telemetry.journal import Journal
+from p2ptrain.telemetry.metrics import Metrics, PeerState
+from p2ptrain.trainer import Peer, train
+from peers.places import data_folder
+from peers.signals import Stop
+
+logger = logging.getLogger("p2ptrain")
+
+RUN_FILE_SECONDS = 20.0
+FINISH_SECONDS = 4.0
+"""How long a stopping peer waits for the round that is under way."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a volunteer gets to see at the end, and what `--json` prints."""
+
+    run_id: str
+    peer: str
+    step: int
+    lineage: str
+    state_digest: str
+    rounds: int
+    samples: int
+    heldout_loss: float | None
+    checkpoint: str | None
+
+
+async def volunteer(invite: Invite, config: PeerConfig, own_run: RunConfig | None, until_step: int) -> Receipt:
+    """Join the run that the invite names and train until `until_step` (0: the run's end) or until stopped.
+
+    `own_run` is what the caller believes the run to be, if anything: the swarm's must be equal. Raises
+    P2PTrainError with one sentence for whatever keeps this peer from taking part.
+    """
+    folder = data_folder(config, invite.run_id)
+    torch.set_num_threads(config.threads)
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(Journal(folder / "journal.jsonl"))
+        observers: list[Callable[[events.Event], None]] = [journal.write, _tell]
+
+        def observe(event: events.Event) -> None:
+            for observer in observers:
+                observer(event)
+
+        swarm = Libp2pSwarm(
+            folder / "identity.key",
+            invite.run_id,
+            initial_peers=invite.addresses,
+            listen=config.listen,
+            announce=config.announce,
+            on_event=observe,
+        )
+        stop = stack.enter_context(Stop())
+        async with swarm:
+            run = await _fetch_run(swarm, invite)
+            if own_run is not None and (differing := difference(own_run, run)):
+                raise IncompatibleRun(
+                    f"this is another run than the one in the swarm: {'; '.join(differing)} there; "
+                    "join without --run to take the swarm's, or ask the organizer for the right invite"
+                )
+            check_together(run, config)
+            compute, hashing = _thread(stack, "compute"), _thread(stack, "hash")
+            replica, task, print_ = await compute(partial(_build, run, config))
+            checkpoints = folder / "checkpoints"
+            if (newest := latest(checkpoints)) is not None:
+                await compute(lambda: restore(replica, load(newest)))
+            swarm.adopt(print_)
+            metrics = Metrics(run.run_id, print_)
+            metrics.read_traffic = lambda: swarm.traffic
+            metrics.read_journal_lost = lambda: journal.lost
+            observers.append(metrics.observe)
+            peer = Peer(
+                swarm,
+                run,
+                config,
+                task,
+                replica,
+                fingerprint=print_,
+                incarnation=secrets.token_hex(8),
+                compute=compute,
+                hashing=hashing,
+                observe=observe,
+                checkpoints=checkpoints,
+            )
+            metrics.read_state = lambda: _state(peer)
+            pages = HealthServer(
+                metrics.page,
+                lambda: _failed_checks(peer),
+                host=config.metrics_host,
+                port=config.metrics_port,
+            )
+            async with pages, peer, _watching(peer, swarm, metrics):
+                peer.metrics_port = pages.port
+                logger.info("metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder)
+                await _train_until_stopped(peer, run, until_step, stop)
+                path = await peer.save_checkpoint()
+                observe(
+                    events.Leaving(
+                        step=replica.position.step,
+                        reason=stop.reason or "the run is complete",
+                        rounds=peer.rounds_joined,
+                        samples=peer.samples_given,
+                    )
+                )
+                return Receipt(
+                    run_id=run.run_id,
+                    peer=swarm.peer_id,
+                    step=replica.position.step,
+                    lineage=replica.position.lineage,
+                    state_digest=await hashing(replica.compute_state_digest),
+                    rounds=peer.rounds_joined,
+                    samples=peer.samples_given,
+                    heldout_loss=peer.heldout.get("loss"),
+                    checkpoint=str(path) if path else None,
+                )
+
+
+async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
+    """The run file, from whichever of the invite's peers gives the right one first."""
+    reasons = []
+    for address in invite.addresses:
+        peer = PeerId(address.rsplit("/p2p/", 1)[1])
+        try:
+            _, payload = await swarm.request(
+                peer, GetRun(), timeout_seconds=RUN_FILE_SECONDS, max_bytes=64 * 1024
+            )
+            run = parse_run(payload)
+            if (digest := run_digest(run)) == invite.run_digest:
+                return run
+            reasons.append(
+                f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
+            )
+        except PeerFault as fault:
+            reasons.append(f"{events.short(peer)}: {fault}")
+    raise Unreachable(
+        f"none of the invite's peers gave the run file of {invite.run_id} ({'; '.join(reasons)}); "
+        "check that the bootstrap is running, or ask the organizer for a new invite"
+    )
+
+
+def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:
+    task = build_task(run, config.corpus)
+    model = task.build_model(run.seed)
+    print_ = fingerprint(run, parameter_table(model))
+    return Replica(model, run, print_), task, print_
+
+
+def _thread(stack: contextlib.ExitStack, name: str) -> Callable[..., Awaitable[Any]]:
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    stack.callback(executor.shutdown, wait=True, cancel_futures=True)
+
+    async def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
+
+    return call
+
+
+async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop: Stop) -> None:
+    """Train; a first signal lets the round under way finish, a second one does not."""
+    if until_step:
+        run = run.model_copy(update={"total_steps": min(until_step, run.total_steps)})
+    training = asyncio.create_task(train(peer, run), name="train")
+    stopping = asyncio.create_task(stop.first(), name="stop")
+    try:
+        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not training.done():
+            peer.leaving = True
+            logger.info("finishing the round, then leaving; once more to stop now")
+            second = asyncio.create_task(stop.second(), name="stop now")
+            await asyncio.wait(
+                {training, second}, timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            second.cancel()
+    finally:
+        stopping.cancel()
+        if not training.done():
+            training.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await training
+
+
+def _state(peer: Peer) -> PeerState:
+    if peer.leaving:
+        return PeerState.LEAVING
+    match peer.rounds.member.stage:
+        case Stage.OUTSIDE:
+            return PeerState.CATCHING_UP
+        case Stage.ACCUMULATING:
+            return PeerState.ACCUMULATING
+        case Stage.REDUCING | Stage.HELD:
+            return PeerState.AVERAGING
+
+
+def _failed_checks(peer: Peer) -> list[str]:
+    return [] if peer.rounds_joined else ["no round joined yet"]
+
+
+@contextlib.asynccontextmanager
+async def _watching(peer: Peer, swarm: Libp2pSwarm, metrics: Metrics) -> Any:
+    """Sample what is no event: connections, and the event loop's lag."""
+
+    async def watch() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + 1.0
+            await asyncio.sleep(1.0)
+            metrics.event_loop_lag_seconds.observe(max(loop.time() - due, 0.0))
+            metrics.connected_peers.set(swarm.connected_peers())
+
+    watching = asyncio.create_task(watch(), name="watch")
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+def _tell(event: events.Event) -> None:
+    logger.log(event.level, event.sentence())
+
+
