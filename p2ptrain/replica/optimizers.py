@@ -7,8 +7,8 @@ each of them to it.
 
 - The square root is numpy's: torch's goes through MKL's vector library, whose last bit is wrong for 17 % of
   all numbers (measured over every float32) and is not even reproducible (pytorch issue 188792).
-- Scalars are 0-dim float32 tensors on the same device, rounded once: on CUDA a Python scalar, or a tensor that
-  lives on the CPU, is turned into its reciprocal before a division.
+- Scalars are 0-dim float32 tensors on the same device, rounded once: on CUDA a Python scalar, or a tensor
+  that lives on the CPU, is turned into its reciprocal before a division.
 - Powers of beta are repeated products, because `pow` is the C library's.
 
 Each step goes over the vectors block by block, so that a block is still in the cache for the next operation.

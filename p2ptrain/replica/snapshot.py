@@ -21,7 +21,7 @@ from torch import Tensor
 from p2ptrain.errors import BadMessage
 from p2ptrain.records import EntryHeader, Manifest, Position
 
-FORMAT = "p2ptrain-state-1"
+METADATA, FORMAT = "p2ptrain", "p2ptrain-state-1"
 PIECE_BYTES = 2**20
 MAX_PIECES = 3000  # as in records.Manifest
 
@@ -49,14 +49,15 @@ class State:
         for name, tensor in sorted(self.tensors().items()):
             sha.update(json.dumps([name, list(tensor.shape)]).encode() + b"\n")
             sha.update(tensor.detach().reshape(-1).numpy().data)
-        sha.update(json.dumps(_scalar_texts(self.scalars), sort_keys=True).encode())
+        sha.update("\n".join(_scalar_lines(self.scalars)).encode())
         return sha.hexdigest()
 
 
 def pack(state: State) -> bytes:
-    """The blob of a state."""
+    """The blob of a state. Equal states give equal bytes, so a joiner can mix pieces of several peers."""
     tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
-    return save_safetensors(tensors, {"format": FORMAT, **_scalar_texts(state.scalars)})
+    # One entry of metadata, because safetensors writes several in any order.
+    return save_safetensors(tensors, {METADATA: "\n".join((FORMAT, *_scalar_lines(state.scalars)))})
 
 
 def unpack(blob: bytes) -> State:
@@ -64,14 +65,14 @@ def unpack(blob: bytes) -> State:
     try:
         tensors = load_safetensors(blob)
         header_bytes = int.from_bytes(blob[:8], "little")
-        metadata: dict[str, str] = json.loads(blob[8 : 8 + header_bytes]).get("__metadata__", {})
-        found = metadata.pop("format", "none")
+        metadata = json.loads(blob[8 : 8 + header_bytes])["__metadata__"]
+        found, *lines = metadata[METADATA].split("\n")
         if found != FORMAT:
             raise ValueError(f"its format is {found[:40]!r}, not {FORMAT}")
         if strays := [name for name in tensors if not name.startswith(("model.", "optimizer."))]:
             raise ValueError(f"it holds {strays[0][:40]!r}")
-        scalars = {name: float.fromhex(text) for name, text in metadata.items()}
-    # KeyError is what safetensors raises for a dtype that torch lacks; the others tell of damage.
+        scalars = {name: float.fromhex(value) for name, value in (line.split("=") for line in lines)}
+    # KeyError is also what safetensors raises for a dtype that torch lacks.
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
         raise BadMessage(f"a state must be a safetensors file of ours: {error}") from error
     return State(
@@ -79,8 +80,8 @@ def unpack(blob: bytes) -> State:
     )
 
 
-def _scalar_texts(scalars: Mapping[str, float]) -> dict[str, str]:
-    return {name: value.hex() for name, value in scalars.items()}  # hexadecimal: exact both ways
+def _scalar_lines(scalars: Mapping[str, float]) -> list[str]:
+    return [f"{name}={value.hex()}" for name, value in sorted(scalars.items())]  # hexadecimal is exact
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
