@@ -59,8 +59,8 @@ class Committed:
 
     entry: Entry
     newcomers: tuple[PeerId, ...]
-    began: float
-    """Loop time of the freeze, and of holding every span."""
+    sealed: float
+    """Loop time of sealing the contribution, and of holding every span."""
     held: float
 
 
@@ -146,7 +146,8 @@ class Attempt:
         self.freeze = freeze
         self.began = asyncio.get_running_loop().time()
         self.held = self.began
-        self.sealed = False
+        self.sealed: float | None = None
+        """Loop time when the contribution was given, None before."""
         self.header: EntryHeader | None = None
         self._me = swarm.peer_id
         self._swarm = swarm
@@ -170,7 +171,7 @@ class Attempt:
 
     def contribute(self, contribution: Contribution) -> None:
         """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
-        self.sealed = True
+        self.sealed = asyncio.get_running_loop().time()
         for rank, reducer in enumerate(self.freeze.roster):
             ranges = self._ranges[rank] if contribution.samples else self._ranges[rank][:1]
             for number, (start, stop) in enumerate(ranges):
@@ -390,7 +391,7 @@ class Rounds:
     async def join(self, contribution: Contribution) -> Outcome:
         """Bring the contribution to the attempt, and to the one that replaces it, until one ends."""
         while self.outcome is None:
-            if self.attempt is not None and not self.attempt.sealed:
+            if self.attempt is not None and self.attempt.sealed is None:
                 self.attempt.contribute(contribution)
                 continue
             await self._turn.wait()
@@ -485,8 +486,9 @@ class Rounds:
                 case Apply(header, newcomers):
                     attempt = self.attempt
                     assert attempt is not None
+                    assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
-                    self._end(Committed(entry, newcomers, attempt.began, attempt.held))
+                    self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
                 case CatchUp(donor, position):
                     self._end(Behind(donor, position))
                 case TookOver() | Waiting():

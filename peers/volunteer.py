@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
-from p2ptrain.telemetry.metrics import Metrics, PeerState
+from p2ptrain.telemetry.metrics import Metrics, PeerState, watch_event_loop
 from p2ptrain.trainer import Peer, train
 from peers.places import data_folder
 from peers.signals import Stop
@@ -123,13 +123,14 @@ async def volunteer(invite: Invite, config: PeerConfig, own_run: RunConfig | Non
                 checkpoints=checkpoints,
             )
             metrics.read_state = lambda: _state(peer)
+            metrics.connected_peers.set_function(swarm.connected_peers)
             pages = HealthServer(
                 metrics.page,
                 lambda: _failed_checks(peer),
                 host=config.metrics_host,
                 port=config.metrics_port,
             )
-            async with pages, peer, _watching(peer, swarm, metrics):
+            async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe):
                 peer.metrics_port = pages.port
                 logger.info("metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder)
                 await _train_until_stopped(peer, run, until_step, stop)
@@ -236,18 +237,8 @@ def _failed_checks(peer: Peer) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _watching(peer: Peer, swarm: Libp2pSwarm, metrics: Metrics) -> Any:
-    """Sample what is no event: connections, and the event loop's lag."""
-
-    async def watch() -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + 1.0
-            await asyncio.sleep(1.0)
-            metrics.event_loop_lag_seconds.observe(max(loop.time() - due, 0.0))
-            metrics.connected_peers.set(swarm.connected_peers())
-
-    watching = asyncio.create_task(watch(), name="watch")
+async def _watched(observe_lag: Callable[[float], None]) -> AsyncIterator[None]:
+    watching = asyncio.create_task(watch_event_loop(observe_lag), name="event loop lag")
     try:
         yield
     finally:
