@@ -29,6 +29,7 @@ from p2ptrain.protocol.round import (
     Begin,
     Cancel,
     CatchUp,
+    Diverged,
     Effect,
     Send,
     TookOver,
@@ -70,6 +71,8 @@ class Behind:
 
     donor: PeerId
     position: Position
+    afresh: bool
+    """This replica is damaged: only a snapshot will do."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,8 @@ class Attempt:
 # -- the machine and its surroundings -----------------------------------------------------------------------------
 
 
+Note = TookOver | Waiting | Diverged | Faulted | Gone
+"""What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
 
@@ -336,7 +341,7 @@ class Rounds:
         codec: Codec,
         chunk_values: int,
         serve: Serve,
-        note: Callable[[TookOver | Waiting | Faulted | Gone], None],
+        note: Callable[[Note], None],
     ) -> None:
         self.member = member
         self.attempt: Attempt | None = None
@@ -489,9 +494,9 @@ class Rounds:
                     assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
                     self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
-                case CatchUp(donor, position):
-                    self._end(Behind(donor, position))
-                case TookOver() | Waiting():
+                case CatchUp(donor, position, afresh):
+                    self._end(Behind(donor, position, afresh))
+                case TookOver() | Waiting() | Diverged():
                     self._note(effect)
                 case _:
                     assert_never(effect)

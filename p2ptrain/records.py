@@ -192,7 +192,17 @@ class Answer(Record):
     """The last entry this peer applied."""
 
 
-Message = Report | Freeze | Done | Failed | Commit | Abort | Ask | Answer
+class Resync(Record):
+    """leader → member: at this step your parameters differ from the others'; take their state from `donor`."""
+
+    kind: Literal["resync"] = "resync"
+    position: Position
+    state_digest: Digest
+    """What the others have."""
+    donor: Id
+
+
+Message = Report | Freeze | Done | Failed | Commit | Abort | Ask | Answer | Resync
 
 # -- the data plane --------------------------------------------------------------------------------------------
 

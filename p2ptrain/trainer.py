@@ -22,15 +22,16 @@ from p2ptrain.allreduce import (
     Contribution,
     Faulted,
     Gone,
+    Note,
     Outcome,
     Rounds,
 )
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
-from p2ptrain.errors import LocalFault, PeerFault
+from p2ptrain.errors import IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.member import Member
-from p2ptrain.protocol.round import Rules, TookOver, Waiting
+from p2ptrain.protocol.round import Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.log import Entry, EntryLog
@@ -139,9 +140,14 @@ class Peer:
         others = await self._announce()
         self._observe(
             events.Joined(
-                run_id=self.run.run_id, peer=self.swarm.peer_id, name=self.config.name, others=others
+                run_id=self.run.run_id, peer=self.swarm.peer_id, name=self.config.name, others=len(others)
             )
         )
+        if self.run.task.exact and (strange := {o.extra for o in others} - {self.task.note}):
+            raise IncompatibleRun(
+                f"this run wants the same corpus on every peer (task.exact); here it is {self.task.note!r}, in the "
+                f"swarm {', '.join(sorted(map(repr, strange))[:3])}; use the same Python version, or the same files"
+            )
         self._presence = asyncio.create_task(self._keep_present(), name="presence")
         self._start_step((), settled=False)
 
@@ -216,7 +222,7 @@ class Peer:
             self.swarm, self.replica, self.log, self._codec, self._compute, self._watch_catch_up
         )
         try:
-            arrival = await transfer.from_donor(behind.donor, behind.position)
+            arrival = await transfer.from_donor(behind.donor, behind.position, afresh=behind.afresh)
         except PeerFault as fault:
             self._observe(
                 events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault))
@@ -416,7 +422,7 @@ class Peer:
                 )
             )
 
-    def _noted(self, note: TookOver | Waiting | Faulted | Gone) -> None:
+    def _noted(self, note: Note) -> None:
         match note:
             case TookOver(step, ballot):
                 self._observe(
@@ -424,6 +430,8 @@ class Peer:
                 )
             case Waiting(reason):
                 self.waiting = reason
+            case Diverged(step, ours, theirs):
+                self._observe(events.ReplicaDiverged(step=step, ours=ours, theirs=theirs))
             case Faulted(suspects, _, detail):
                 for peer in suspects:
                     self._observe(
@@ -446,7 +454,7 @@ class Peer:
             await asyncio.sleep(PRESENCE_SECONDS)
             await self._announce()
 
-    async def _announce(self) -> int:
+    async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the other."""
         record = Presence(
             peer=self.swarm.peer_id,
@@ -460,13 +468,13 @@ class Peer:
             extra=self.task.note,
         )
         await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
-        present = {
-            record.peer: record.position
+        others = [
+            record
             for record in await self.swarm.lookup("presence")
-            if isinstance(record, Presence) and record.role == "train" and record.position is not None
-        }
-        self.rounds.informed(present)
-        return len(present.keys() - {self.swarm.peer_id})
+            if isinstance(record, Presence) and record.role == "train" and record.peer != self.swarm.peer_id
+        ]
+        self.rounds.informed({other.peer: other.position for other in others if other.position is not None})
+        return others
 
     async def _publish_round(self, roster_size: int) -> None:
         """Tell monitors and newcomers where the swarm stands; a fast swarm does so every few seconds only."""

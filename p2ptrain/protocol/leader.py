@@ -34,6 +34,7 @@ from p2ptrain.records import (
     PeerId,
     Position,
     Report,
+    Resync,
 )
 
 
@@ -75,6 +76,7 @@ class Leader:
         self.expected: set[PeerId] = set(expected)
         self.newcomers: set[PeerId] = set()
         self.dropped: set[PeerId] = set()
+        self.digests: dict[PeerId, str] = {}
         self.attempt_seconds = 0.0
         self._hold_until = float("-inf")
         self._began = 0.0
@@ -155,7 +157,30 @@ class Leader:
             self.newcomers.add(sender)
         self.reports[sender] = _Known(report, now)
         self.expected.discard(sender)
+        if report.state_digest is not None:
+            self.digests[sender] = report.state_digest
+            if len(set(self.digests.values())) > 1:
+                return [*self._resync(now), *self.consider(now)]
         return self.consider(now)
+
+    def _resync(self, now: float) -> list[Effect]:
+        """Equal lineages show different states: those unlike the most (the leader's own word settles a tie) are
+        out of this step and take the others' state."""
+        votes = Counter(self.digests.values())
+        believed = max(votes, key=lambda digest: (votes[digest], digest == self.digests.get(self.me), digest))
+        sound = sorted(peer for peer, digest in self.digests.items() if digest == believed)
+        odd = sorted(peer for peer, digest in self.digests.items() if digest != believed)
+        donor = self.me if self.me in sound else sound[0]
+        effects: list[Effect] = []
+        if self.phase is Phase.REDUCING and self.attempt and set(odd) & set(self.attempt.freeze.roster):
+            effects += self._abort(AbortCause.DIGEST_MISMATCH, odd, now)
+        for peer in odd:
+            del self.digests[peer]
+            self.reports.pop(peer, None)
+            self.expected.discard(peer)
+            self.dropped.add(peer)
+        order = Resync(position=self.position, state_digest=believed, donor=donor)
+        return [*effects, *(Send(peer, order) for peer in odd)]
 
     def include(self, report: Report, now: float) -> None:
         """The leader is a member from the start, also before it has anything to report."""

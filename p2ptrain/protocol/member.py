@@ -27,6 +27,7 @@ from p2ptrain.protocol.round import (
     Begin,
     Cancel,
     CatchUp,
+    Diverged,
     Effect,
     Rules,
     Send,
@@ -46,6 +47,7 @@ from p2ptrain.records import (
     PeerId,
     Position,
     Report,
+    Resync,
 )
 
 MAX_KNOWN = 1024
@@ -304,6 +306,8 @@ class Member:
                 return self._on_abort(sender, message)
             case Answer():
                 return self._on_answer(sender, message, now)
+            case Resync():
+                return self._on_resync(sender, message)
             case _:
                 assert_never(message)
 
@@ -362,6 +366,13 @@ class Member:
         if sender not in (abort.ballot.leader, self.following):
             return []
         return self._leave_attempt(cause_of(abort.cause), abort.dropped)
+
+    def _on_resync(self, sender: PeerId, resync: Resync) -> list[Effect]:
+        mine = self._report.state_digest if self._report is not None else None
+        if resync.position != self.position or sender != self.following or mine in (None, resync.state_digest):
+            return []
+        diverged = Diverged(resync.position.step, mine, resync.state_digest)
+        return [diverged, *self._go_outside(resync.donor, resync.position, afresh=True)]
 
     def _on_ask(self, sender: PeerId, ask: Ask, now: float) -> list[Effect]:
         mine = self._here()
@@ -487,11 +498,11 @@ class Member:
         self.stage = Stage.ACCUMULATING
         return [Cancel(ballot, cause, dropped)]
 
-    def _go_outside(self, donor: PeerId, position: Position) -> list[Effect]:
+    def _go_outside(self, donor: PeerId, position: Position, *, afresh: bool = False) -> list[Effect]:
         effects = self._leave_attempt(AbortCause.SUPERSEDED)
         self.stage = Stage.OUTSIDE
         self.leader = None
-        return [*effects, CatchUp(donor, position)]
+        return [*effects, CatchUp(donor, position, afresh)]
 
     def _lose(self, peer: PeerId, now: float) -> list[Effect]:
         """A peer is gone: drop it as a member, replace it as a leader."""

@@ -65,6 +65,17 @@ class CatchUp:
 
     donor: PeerId
     position: Position
+    afresh: bool = False
+    """This replica is damaged: replay will not do, take a snapshot even of the same step."""
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """For the log: at one lineage, this replica's state digest is not the others' (I2 is broken here)."""
+
+    step: int
+    ours: str
+    theirs: str
 
 
 @dataclass(frozen=True)
@@ -82,4 +93,4 @@ class Waiting:
     reason: str
 
 
-Effect = Send | Begin | Cancel | Apply | CatchUp | TookOver | Waiting
+Effect = Send | Begin | Cancel | Apply | CatchUp | Diverged | TookOver | Waiting

@@ -144,13 +144,16 @@ class CatchUp:
         self._received = 0
         self._forked = False
 
-    async def from_donor(self, donor: PeerId, claimed: Position) -> Arrival:
-        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there."""
+    async def from_donor(self, donor: PeerId, claimed: Position, *, afresh: bool) -> Arrival:
+        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there.
+
+        `afresh`: what is here is damaged, so take a snapshot in any case.
+        """
         self._received = 0
-        if await self._replay(donor, claimed):
+        if not afresh and await self._replay(donor, claimed):
             return Arrival(CatchUpBy.LOG, None, self._received)
         given_up = await self._given_up(donor, claimed) if self._forked else None
-        await self._load_snapshot(donor)
+        await self._load_snapshot(donor, afresh)
         await self._replay(donor, claimed)
         return Arrival(CatchUpBy.SNAPSHOT, given_up, self._received)
 
@@ -201,13 +204,14 @@ class CatchUp:
         own = (self._log.get(step) for step in range(max(low - 1, 0), self._log.step))
         return sum(entry.header.total_samples for entry in own if entry is not None)
 
-    async def _load_snapshot(self, donor: PeerId) -> None:
+    async def _load_snapshot(self, donor: PeerId, afresh: bool) -> None:
         manifest, _ = await self._swarm.request(
             donor, GetManifest(), timeout_seconds=REQUEST_SECONDS, max_bytes=0
         )
         if not isinstance(manifest, Manifest):
             raise BadMessage(f"{donor[-8:]} answered a request for a manifest with {manifest.kind}")
-        if not heavier(manifest.position, self._replica.position):
+        same = afresh and manifest.position == self._replica.position
+        if not same and not heavier(manifest.position, self._replica.position):
             raise BadMessage(
                 f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples behind "
                 f"it; this peer already has {self._replica.position.weight}"
