@@ -1,8 +1,8 @@
 """The round's effects, carried out: one `Member` machine wired to the swarm, and the bytes of each attempt.
 
-`Rounds` feeds the machine with messages, broken links and time, and does what it answers. `Attempt` moves the bytes:
-it sends this peer's contribution to every reducer, averages this peer's own span, and collects the averaged chunks of
-all spans in a shadow buffer that touches nothing until the round is committed.
+`Rounds` feeds the machine with messages, broken links and time, and does what it answers. `Attempt` moves the
+bytes: it sends this peer's contribution to every reducer, averages this peer's own span, and collects the
+averaged chunks of all spans in a shadow buffer that touches nothing until the round is committed.
 
 Not covered: the numeric work of an attempt runs on the event loop, chunk by chunk.
 """
@@ -51,7 +51,7 @@ from p2ptrain.records import (
 from p2ptrain.replica.log import Entry
 from p2ptrain.swarm.port import Buffer, Swarm
 
-# -- outcomes --------------------------------------------------------------------------------------------------
+# -- outcomes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ Outcome = Committed | Behind | Aborted
 
 @dataclass(frozen=True)
 class Contribution:
-    """What this peer brings: `total` float32 [values] = Σ over its samples of the gradient, and their number."""
+    """What this peer brings: `total` float32 [values] = Σ over its samples of the gradient, and their
+    number."""
 
     total: Tensor
     samples: int
@@ -113,7 +114,7 @@ class Gone:
     peer: PeerId
 
 
-# -- one attempt -----------------------------------------------------------------------------------------------
+# -- one attempt ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -188,7 +189,8 @@ class Attempt:
                 self._deliver(reducer, header, encoded)
 
     def receive(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
-        """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's name."""
+        """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's
+        name."""
         if self._over:
             return
         try:
@@ -215,7 +217,7 @@ class Attempt:
         for sender in self._senders:
             sender.cancel()
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- inside ----------------------------------------------------------------------------------------------
 
     def _deliver(self, to: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
         if to == self._me:
@@ -320,7 +322,7 @@ class Attempt:
                 outbox.sent = len(outbox.frames)
 
 
-# -- the machine and its surroundings -----------------------------------------------------------------------------
+# -- the machine and its surroundings ------------------------------------------------------------------------
 
 
 Note = TookOver | Waiting | Diverged | Faulted | Gone
@@ -356,7 +358,7 @@ class Rounds:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    # -- for the trainer ---------------------------------------------------------------------------------------
+    # -- for the trainer -------------------------------------------------------------------------------------
 
     def advance(
         self, position: Position, last: EntryHeader | None, newcomers: Iterable[PeerId], *, settled: bool
@@ -412,7 +414,7 @@ class Rounds:
             self.attempt.close()
         self._change()
 
-    # -- Handler -----------------------------------------------------------------------------------------------
+    # -- Handler ---------------------------------------------------------------------------------------------
 
     def on_message(self, sender: PeerId, message: Message) -> None:
         self._carry_out(self.member.received(sender, message, self._now()))
@@ -425,7 +427,8 @@ class Rounds:
         self._carry_out(self.member.linked(peer, up, self._now()))
 
     async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
-        """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is dropped."""
+        """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is
+        dropped."""
         patience = self._now() + self.member.rules.silence_seconds
         while not self._closed:
             attempt, position = self.attempt, self.member.position
@@ -448,7 +451,7 @@ class Rounds:
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
         return await self._serve(sender, request)
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- inside ----------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -1,8 +1,8 @@
 """The error tree. Its first split is whose fault it is: ours and our user's, or a peer's and the network's.
 
 A message says what was expected, what was seen, where, and what to do; commands print it as one sentence and
-exit with `exit_code`. No traceback ever reaches a user for anything below `P2PTrainError`; a bug of ours is any
-other exception, and crashes.
+exit with `exit_code`. No traceback ever reaches a user for anything below `P2PTrainError`; a bug of ours is
+any other exception, and crashes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class P2PTrainError(Exception):
     exit_code = 1
 
 
-# -- LocalFault: something on this machine, in this user's files or in this user's command ----------------------
+# -- LocalFault: something on this machine, in this user's files or in this user's command -------------------
 
 
 class LocalFault(P2PTrainError):

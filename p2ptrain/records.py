@@ -1,8 +1,8 @@
 """What travels between peers: ids, control messages, chunk headers, signed records.
 
-Every type here is frozen and strict, unknown keys are refused and every text, number and list is bounded, because
-each of them may have been written by a stranger. Tensors are not here: they travel as raw bytes beside a header.
-Digests are lower-case hex SHA-256.
+Every type here is frozen and strict, unknown keys are refused and every text, number and list is bounded,
+because each of them may have been written by a stranger. Tensors are not here: they travel as raw bytes
+beside a header. Digests are lower-case hex SHA-256.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-# -- where a replica stands ------------------------------------------------------------------------------------
+# -- where a replica stands ----------------------------------------------------------------------------------
 
 
 class Position(Record):
-    """Where a replica stands in the log: the step it would take next, its lineage, and the samples behind it."""
+    """Where a replica stands in the log: the step it would take next, its lineage, and the samples behind
+    it."""
 
     step: Step
     lineage: Digest
@@ -43,7 +44,8 @@ class Position(Record):
 
 
 class Ballot(Record):
-    """The right to run an attempt. Ballots are totally ordered by (number, leader); a member obeys the highest."""
+    """The right to run an attempt. Ballots are totally ordered by (number, leader); a member obeys the
+    highest."""
 
     number: Annotated[int, Field(ge=0, lt=2**31)]
     leader: Id
@@ -58,8 +60,8 @@ class Ballot(Record):
 class EntryHeader(Record):
     """What a committed round produced, except the averaged bytes themselves, which `digest` binds.
 
-    Every member that holds the averaged bytes derives this same header from the freeze and the chunks alone, so
-    whoever ends up committing the attempt commits the same entry.
+    Every member that holds the averaged bytes derives this same header from the freeze and the chunks alone,
+    so whoever ends up committing the attempt commits the same entry.
     """
 
     step: Step
@@ -72,7 +74,8 @@ class EntryHeader(Record):
     squared_norms: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_ROSTER)
     ]
-    """Of each decoded span, in float64, as its reducer measured it: the clip factor comes from these alone."""
+    """Of each decoded span, in float64, as its reducer measured it: the clip factor comes from these
+    alone."""
     digest: Digest
     """SHA-256 over the digests of the entry's encoded chunks, in order."""
 
@@ -88,7 +91,7 @@ class EntryHeader(Record):
         return self
 
 
-# -- control messages: leader <-> members ----------------------------------------------------------------------
+# -- control messages: leader <-> members --------------------------------------------------------------------
 
 
 class Report(Record):
@@ -193,7 +196,8 @@ class Answer(Record):
 
 
 class Resync(Record):
-    """leader → member: at this step your parameters differ from the others'; take their state from `donor`."""
+    """leader → member: at this step your parameters differ from the others'; take their state from
+    `donor`."""
 
     kind: Literal["resync"] = "resync"
     position: Position
@@ -204,18 +208,20 @@ class Resync(Record):
 
 Message = Report | Freeze | Done | Failed | Commit | Abort | Ask | Answer | Resync
 
-# -- the data plane --------------------------------------------------------------------------------------------
+# -- the data plane ------------------------------------------------------------------------------------------
 
 
 class Chunk(Record):
-    """member → reducer: chunk `number` of my contribution to your span, as encoded bytes beside this header."""
+    """member → reducer: chunk `number` of my contribution to your span, as encoded bytes beside this
+    header."""
 
     kind: Literal["chunk"] = "chunk"
     step: Step
     ballot: Ballot
     number: Count
     samples: Count
-    """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for all."""
+    """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for
+    all."""
 
 
 class Averaged(Record):
@@ -231,7 +237,7 @@ class Averaged(Record):
     """Of the decoded span, in float64; on the last chunk only."""
 
 
-# -- state transfer: one request, one reply ---------------------------------------------------------------------
+# -- state transfer: one request, one reply ------------------------------------------------------------------
 
 
 class GetRun(Record):
@@ -241,7 +247,8 @@ class GetRun(Record):
 
 
 class GetEntry(Record):
-    """The entry that was committed at `step`; the reply's payload is its encoded bytes, if they are wanted."""
+    """The entry that was committed at `step`; the reply's payload is its encoded bytes, if they are
+    wanted."""
 
     kind: Literal["get_entry"] = "get_entry"
     step: Step
@@ -309,7 +316,7 @@ Reply = Piece | EntryReply | Manifest | Refusal
 Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 
-# -- signed DHT records -----------------------------------------------------------------------------------------
+# -- signed DHT records --------------------------------------------------------------------------------------
 
 Role = Literal["train", "bootstrap", "monitor"]
 

@@ -1,7 +1,8 @@
-"""The main loop, and the peer it drives: accumulate a large batch, average it, take one synchronized step; repeat.
+"""The main loop, and the peer it drives: accumulate a large batch, average it, take one synchronized step;
+repeat.
 
-`train` reads like the design card. `Peer` holds what one peer is made of and turns each line of the loop into calls:
-gradients on the compute thread, rounds through `allreduce`, state through `replica`.
+`train` reads like the design card. `Peer` holds what one peer is made of and turns each line of the loop into
+calls: gradients on the compute thread, rounds through `allreduce`, state through `replica`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import Task
 
 PRESENCE_SECONDS = 3.0
-"""How often a peer renews its presence record and looks who else is there; the record lives five times as long."""
+"""How often a peer renews its presence record and looks who else is there; the record lives five times as
+long."""
 
 
 async def train(peer: Peer, run: RunConfig) -> None:
@@ -133,7 +135,7 @@ class Peer:
             *(task for task in (self._batch, self._digesting) if task is not None), return_exceptions=True
         )
 
-    # -- the lines of the loop -----------------------------------------------------------------------------------
+    # -- the lines of the loop -------------------------------------------------------------------------------
 
     async def arrive(self) -> None:
         """Say that this peer is here, see who else is, and take their state if it has more behind it."""
@@ -145,8 +147,9 @@ class Peer:
         )
         if self.run.task.exact and (strange := {o.extra for o in others} - {self.task.note}):
             raise IncompatibleRun(
-                f"this run wants the same corpus on every peer (task.exact); here it is {self.task.note!r}, in the "
-                f"swarm {', '.join(sorted(map(repr, strange))[:3])}; use the same Python version, or the same files"
+                f"this run wants the same corpus on every peer (task.exact); here it is {self.task.note!r}, "
+                f"in the swarm {', '.join(sorted(map(repr, strange))[:3])}; "
+                "use the same Python version, or the same files"
             )
         self._presence = asyncio.create_task(self._keep_present(), name="presence")
         self._start_step((), settled=False)
@@ -154,8 +157,9 @@ class Peer:
     async def accumulate(self) -> Contribution:
         """Run micro-batches until the leader freezes the round; the sum of what is done by then."""
         if not self._in_time and self.rounds.member.following != self.swarm.peer_id:
-            # A micro-batch begun now might end only after the swarm has stepped. The leader admits this peer with
-            # the next commit: in a fast swarm that is at once, in a slow one there is time to work after all.
+            # A micro-batch begun now might end only after the swarm has stepped. The leader admits this peer
+            # with the next commit: in a fast swarm that is at once, in a slow one there is time to work after
+            # all.
             self._report()
             await self.rounds.changed(self.run.heartbeat_seconds)
         while not isinstance(self.rounds.outcome, Behind):
@@ -224,9 +228,7 @@ class Peer:
         try:
             arrival = await transfer.from_donor(behind.donor, behind.position, afresh=behind.afresh)
         except PeerFault as fault:
-            self._observe(
-                events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault))
-            )
+            self._observe(events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault)))
             self.rounds.unhelpful(behind.donor)
         else:
             after = self.replica.position
@@ -259,7 +261,7 @@ class Peer:
         if self.config.checkpoint_every_steps and step % self.config.checkpoint_every_steps == 0:
             await self.save_checkpoint()
 
-    # -- beside the loop -----------------------------------------------------------------------------------------
+    # -- beside the loop -------------------------------------------------------------------------------------
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out figures of the replica as it stands."""
@@ -277,7 +279,8 @@ class Peer:
         return figures
 
     async def save_checkpoint(self) -> Path | None:
-        """Write the replica as it stands to the checkpoint folder; None, and a warning, if that is not possible."""
+        """Write the replica as it stands to the checkpoint folder; None, and a warning, if that is not
+        possible."""
         began, step = self._now(), self.replica.position.step
         if self._checkpoints is None:
             return None
@@ -303,7 +306,7 @@ class Peer:
         )
         return path
 
-    # -- micro-batches -------------------------------------------------------------------------------------------
+    # -- micro-batches ---------------------------------------------------------------------------------------
 
     def _begin_batch(self) -> None:
         count, step = self.config.micro_batch_size, self.replica.position.step
@@ -313,7 +316,8 @@ class Peer:
         self._report()
 
     def _gradients(self, step: int, first: int, count: int) -> float:
-        """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their losses."""
+        """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
+        losses."""
         self.replica.gradient.zero_()
         batch = self.task.batch(step, self.swarm.peer_id, first, count)
         loss = self.task.loss_sum(self.replica.model, batch)
@@ -321,7 +325,8 @@ class Peer:
         return float(loss.detach())
 
     async def _batch_ends(self, patience_seconds: float | None) -> bool:
-        """Wait for the micro-batch, a change in the round, or the end of patience; True for the first of these."""
+        """Wait for the micro-batch, a change in the round, or the end of patience; True for the first of
+        these."""
         assert self._batch is not None
         change = asyncio.create_task(self.rounds.changed(patience_seconds))
         waiting: list[asyncio.Future[Any]] = [self._batch, change]
@@ -339,9 +344,7 @@ class Peer:
         count = self.config.micro_batch_size
         if self._batch_at != self.replica.position:
             self._observe(
-                events.SamplesWasted(
-                    step=self._batch_at.step, samples=count, cause=events.WasteCause.BEHIND
-                )
+                events.SamplesWasted(step=self._batch_at.step, samples=count, cause=events.WasteCause.BEHIND)
             )
             return
         took = self._now() - self._batch_began
@@ -373,7 +376,7 @@ class Peer:
             self._accumulator.samples, in_flight, finish, self._batch_seconds, self.state_digest
         )
 
-    # -- steps ---------------------------------------------------------------------------------------------------
+    # -- steps -----------------------------------------------------------------------------------------------
 
     def _apply_now(self, entry: Entry) -> None:
         """On the compute thread."""
@@ -438,16 +441,14 @@ class Peer:
                         events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=detail)
                     )
             case Gone(peer):
-                self._observe(
-                    events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail="")
-                )
+                self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:
                 assert_never(note)
 
     def _watch_catch_up(self, progress: Progress) -> None:
         self.catching_up = progress
 
-    # -- presence ------------------------------------------------------------------------------------------------
+    # -- presence --------------------------------------------------------------------------------------------
 
     async def _keep_present(self) -> None:
         while True:
@@ -455,7 +456,8 @@ class Peer:
             await self._announce()
 
     async def _announce(self) -> list[Presence]:
-        """Publish this peer's presence, then look who else is there: so of two newcomers one sees the other."""
+        """Publish this peer's presence, then look who else is there: so of two newcomers one sees the
+        other."""
         record = Presence(
             peer=self.swarm.peer_id,
             role="train",
@@ -481,9 +483,7 @@ class Peer:
         if self._now() - self._round_published < PRESENCE_SECONDS:
             return
         self._round_published = self._now()
-        record = RoundRecord(
-            peer=self.swarm.peer_id, position=self.replica.position, roster_size=roster_size
-        )
+        record = RoundRecord(peer=self.swarm.peer_id, position=self.replica.position, roster_size=roster_size)
         self._publishing = asyncio.create_task(
             self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS), name="round record"
         )

@@ -1,7 +1,8 @@
-"""The organizer's bootstrap peer: a well-known address, the run file for whoever has an invite, and a DHT node.
+"""The organizer's bootstrap peer: a well-known address, the run file for whoever has an invite, and a DHT
+node.
 
-It trains nothing and decides nothing. If it dies, the swarm goes on, and newcomers can enter by any other peer whose
-address they have; started again, it has the same identity and port.
+It trains nothing and decides nothing. If it dies, the swarm goes on, and newcomers can enter by any other
+peer whose address they have; started again, it has the same identity and port.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ async def bootstrap(
 
 
 def _entrances(addresses: list[str]) -> list[str]:
-    """At most 8 addresses for the invite, those that others can reach first: loopback is for this machine only."""
+    """At most 8 addresses for the invite, those that others can reach first: loopback is for this machine
+    only."""
     return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1")))[:8]
 
 
@@ -120,5 +122,3 @@ def print_invite(invite: str, as_json: bool, say: Callable[[str], None]) -> None
         return
     say("To let somebody in, send this command:\n")
     say(f"    p2ptrain join {invite}\n")
-
-

@@ -1,4 +1,5 @@
-"""The command `p2ptrain`. Verbs import what they need when they run, so that help and small verbs answer at once."""
+"""The command `p2ptrain`. Verbs import what they need when they run, so that help and small verbs answer at
+once."""
 
 from __future__ import annotations
 

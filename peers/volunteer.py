@@ -1,8 +1,8 @@
 """The volunteer's peer: everything that `p2ptrain join` puts together, and takes apart again in order.
 
-It needs nothing but an invite. The run file comes from the swarm and is checked against the invite's digest; the
-task, the model and the replica are built from it; the newest own checkpoint is where it starts from, unless the swarm
-has more behind it.
+It needs nothing but an invite. The run file comes from the swarm and is checked against the invite's digest;
+the task, the model and the replica are built from it; the newest own checkpoint is where it starts from,
+unless the swarm has more behind it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Receipt:
     checkpoint: str | None
 
 
-async def volunteer(invite: Invite, config: PeerConfig, own_run: RunConfig | None, until_step: int) -> Receipt:
+async def volunteer(
+    invite: Invite, config: PeerConfig, own_run: RunConfig | None, until_step: int
+) -> Receipt:
     """Join the run that the invite names and train until `until_step` (0: the run's end) or until stopped.
 
     `own_run` is what the caller believes the run to be, if anything: the swarm's must be equal. Raises
@@ -132,7 +134,9 @@ async def volunteer(invite: Invite, config: PeerConfig, own_run: RunConfig | Non
             )
             async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe):
                 peer.metrics_port = pages.port
-                logger.info("metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder)
+                logger.info(
+                    "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
+                )
                 await _train_until_stopped(peer, run, until_step, stop)
                 path = await peer.save_checkpoint()
                 observe(
@@ -247,5 +251,3 @@ async def _watched(observe_lag: Callable[[float], None]) -> AsyncIterator[None]:
 
 def _tell(event: events.Event) -> None:
     logger.log(event.level, event.sentence())
-
-

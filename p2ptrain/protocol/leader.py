@@ -4,10 +4,11 @@
                                  ▲                         │
                                  └──────── aborted ────────┘
 
-A leader whom the last entry appointed starts COLLECTING. One that takes over starts ASKING (I7): its question, with a
-higher ballot, is a promise by each who answers to leave lower ballots alone. If anyone applied the entry, it is
-committed; if all who still hold the attempt are Done on one header, it is committed now; else it is aborted, and a new
-attempt follows. A leader commits only when everyone on its roster is Done with the same header.
+A leader whom the last entry appointed starts COLLECTING. One that takes over starts ASKING (I7): its
+question, with a higher ballot, is a promise by each who answers to leave lower ballots alone. If anyone
+applied the entry, it is committed; if all who still hold the attempt are Done on one header, it is committed
+now; else it is aborted, and a new attempt follows. A leader commits only when everyone on its roster is Done
+with the same header.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from p2ptrain.records import (
     Ask,
     Ballot,
     Commit,
-    Done,
     EntryHeader,
     Failed,
     Freeze,
@@ -106,7 +106,7 @@ class Leader:
         roster = set(self.attempt.freeze.roster) if self.attempt else set()
         return (roster | set(self.reports) | self.expected | self.newcomers) - {self.me}
 
-    # -- taking over -------------------------------------------------------------------------------------------
+    # -- taking over -----------------------------------------------------------------------------------------
 
     def ask(self, peers: Iterable[PeerId], above: Ballot | None, now: float) -> list[Effect]:
         """Take over from whoever led with a ballot up to `above`: first hear how things stand."""
@@ -128,9 +128,9 @@ class Leader:
     def conclude(self, mine: Answer, now: float) -> list[Effect]:
         """All answers are in, or their time is up: commit what may have been committed, else start afresh.
 
-        `mine` is this peer's own answer. Whoever holds an attempt has heard from its whole roster, so all of them
-        had joined it; one that answers without having joined it has restarted and no longer counts. Answers of
-        peers that have applied the entry never get here: the member acts on those at once.
+        `mine` is this peer's own answer. Whoever holds an attempt has heard from its whole roster, so all of
+        them had joined it; one that answers without having joined it has restarted and no longer counts.
+        Answers of peers that have applied the entry never get here: the member acts on those at once.
         """
         self.phase = Phase.COLLECTING
         self._asked = set()
@@ -147,7 +147,7 @@ class Leader:
         undo = Abort(step=header.step, ballot=header.ballot, cause=AbortCause.LEADER_LOST.value)
         return [Send(peer, undo) for peer, a in sorted(joined.items()) if a.held == header]
 
-    # -- collecting --------------------------------------------------------------------------------------------
+    # -- collecting ------------------------------------------------------------------------------------------
 
     def report(self, sender: PeerId, report: Report, now: float) -> list[Effect]:
         """A member says how far it is."""
@@ -164,8 +164,8 @@ class Leader:
         return self.consider(now)
 
     def _resync(self, now: float) -> list[Effect]:
-        """Equal lineages show different states: those unlike the most (the leader's own word settles a tie) are
-        out of this step and take the others' state."""
+        """Equal lineages show different states: those unlike the most (the leader's own word settles a tie)
+        are out of this step and take the others' state."""
         votes = Counter(self.digests.values())
         believed = max(votes, key=lambda digest: (votes[digest], digest == self.digests.get(self.me), digest))
         sound = sorted(peer for peer, digest in self.digests.items() if digest == believed)
@@ -187,8 +187,8 @@ class Leader:
         self.reports[self.me] = _Known(report, now)
 
     def welcome(self, newcomer: PeerId, now: float) -> None:
-        """A peer will stand here within a few round trips: hold the freeze for it, but not for long. Meanwhile
-        the members go on accumulating."""
+        """A peer will stand here within a few round trips: hold the freeze for it, but not for long.
+        Meanwhile the members go on accumulating."""
         if self.phase is Phase.COLLECTING and newcomer not in self.reports and newcomer not in self.dropped:
             self.expected.add(newcomer)
             self._hold_until = now + self.rules.heartbeat_seconds
@@ -247,7 +247,7 @@ class Leader:
         self._began = now
         return [Send(peer, freeze) for peer in roster]
 
-    # -- reducing ----------------------------------------------------------------------------------------------
+    # -- reducing --------------------------------------------------------------------------------------------
 
     def done(self, sender: PeerId, header: EntryHeader, now: float) -> list[Effect]:
         """A member holds every span."""
@@ -323,7 +323,8 @@ class Leader:
         self.dropped |= set(gone)
         self.attempt = None
         self.phase = Phase.COLLECTING
-        # Those that remain answer the abort with a fresh report; the next attempt stands on these, not on old ones.
+        # Those that remain answer the abort with a fresh report; the next attempt stands on these, not on old
+        # ones.
         remaining = (set(self.reports) | set(freeze.roster)) - self.dropped
         self.expected = (self.expected | remaining) - self.dropped
         self.reports = {}
@@ -339,7 +340,8 @@ class Leader:
 
 
 def reduce_seconds(rules: Rules, measured_seconds: float) -> float:
-    """How long an attempt may take: four times the last one, or what a 2 Mbit/s link needs; never less than silence.
+    """How long an attempt may take: four times the last one, or what a 2 Mbit/s link needs; never less than
+    silence.
 
     An fp32 value is 4 bytes each way, hence the 32 bits.
     """
@@ -356,7 +358,8 @@ def cause_of(text: str) -> AbortCause:
 
 
 def blame(accused_by: dict[PeerId, tuple[PeerId, ...]], me: PeerId) -> list[PeerId]:
-    """Whom to drop: everyone whom a majority of the accusers names, else the one named most; never the judge."""
+    """Whom to drop: everyone whom a majority of the accusers names, else the one named most; never the
+    judge."""
     votes = Counter(suspect for suspects in accused_by.values() for suspect in set(suspects))
     votes.pop(me, None)
     if not votes:

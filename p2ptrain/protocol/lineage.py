@@ -1,7 +1,8 @@
 """The digest chain that says which log led to a state, and which of two logs survives.
 
-`genesis` binds the run and the initial parameters, `advance` binds one committed entry to its parent. Equal lineage
-therefore means the same entries from the same start, and since apply is deterministic, the same parameters (I2).
+`genesis` binds the run and the initial parameters, `advance` binds one committed entry to its parent. Equal
+lineage therefore means the same entries from the same start, and since apply is deterministic, the same
+parameters (I2).
 """
 
 from __future__ import annotations

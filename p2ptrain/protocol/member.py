@@ -1,12 +1,12 @@
 """One peer in the swarm: follows a leader, joins attempts, and steps in when the leader is gone.
 
-    OUTSIDE ──advance──▶ ACCUMULATING ──freeze──▶ REDUCING ──every span here──▶ HELD ──commit──▶ (apply) OUTSIDE
+    OUTSIDE ──advance──▶ ACCUMULATING ──freeze──▶ REDUCING ──every span here──▶ HELD ──commit──▶ OUTSIDE
                               ▲                      │                           │
                               └───────abort──────────┴───────────────────────────┘
 
-A ballot orders attempts: a member obeys the highest it has joined or promised and answers a lower one with it. The
-swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine is then OUTSIDE,
-takes part in nothing, and comes back with `advance`.
+A ballot orders attempts: a member obeys the highest it has joined or promised and answers a lower one with
+it. The swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine
+is then OUTSIDE, takes part in nothing, and comes back with `advance`.
 
 Not covered: whether what a peer claims is true. A position that no donor can prove is the rim's to discover.
 """
@@ -94,7 +94,7 @@ class Member:
         self._unanswered: set[PeerId] = set()
         self._beat_at = float("inf")
 
-    # -- what the rim tells ------------------------------------------------------------------------------------
+    # -- what the rim tells ----------------------------------------------------------------------------------
 
     def advance(
         self,
@@ -107,8 +107,8 @@ class Member:
     ) -> list[Effect]:
         """The replica now stands at `position`, where `last` led it.
 
-        `settled` is True after a commit that this peer took part in. After a start, a resume or a catch-up it is
-        False: somebody may lead this step already, so this peer asks before it would lead.
+        `settled` is True after a commit that this peer took part in. After a start, a resume or a catch-up it
+        is False: somebody may lead this step already, so this peer asks before it would lead.
         """
         self.position, self.last = position, last
         self.history[position.step] = position.lineage
@@ -201,8 +201,8 @@ class Member:
         return self._settle([Send(self.following, message)], now)
 
     def unhelpful(self, donor: PeerId) -> None:
-        """The donor could not bring this peer further. It is not gone for that: another is tried first, and what
-        one claims is believed no more after `MAX_UNHELPFUL` times, until it says it again."""
+        """The donor could not bring this peer further. It is not gone for that: another is tried first, and
+        what one claims is believed no more after `MAX_UNHELPFUL` times, until it says it again."""
         self._unhelpful[donor] += 1
         if self._unhelpful[donor] >= MAX_UNHELPFUL:
             del self._unhelpful[donor]
@@ -221,7 +221,8 @@ class Member:
         return self._settle(effects, now)
 
     def informed(self, present: Mapping[PeerId, Position], now: float) -> list[Effect]:
-        """Who is there, from the DHT. Peers that seem to stand elsewhere are asked; a lone peer finds others."""
+        """Who is there, from the DHT. Peers that seem to stand elsewhere are asked; a lone peer finds
+        others."""
         effects: list[Effect] = []
         self.known = {
             peer: position for peer, position in sorted(present.items())[:MAX_KNOWN] if peer != self.me
@@ -278,7 +279,7 @@ class Member:
             committed=self.last,
         )
 
-    # -- messages ----------------------------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------------------
 
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         if sender != self.me:
@@ -369,7 +370,11 @@ class Member:
 
     def _on_resync(self, sender: PeerId, resync: Resync) -> list[Effect]:
         mine = self._report.state_digest if self._report is not None else None
-        if resync.position != self.position or sender != self.following or mine in (None, resync.state_digest):
+        if (
+            resync.position != self.position
+            or sender != self.following
+            or mine in (None, resync.state_digest)
+        ):
             return []
         diverged = Diverged(resync.position.step, mine, resync.state_digest)
         return [diverged, *self._go_outside(resync.donor, resync.position, afresh=True)]
@@ -438,7 +443,7 @@ class Member:
             return self._speak()
         return []
 
-    # -- moves -------------------------------------------------------------------------------------------------
+    # -- moves -----------------------------------------------------------------------------------------------
 
     def _here(self) -> Position:
         assert self.position is not None
@@ -453,8 +458,8 @@ class Member:
             self.known.setdefault(peer, self.position)
 
     def _welcome(self, newcomers: Iterable[PeerId], now: float) -> None:
-        """As a leader, hold the freeze for peers that are one entry away. Each is granted that once in a while:
-        one that is always late must not slow down everybody."""
+        """As a leader, hold the freeze for peers that are one entry away. Each is granted that once in a
+        while: one that is always late must not slow down everybody."""
         if self.leader is None:
             return
         step = self._here().step

@@ -1,10 +1,12 @@
 """When the swarm's batch is full: the leader's decision to freeze, from what the members reported.
 
-Members never wait for work: they run micro-batch after micro-batch until a freeze tells them to stop. So that nobody
-computes a micro-batch in vain, the leader freezes as soon as the micro-batches already in flight will fill the target,
-and lets those that matter finish. A member that is far slower than the rest is not waited for: it brings what it has.
+Members never wait for work: they run micro-batch after micro-batch until a freeze tells them to stop. So that
+nobody computes a micro-batch in vain, the leader freezes as soon as the micro-batches already in flight will
+fill the target, and lets those that matter finish. A member that is far slower than the rest is not waited
+for: it brings what it has.
 
-Not covered: choosing micro-batch sizes; a peer whose single micro-batch is longer than the whole step brings nothing.
+Not covered: choosing micro-batch sizes; a peer whose single micro-batch is longer than the whole step brings
+nothing.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Filling:
 def decide(
     paces: Mapping[PeerId, Pace], expected: int, target: int, min_peers: int, now: float
 ) -> Full | Filling:
-    """Whether to freeze. `expected` members should report and have not yet: while any is missing, only samples
-    that are done count, so that a newcomer gets its chance to be in.
+    """Whether to freeze. `expected` members should report and have not yet: while any is missing, only
+    samples that are done count, so that a newcomer gets its chance to be in.
     """
     if len(paces) < min_peers:
         return Filling(f"{len(paces)} of {min_peers} peers are here")
@@ -79,7 +81,8 @@ def _patience_for(pace: Pace, now: float) -> float:
 
 
 def _time_of_enough(paces: Mapping[PeerId, Pace], missing: int) -> float | None:
-    """When `missing` samples will be done, or None if some member will have finished a second micro-batch by then."""
+    """When `missing` samples will be done, or None if some member will have finished a second micro-batch by
+    then."""
     completions = [(pace.finish_at, peer) for peer, pace in paces.items() if pace.in_flight]
     heapq.heapify(completions)
     second: float = min(

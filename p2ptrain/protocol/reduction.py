@@ -1,8 +1,9 @@
 """Which chunks of one attempt are here: the reducer's and the receiver's bookkeeping, without the bytes.
 
-As a reducer, a peer waits until chunk *k* of its span has come from every member and then averages it, in roster
-order. As a receiver, it waits for every averaged chunk of every span. What breaks the contract raises `BadMessage`,
-and `suspects` names whom this peer itself waits for: never somebody who may only be waiting for a third.
+As a reducer, a peer waits until chunk *k* of its span has come from every member and then averages it, in
+roster order. As a receiver, it waits for every averaged chunk of every span. What breaks the contract raises
+`BadMessage`, and `suspects` names whom this peer itself waits for: never somebody who may only be waiting for
+a third.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ class Reduction:
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """The members' sample counts in roster order, once each has said its own; absent ones count 0 so far."""
+        """The members' sample counts in roster order, once each has said its own; absent ones count 0 so
+        far."""
         return tuple(count or 0 for count in self._samples)
 
     def accept(self, sender: PeerId, chunk: Chunk) -> bool:
-        """Take note of a member's chunk for my span; False if it was here already. A member with no samples sends
-        one empty chunk that stands for all."""
+        """Take note of a member's chunk for my span; False if it was here already. A member with no samples
+        sends one empty chunk that stands for all."""
         rank = self._rank(sender)
         if chunk.number >= self.chunks[self.rank]:
             raise BadMessage(
@@ -115,7 +117,8 @@ class Reduction:
         )
 
     def suspects(self) -> list[PeerId]:
-        """Whom this peer waits for: members whose chunks it lacks, or else reducers that are late with theirs."""
+        """Whom this peer waits for: members whose chunks it lacks, or else reducers that are late with
+        theirs."""
         mine = self.chunks[self.rank]
         senders = [
             peer

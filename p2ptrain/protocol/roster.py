@@ -1,7 +1,8 @@
 """Who leads a step, and who stands in.
 
-The last entry's roster fixes the order, rotated by the step so that the work of leading goes round. Peers that were
-not in it come last: they lead only when nobody of the roster is left, as at step 0 or after everyone restarted.
+The last entry's roster fixes the order, rotated by the step so that the work of leading goes round. Peers
+that were not in it come last: they lead only when nobody of the roster is left, as at step 0 or after
+everyone restarted.
 """
 
 from __future__ import annotations

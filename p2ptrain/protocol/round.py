@@ -1,7 +1,7 @@
 """The words of the round's two state machines: what goes in, what comes out, and the numbers they share.
 
-`Member` (member.py) is one peer in the swarm; while it leads a step it holds a `Leader` (leader.py). Both are fed
-events with `now` and return effects, in order, for the rim to carry out.
+`Member` (member.py) is one peer in the swarm; while it leads a step it holds a `Leader` (leader.py). Both are
+fed events with `now` and return effects, in order, for the rim to carry out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Rules:
     """A peer that has not been heard for this long is taken for gone."""
 
 
-# -- effects ---------------------------------------------------------------------------------------------------
+# -- effects -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """State transfer: how a peer gets to where the swarm is, and how it helps others there.
 
-A peer that missed a few rounds replays the entries it missed. One that missed more, or whose lineage was outweighed,
-takes a snapshot in hash-checked pieces and then replays. Nobody waits for it: the donor answers requests between its
-own micro-batches, from a copy.
+A peer that missed a few rounds replays the entries it missed. One that missed more, or whose lineage was
+outweighed, takes a snapshot in hash-checked pieces and then replays. Nobody waits for it: the donor answers
+requests between its own micro-batches, from a copy.
 
-Not covered: several donors at once; proof that a snapshot belongs to the lineage that the donor claims for it.
+Not covered: several donors at once; proof that a snapshot belongs to the lineage that the donor claims for
+it.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class Arrival:
 
     how: CatchUpBy
     given_up: int | None
-    """If this peer's log led elsewhere than the donor's: the samples behind its own entries since they parted."""
+    """If this peer's log led elsewhere than the donor's: the samples behind its own entries since they
+    parted."""
     received_bytes: int
 
 
@@ -145,7 +147,8 @@ class CatchUp:
         self._forked = False
 
     async def from_donor(self, donor: PeerId, claimed: Position, *, afresh: bool) -> Arrival:
-        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there.
+        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead
+        there.
 
         `afresh`: what is here is damaged, so take a snapshot in any case.
         """
@@ -191,7 +194,8 @@ class CatchUp:
         return reply.header, payload
 
     async def _given_up(self, donor: PeerId, claimed: Position) -> int:
-        """The samples of the own entries that the donor's log does not have, as far as both logs reach back."""
+        """The samples of the own entries that the donor's log does not have, as far as both logs reach
+        back."""
         low, high = self._log.oldest or 0, self._log.step
         while low < high:
             middle = (low + high) // 2
@@ -213,8 +217,8 @@ class CatchUp:
         same = afresh and manifest.position == self._replica.position
         if not same and not heavier(manifest.position, self._replica.position):
             raise BadMessage(
-                f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples behind "
-                f"it; this peer already has {self._replica.position.weight}"
+                f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples "
+                f"behind it; this peer already has {self._replica.position.weight}"
             )
         if manifest.size_bytes > self._replica.max_state_bytes:
             raise BadMessage(

@@ -2,16 +2,16 @@
 
 Two lanes per pair of peers, each an ordered stream of frames that is opened on first use: `CONTROL` for small
 messages, `DATA` for chunks, so that tensors never hold up a decision. A lane may break at any time; frames in
-flight are then lost and both ends are told by `on_link(peer, up)`: `True` after a quick reconnect (say again what
-matters), `False` when the peer could not be reached again (for all we know it is gone). Nothing else is promised:
-not delivery, not liveness; every wait on a peer needs its own deadline.
+flight are then lost and both ends are told by `on_link(peer, up)`: `True` after a quick reconnect (say again
+what matters), `False` when the peer could not be reached again (for all we know it is gone). Nothing else is
+promised: not delivery, not liveness; every wait on a peer needs its own deadline.
 
-Everything that arrives was authenticated as coming from the peer id that the handler is given, comes from a peer
-with our run fingerprint, was parsed into a `Record`, and kept its size bounds. Malformed input never reaches a
-handler: the carrier counts it, drops it and closes that stream.
+Everything that arrives was authenticated as coming from the peer id that the handler is given, comes from a
+peer with our run fingerprint, was parsed into a `Record`, and kept its size bounds. Malformed input never
+reaches a handler: the carrier counts it, drops it and closes that stream.
 
-Time is the running event loop's (`loop.time()`, `asyncio.sleep`, `asyncio.timeout`): under `memory` that loop's clock
-is virtual, so nothing here or above may read another clock to make a decision.
+Time is the running event loop's (`loop.time()`, `asyncio.sleep`, `asyncio.timeout`): under `memory` that
+loop's clock is virtual, so nothing here or above may read another clock to make a decision.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Swarm(Protocol):
     async def request(
         self, to: PeerId, request: Request, *, timeout_seconds: float, max_bytes: int
     ) -> tuple[Reply, bytes]:
-        """Ask and wait for the one answer. Raises Unreachable, BadMessage (larger than `max_bytes`) or Refused."""
+        """Ask and wait for the one answer. Raises Unreachable, BadMessage (larger than `max_bytes`) or
+        Refused."""
         ...
 
     async def publish(self, record: SignedRecord, *, ttl_seconds: float) -> bool:
