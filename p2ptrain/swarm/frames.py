@@ -1,0 +1,50 @@
+"""One frame on a stream: two lengths, a header that is a record, and a payload of raw bytes beside it.
+
+    u32 header bytes | u32 payload bytes | header, JSON | payload        (big-endian)
+
+Both lengths are checked before anything is allocated for them: a stranger's eight bytes cannot cost memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+
+from pydantic import ValidationError
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.records import MAX_HEADER_BYTES, WIRE, Wire
+
+_LENGTHS = struct.Struct(">II")
+
+
+def pack(header: Wire, payload_bytes: int = 0) -> bytes:
+    """The frame up to its payload; `payload_bytes` more must follow on the stream."""
+    text = header.model_dump_json().encode()
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"a {header.kind} header of {len(text)} bytes; at most {MAX_HEADER_BYTES} may be sent"
+        )
+    return _LENGTHS.pack(len(text), payload_bytes) + text
+
+
+async def read_frame(reader: asyncio.StreamReader, *, max_payload_bytes: int) -> tuple[Wire, bytes, int]:
+    """The next header and its payload, and how many bytes the frame had in all.
+
+    Raises BadMessage if a length is out of bounds or the header is no record, EOFError or OSError if the
+    stream ends first. After any of these the stream is of no more use.
+    """
+    header_bytes, payload_bytes = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
+    if header_bytes > MAX_HEADER_BYTES or payload_bytes > max_payload_bytes:
+        raise BadMessage(
+            f"a frame of {header_bytes} header and {payload_bytes} payload bytes; "
+            f"at most {MAX_HEADER_BYTES} and {max_payload_bytes} are taken"
+        )
+    text = await reader.readexactly(header_bytes)
+    try:
+        header = WIRE.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise BadMessage(f"a header that is no record: {first['msg']}") from None
+    payload = await reader.readexactly(payload_bytes) if payload_bytes else b""
+    return header, payload, _LENGTHS.size + header_bytes + payload_bytes

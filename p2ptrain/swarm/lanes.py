@@ -1,0 +1,473 @@
+"""Frames over streams: all of `port.Swarm` but discovery, for a carrier that can open and accept streams.
+
+Each peer opens one stream per lane towards each peer it has something for, and keeps it open. Both ends begin
+with a `Hello`; the lanes are for peers of the same run only. A request has a stream of its own, and so has
+the question whether a peer is still there: it is a request stream that is closed after the greeting.
+
+When a lane to or from a peer breaks, the peer is greeted anew, once: if it answers, the link is up, and the
+lanes open again when they are needed; if not, it is down, everything to and from the peer is closed, and for
+a second nothing is tried again. A peer that was down is up as soon as a lane to or from it opens.
+
+Not covered: how streams come about (`libp2p`), and silence without a break, which is for deadlines above to
+notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Literal
+
+from p2ptrain import PROTOCOL_VERSION
+from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Unreachable
+from p2ptrain.events import FaultCause, PeerFaulted, clean, short
+from p2ptrain.records import (
+    Averaged,
+    Chunk,
+    EntryReply,
+    GetRun,
+    Hello,
+    Manifest,
+    Message,
+    PeerId,
+    Piece,
+    Refusal,
+    Reply,
+    Request,
+    Wire,
+)
+from p2ptrain.swarm.frames import pack, read_frame
+from p2ptrain.swarm.port import Buffer, Handler
+
+Kind = Literal["control", "data", "request"]
+KINDS: tuple[Kind, ...] = ("control", "data", "request")
+
+ASKING = "0" * 64
+"""The fingerprint of who knows none: it may ask what the run is, and nothing else."""
+
+OPEN_SECONDS = 10.0
+"""A dial through relays takes a few seconds."""
+REOPEN_SECONDS = 1.0
+"""Within this a peer whose lane broke must answer again, or it counts as gone."""
+RETRY_SECONDS = 1.0
+"""So long a peer that could not be reached is not dialled again."""
+HELLO_SECONDS = 5.0
+"""A stream that says nothing useful for so long is closed."""
+REPLY_SECONDS = 600.0
+"""64 MB, the largest piece of a snapshot, at 1 Mbit/s."""
+
+MAX_QUEUED_BYTES = 4 * 2**20
+"""Control messages that wait for one peer's stream; more are dropped."""
+MAX_REQUESTS_PER_PEER = 8
+MAX_REMEMBERED = 1024
+"""Peers that are remembered as down, or as already complained about."""
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OpenStream = Callable[[PeerId, Kind, float], Awaitable[Stream]]
+"""Opens a stream of that kind to a peer within so many seconds, or raises Unreachable."""
+
+
+class _Lane:
+    """Our end of one outbound stream. It lives as long as the stream does; the next one is another lane."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.opened: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+        self.turn = asyncio.Lock()
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+
+    def offer(self, frame: bytes) -> bool:
+        """Queue the frame; False if the queue is full."""
+        writer = self.opened.result() if self.opened.done() and not self.opened.exception() else None
+        queued = self._waiting_bytes if writer is None else writer.transport.get_write_buffer_size()
+        if queued + len(frame) > MAX_QUEUED_BYTES:
+            return False
+        if writer is not None:
+            writer.write(frame)
+        else:
+            self._waiting.append(frame)
+            self._waiting_bytes += len(frame)
+        return True
+
+    def start(self, writer: asyncio.StreamWriter) -> None:
+        """The stream is open: send what waits."""
+        writer.writelines(self._waiting)
+        self._waiting.clear()
+        self.opened.set_result(writer)
+
+    def end(self, why: str) -> None:
+        """The stream is no more, or never was."""
+        if not self.opened.done():
+            self.opened.set_exception(Unreachable(why))
+            self.opened.exception()  # nobody need wait for it
+        elif not self.opened.exception():
+            self.opened.result().transport.abort()
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Lanes:
+    """One peer's frames to and from all others."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        fingerprint: str,
+        open_stream: OpenStream,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        *,
+        max_payload_bytes: int,
+        on_event: Callable[[PeerFaulted], None],
+    ) -> None:
+        """`spawn` starts a task whose failure is ours and ends the program."""
+        self.fingerprint = fingerprint
+        self.faults: Counter[str] = Counter()
+        self._me = me
+        self._open_stream = open_stream
+        self._spawn = spawn
+        self._max_payload_bytes = max_payload_bytes
+        self._on_event = on_event
+        self._handler: Handler | None = None
+        self._closed = False
+        self._outbound: dict[tuple[PeerId, Kind], _Lane] = {}
+        self._inbound: dict[tuple[PeerId, Kind], asyncio.Task[Any]] = {}
+        self._answering: Counter[PeerId] = Counter()
+        self._greeting: set[PeerId] = set()
+        self._down: dict[PeerId, float] = {}  # peer that could not be reached → loop time to try again
+        self._complained: set[tuple[PeerId, FaultCause]] = set()
+        self._sent: Counter[Kind] = Counter()
+        self._received: Counter[Kind] = Counter()
+
+    @property
+    def traffic(self) -> Mapping[str, tuple[int, int]]:
+        """Lane → bytes (sent, received) so far, framing included."""
+        return {kind: (self._sent[kind], self._received[kind]) for kind in KINDS}
+
+    # -- port.Swarm ------------------------------------------------------------------------------------------
+
+    def serve(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def send(self, to: PeerId, message: Message) -> None:
+        frame = pack(message)
+        lane = self._lane(to, "control")
+        if lane is not None and lane.offer(frame):
+            self._sent["control"] += len(frame)
+        else:
+            self.faults["dropped"] += 1
+
+    async def send_chunk(self, to: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
+        content = memoryview(payload).cast("B")
+        if content.nbytes > self._max_payload_bytes:
+            raise ValueError(
+                f"a chunk of {content.nbytes} bytes; peers take at most {self._max_payload_bytes}"
+            )
+        frame = pack(header, content.nbytes)
+        lane = self._lane(to, "data")
+        if lane is None:
+            raise Unreachable(f"peer {short(to)} could not be reached a moment ago")
+        try:
+            writer = await asyncio.shield(lane.opened)
+            async with lane.turn:
+                await writer.drain()  # of a frame whose sender was cancelled
+                writer.write(frame)
+                writer.write(content)
+                try:
+                    await writer.drain()
+                except asyncio.CancelledError:
+                    if not content.readonly:
+                        writer.transport.abort()  # the caller may now change the bytes that are still to go
+                    raise
+        except (OSError, Unreachable) as error:
+            raise Unreachable(f"the data lane to peer {short(to)} broke: {error}") from None
+        self._sent["data"] += len(frame) + content.nbytes
+
+    async def request(
+        self, to: PeerId, request: Request, *, timeout_seconds: float, max_bytes: int
+    ) -> tuple[Reply, bytes]:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await self._ask(to, request, timeout_seconds, max_bytes)
+        except TimeoutError:
+            raise Unreachable(
+                f"peer {short(to)} did not answer {request.kind} within {timeout_seconds:g} s"
+            ) from None
+        except BadMessage as fault:
+            self._fault(to, fault)
+            raise
+
+    # -- for the carrier -------------------------------------------------------------------------------------
+
+    async def accept(
+        self, peer: PeerId, kind: Kind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Serve a stream that `peer` opened, until it ends; closing it is for the caller."""
+        try:
+            hello, _ = await self._read(peer, reader, kind, 0, HELLO_SECONDS)
+            if not isinstance(hello, Hello):
+                raise BadMessage(f"a {hello.kind} where a stream should begin with hello")
+            if self._handler is None or self._closed:
+                self._write(writer, kind, Refusal(reason="not ready yet"))
+                return
+            self._write(writer, kind, self._hello())
+            if self._fits(hello):
+                self._reached(peer)
+            if kind == "request":
+                await self._answer(peer, hello, reader, writer, self._handler)
+            elif self._same_run(peer, hello):
+                await self._listen(peer, kind, reader, self._handler)
+        except BadMessage as fault:
+            self._fault(peer, fault)
+        except Unreachable:
+            pass  # it left, or never said anything; if this was a lane, `_listen` has seen to it
+
+    def close(self) -> None:
+        """Open and tell nothing any more."""
+        self._closed = True
+        for lane in self._outbound.values():
+            lane.end("we left")
+
+    # -- outbound --------------------------------------------------------------------------------------------
+
+    def _lane(self, to: PeerId, kind: Kind) -> _Lane | None:
+        """The lane to that peer, being opened if there was none; None while it may not be dialled."""
+        if to == self._me:
+            raise ValueError("a peer has no lane to itself")
+        lane = self._outbound.get((to, kind))
+        if lane is None and not self._closed and self._now() >= self._down.get(to, 0.0):
+            lane = self._outbound[to, kind] = _Lane()
+            lane.task = self._spawn(self._keep_open(to, kind, lane))
+        return lane
+
+    async def _keep_open(self, to: PeerId, kind: Kind, lane: _Lane) -> None:
+        try:
+            reader, writer = await self._open(to, kind, OPEN_SECONDS)
+        except PeerFault as fault:
+            lane.task = None
+            lane.end(str(fault))
+            self._lose(to)
+            return
+        if kind == "data":
+            # `drain` then returns only when the kernel has every byte, and the caller may reuse its buffer.
+            writer.transport.set_write_buffer_limits(high=0)
+        lane.start(writer)
+        self._reached(to)
+        with contextlib.suppress(OSError):
+            await reader.read(1)  # nothing more is due on this side: whatever comes, it is over
+        if self._outbound.get((to, kind)) is lane:
+            del self._outbound[to, kind]
+            lane.task = None
+            lane.end("it broke")
+            self._broken(to)
+
+    async def _open(
+        self, to: PeerId, kind: Kind, seconds: float, *, first: bytes = b"", any_run: bool = False
+    ) -> Stream:
+        """A stream on which both have said hello and we, right after, `first`.
+
+        Raises Refused if their hello does not fit ours, BadMessage if they said something else, Unreachable.
+        """
+        reader, writer = await self._open_stream(to, kind, seconds)
+        try:
+            self._write(writer, kind, self._hello())
+            writer.write(first)
+            answer, _ = await self._read(to, reader, kind, 0, seconds)
+            match answer:
+                case Refusal():
+                    raise Refused(f"peer {short(to)} refused: {clean(answer.reason)}")
+                case Hello():
+                    if not (any_run or self._same_run(to, answer)):
+                        raise Refused(f"peer {short(to)} does not train this run")
+                case _:
+                    raise BadMessage(f"a {answer.kind} where a stream should begin with hello")
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
+
+    async def _ask(self, to: PeerId, request: Request, seconds: float, max_bytes: int) -> tuple[Reply, bytes]:
+        question = pack(request)
+        any_run = isinstance(request, GetRun)
+        reader, writer = await self._open(to, "request", seconds, first=question, any_run=any_run)
+        self._sent["request"] += len(question)
+        try:
+            reply, payload = await self._read(to, reader, "request", max_bytes, seconds)
+        finally:
+            writer.transport.abort()
+        match reply:
+            case Refusal():
+                raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
+            case Piece() | EntryReply() | Manifest():
+                return reply, payload
+            case _:
+                raise BadMessage(f"a {reply.kind} in answer to {request.kind}")
+
+    # -- inbound ---------------------------------------------------------------------------------------------
+
+    async def _listen(self, peer: PeerId, kind: Kind, reader: asyncio.StreamReader, handler: Handler) -> None:
+        """Deliver what comes on a lane until it breaks, or a newer one of its kind takes its place."""
+        me = asyncio.current_task()
+        assert me is not None
+        older = self._inbound.get((peer, kind))
+        self._inbound[peer, kind] = me
+        if older is not None:
+            older.cancel()
+            self._tell(peer, True)  # it has noticed a break before we did
+        max_payload_bytes = self._max_payload_bytes if kind == "data" else 0
+        try:
+            while True:
+                header, payload = await self._read(peer, reader, kind, max_payload_bytes, None)
+                if kind == "control" and isinstance(header, Message):
+                    handler.on_message(peer, header)
+                elif kind == "data" and isinstance(header, Chunk | Averaged):
+                    await handler.on_chunk(peer, header, payload)
+                else:
+                    raise BadMessage(f"a {header.kind} on the {kind} lane")
+        except PeerFault:
+            if self._inbound.get((peer, kind)) is me:
+                self._broken(peer)
+            raise
+        finally:
+            if self._inbound.get((peer, kind)) is me:
+                del self._inbound[peer, kind]
+
+    async def _answer(
+        self,
+        peer: PeerId,
+        hello: Hello,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        handler: Handler,
+    ) -> None:
+        request, _ = await self._read(peer, reader, "request", 0, HELLO_SECONDS)
+        if not isinstance(request, Request):
+            raise BadMessage(f"a {request.kind} where a request was due")
+        reply: Reply
+        payload: Buffer = b""
+        if not (isinstance(request, GetRun) or self._same_run(peer, hello)):
+            reply = Refusal(reason="we do not train the same run")
+        elif self._answering[peer] >= MAX_REQUESTS_PER_PEER:
+            reply = Refusal(reason=f"more than {MAX_REQUESTS_PER_PEER} requests at once")
+        else:
+            self._answering[peer] += 1
+            try:
+                reply, payload = await handler.on_request(peer, request)
+            except P2PTrainError as error:
+                reply = Refusal(reason=clean(str(error), 300))
+            finally:
+                self._answering[peer] -= 1
+                self._answering += Counter()  # forgets peers at zero
+        self._write(writer, "request", reply, payload)
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(REPLY_SECONDS):
+                await writer.drain()
+
+    # -- links -----------------------------------------------------------------------------------------------
+
+    def _reached(self, peer: PeerId) -> None:
+        """A stream to or from the peer has opened, and it trains our run."""
+        if self._down.pop(peer, None) is not None:
+            self._tell(peer, True)
+
+    def _broken(self, peer: PeerId) -> None:
+        """A lane to or from the peer has ended. Often several do at once; the peer is greeted once."""
+        if not self._closed and peer not in self._greeting:
+            self._greeting.add(peer)
+            self._spawn(self._greet(peer))
+
+    async def _greet(self, peer: PeerId) -> None:
+        try:
+            _, writer = await self._open(peer, "request", REOPEN_SECONDS)
+        except PeerFault:
+            self._lose(peer)
+        else:
+            writer.close()
+            self._down.pop(peer, None)
+            self._tell(peer, True)
+        finally:
+            self._greeting.discard(peer)
+
+    def _lose(self, peer: PeerId) -> None:
+        """The peer is gone for all we know."""
+        for kind in KINDS:
+            if (lane := self._outbound.pop((peer, kind), None)) is not None:
+                lane.end("the peer is gone")
+            if (task := self._inbound.pop((peer, kind), None)) is not None:
+                task.cancel()
+        self._down.pop(peer, None)
+        if len(self._down) >= MAX_REMEMBERED:
+            del self._down[next(iter(self._down))]
+        self._down[peer] = self._now() + RETRY_SECONDS
+        self._tell(peer, False)
+
+    def _tell(self, peer: PeerId, up: bool) -> None:
+        if self._handler is not None and not self._closed:
+            self._handler.on_link(peer, up)
+
+    # -- greetings and counting ------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint)
+
+    def _fits(self, hello: Hello) -> bool:
+        return hello.protocol == PROTOCOL_VERSION and hello.fingerprint == self.fingerprint != ASKING
+
+    def _same_run(self, peer: PeerId, hello: Hello) -> bool:
+        """Whether that was the hello of a peer of our run; if not, it is counted and told."""
+        if self._fits(hello):
+            return True
+        self.faults["refused"] += 1
+        if hello.protocol != PROTOCOL_VERSION:
+            why = f"it speaks protocol {hello.protocol} and we {PROTOCOL_VERSION}; upgrade the older side"
+        else:
+            why = f"it trains {_named(hello.fingerprint)} and we {_named(self.fingerprint)}"
+        self._complain(peer, FaultCause.REFUSED, why)
+        return False
+
+    def _fault(self, peer: PeerId, fault: BadMessage) -> None:
+        self.faults["bad_message"] += 1
+        self._complain(peer, FaultCause.BAD_MESSAGE, str(fault))
+
+    def _complain(self, peer: PeerId, cause: FaultCause, detail: str) -> None:
+        """Once per peer and cause: a stranger must not fill the log."""
+        if (peer, cause) not in self._complained:
+            if len(self._complained) >= MAX_REMEMBERED:
+                self._complained.clear()
+            self._complained.add((peer, cause))
+            self._on_event(PeerFaulted(peer=peer, cause=cause, detail=detail))
+
+    async def _read(
+        self,
+        peer: PeerId,
+        reader: asyncio.StreamReader,
+        kind: Kind,
+        max_payload_bytes: int,
+        seconds: float | None,
+    ) -> tuple[Wire, bytes]:
+        """The next frame. Raises Unreachable if the stream ends or `seconds` pass first, BadMessage."""
+        try:
+            async with asyncio.timeout(seconds):
+                header, payload, size = await read_frame(reader, max_payload_bytes=max_payload_bytes)
+        except (OSError, EOFError):
+            raise Unreachable(f"peer {short(peer)} ended the stream") from None
+        except TimeoutError:
+            raise Unreachable(f"peer {short(peer)} said nothing for {seconds:g} s") from None
+        self._received[kind] += size
+        return header, payload
+
+    def _write(self, writer: asyncio.StreamWriter, kind: Kind, header: Wire, payload: Buffer = b"") -> None:
+        content = memoryview(payload).cast("B")
+        frame = pack(header, content.nbytes)
+        writer.write(frame)
+        writer.write(content)
+        self._sent[kind] += len(frame) + content.nbytes
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _named(fingerprint: str) -> str:
+    return "nothing" if fingerprint == ASKING else f"run {fingerprint[:12]}…"

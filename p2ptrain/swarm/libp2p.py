@@ -1,0 +1,697 @@
+"""The real network: libp2p through the daemon p2pd, and hivemind's DHT for finding each other.
+
+This is the only module that imports hivemind, and importing that takes seconds: do it late. hivemind gives
+the DHT node and the words of p2pd's control protocol; daemon, streams and links are looked after here, in one
+process, on the caller's event loop, asyncio's own or uvloop. If p2pd dies it is started again under the same
+identity and ports, and callers see no more than broken links.
+
+Not covered: the bulk of large models (a libp2p stream carries a few hundred MB/s; see the design for TLS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import re
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import base58
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe
+from hivemind.proto import dht_pb2, p2pd_pb2
+from hivemind.utils import MSGPackSerializer
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+from pydantic import ValidationError
+
+from p2ptrain.errors import ConfigError, LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
+from p2ptrain.events import DaemonRestarted, PeerFaulted, short
+from p2ptrain.records import (
+    SIGNED,
+    Averaged,
+    Chunk,
+    Message,
+    PeerId,
+    Presence,
+    Reply,
+    Request,
+    SignedRecord,
+)
+from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.identity import load_or_create
+from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
+from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
+from p2ptrain.swarm.port import Buffer, Handler
+from p2ptrain.swarm.validator import (
+    MAX_CLOCK_SKEW_SECONDS,
+    MAX_TTL_SECONDS,
+    RecordValidator,
+    seal,
+    unseal,
+)
+
+logger = logging.getLogger(__name__)
+
+# hivemind would print warnings with tracebacks about peers that leave; handlers are for the command to set.
+use_hivemind_log_handler("nowhere")
+logging.getLogger("hivemind").setLevel(logging.ERROR)
+
+CONNECT_SECONDS = 10.0
+"""At the start, for all initial peers together."""
+TWIN_SECONDS = 3.0
+"""For finding out whether our identity is online elsewhere; if it takes longer, it is not."""
+RESTART_SECONDS = 30.0
+"""So long a stream to be opened waits for a daemon that is being restarted."""
+DHT_SECONDS = 10.0
+UPKEEP_SECONDS = 2.0
+"""Between two looks at our own daemon."""
+HANG_SECONDS = 15.0
+"""A daemon that does not answer a simple question for so long is killed."""
+REENTER_SECONDS = 10.0
+"""Between two attempts to get back to initial peers that were lost."""
+
+READ_BUFFER_BYTES = 2**20
+MAX_STREAMS = 2048
+"""Inbound streams at one time; a file descriptor each."""
+
+_PROTOCOLS: dict[Kind, str] = {kind: f"/p2ptrain/1/{kind}" for kind in KINDS}
+_KIND_OF = {protocol: kind for kind, protocol in _PROTOCOLS.items()}
+_LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d{1,5})")
+_PEER = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)")
+
+Event = PeerFaulted | DaemonRestarted
+
+
+class Libp2pSwarm:
+    """`port.Swarm` over libp2p. Inside `async with`, the peer is on the net."""
+
+    def __init__(
+        self,
+        identity_path: Path | str,
+        run_id: str,
+        fingerprint: str = ASKING,
+        initial_peers: Sequence[str] = (),
+        listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        announce: Sequence[str] = (),
+        *,
+        max_payload_bytes: int = 32 * 2**20,
+        on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
+    ) -> None:
+        """Nothing is started yet, but the identity file is read, or made.
+
+        - `fingerprint`: of the run, see `config.fingerprint`; while it is `ASKING`, we may only `GetRun`.
+        - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
+        - `max_payload_bytes`: of the largest chunk that is taken from another peer.
+
+        Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
+        """
+        self._identity_path = Path(identity_path)
+        self._known_before = self._identity_path.exists()
+        self._identity = load_or_create(self._identity_path)
+        self._initial = [entry for entry in map(_entry, initial_peers) if entry.peer != self.peer_id]
+        self._listen = list(listen)
+        self._announce = list(announce)
+        self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
+        self._names = {kind: f"{run_id}.{kind}" for kind in self._keys}
+        self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
+        self._on_event = on_event
+        self._crew = Crew()
+        self._lanes = Lanes(
+            self.peer_id,
+            fingerprint,
+            self._open_stream,
+            self._crew.spawn,
+            max_payload_bytes=max_payload_bytes,
+            on_event=on_event,
+        )
+        self._exit = AsyncExitStack()
+        self._node: _Node | None = None
+        self._node_came = asyncio.Event()
+        self._directory = Path()
+        self._starts = 0
+        self._streams = 0
+        self._addresses: list[str] = []
+        self._connected = 0
+
+    # -- lifetime --------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_sole_user(self._identity_path))
+            self._directory = Path(stack.enter_context(_private_directory()))
+            for number, address in enumerate(self._listen):
+                self._listen[number], keeper = _reserved(address)
+                stack.enter_context(keeper)
+            await stack.enter_async_context(self._crew)
+            server = await asyncio.start_unix_server(
+                self._accept, self._directory / "streams", limit=READ_BUFFER_BYTES
+            )
+            stack.callback(server.close)
+            if self._known_before and self._initial:
+                await self._refuse_twin()
+            self._node = await self._start_node()
+            stack.push_async_callback(self._stop_node)
+            await self._enter(self._node)
+            self._node_came.set()
+            supervision = self._crew.spawn(self._supervise())
+            self._crew.spawn(self._keep_up())
+            stack.callback(self._lanes.close)
+            stack.callback(supervision.cancel)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._exit.__aexit__(kind, error, trace)
+
+    def adopt(self, fingerprint: str) -> None:
+        """What run we train, once we know: from now on we may meet those who train it too."""
+        self._lanes.fingerprint = fingerprint
+
+    # -- port.Swarm ------------------------------------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._identity.peer_id
+
+    def serve(self, handler: Handler) -> None:
+        self._lanes.serve(handler)
+
+    def send(self, to: PeerId, message: Message) -> None:
+        self._lanes.send(to, message)
+
+    async def send_chunk(self, to: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
+        await self._lanes.send_chunk(to, header, payload)
+
+    async def request(
+        self, to: PeerId, request: Request, *, timeout_seconds: float, max_bytes: int
+    ) -> tuple[Reply, bytes]:
+        return await self._lanes.request(to, request, timeout_seconds=timeout_seconds, max_bytes=max_bytes)
+
+    async def publish(self, record: SignedRecord, *, ttl_seconds: float) -> bool:
+        if record.peer != self.peer_id or not 0 < ttl_seconds <= MAX_TTL_SECONDS:
+            raise ValueError(
+                f"a record of peer {record.peer} for {ttl_seconds} s; expected our own, a short one"
+            )
+        key, expires = self._keys[record.kind], time.time() + ttl_seconds
+        sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
+        try:
+            async with asyncio.timeout(DHT_SECONDS):
+                dht = (await self._running_node()).dht
+                # Kept here too, for whoever enters through us; but only others make it known.
+                dht.protocol.storage.store_subkey(key, self.peer_id, MSGPackSerializer.dumps(sealed), expires)
+                name = self._names[record.kind]
+                return bool(await dht.store(name, sealed, expires, subkey=self.peer_id, exclude_self=True))
+        except (TimeoutError, Unreachable):
+            return False
+
+    async def lookup(self, kind: str) -> Sequence[SignedRecord]:
+        try:
+            async with asyncio.timeout(DHT_SECONDS):
+                found = await (await self._running_node()).dht.get(self._names[kind], latest=True)
+        except (TimeoutError, Unreachable):
+            return ()
+        records = []
+        for author, (sealed, expires) in found.value.items() if found is not None else ():
+            try:
+                record = SIGNED.validate_json(unseal(sealed))
+            except ValidationError:
+                self.faults["bad_record"] += 1
+                continue
+            if record.kind != kind or record.peer != author:
+                self.faults["bad_record"] += 1
+            elif isinstance(record, Presence) and self._lanes.fingerprint not in (ASKING, record.fingerprint):
+                self.faults["foreign_record"] += 1
+            elif expires > time.time():
+                records.append(record)
+        return records
+
+    # -- for metrics and invites -----------------------------------------------------------------------------
+
+    @property
+    def faults(self) -> Counter[str]:
+        """What went wrong so far: bad_message, refused, dropped, overload, bad_record, foreign_record."""
+        return self._lanes.faults
+
+    @property
+    def traffic(self) -> Mapping[str, tuple[int, int]]:
+        """Lane → bytes (sent, received) so far, framing included."""
+        return self._lanes.traffic
+
+    def visible_addresses(self) -> list[str]:
+        """Multiaddresses with our peer id, to enter the swarm by; as of a moment ago."""
+        return self._addresses
+
+    def connected_peers(self) -> int:
+        """Peers that the daemon has a connection with; as of a moment ago."""
+        return self._connected
+
+    # -- the daemon, and the DHT on it -----------------------------------------------------------------------
+
+    async def _start_node(self) -> _Node:
+        """A daemon that answers and accepts, with a DHT node that knows nobody yet. Raises LocalFault."""
+        node = await self._start_daemon(self._daemon_options())
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await node.listen(self._directory / "streams")
+                await node.start_dht(self._validator, self._node)
+                await self._look_at(node)
+        except BaseException as error:
+            await node.stop()
+            if isinstance(error, OSError | EOFError):  # a TimeoutError is an OSError
+                raise LocalFault(f"the libp2p daemon died, or hung, while starting: {error!r}") from error
+            raise
+        return node
+
+    async def _start_daemon(self, options: Mapping[str, str]) -> _Node:
+        self._starts += 1
+        control = self._directory / f"control{self._starts}"
+        daemon = await Daemon.start(control, options)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                return await _Node.attach(daemon, control)
+        except BaseException as error:
+            await daemon.stop()
+            if isinstance(error, OSError | EOFError):
+                raise LocalFault(f"the libp2p daemon died, or hung, while starting: {error!r}") from error
+            raise
+
+    def _daemon_options(self) -> dict[str, str]:
+        options = {
+            "id": str(self._identity_path),
+            "hostAddrs": ",".join(self._listen),
+            "dhtServer": "1",  # p2pd's own DHT finds addresses; hivemind's, on top, holds our records
+            "tls": "1",
+            "connManager": "1",
+            "autonat": "1",
+            "relay": "1",
+        }
+        if self._announce:
+            options["announceAddrs"] = ",".join(self._announce)
+        if self._initial:
+            # Behind a NAT, be reachable through an initial peer.
+            options |= {"autoRelay": "1", "trustedRelays": ",".join(str(entry) for entry in self._initial)}
+        if not all("/127." in address or "/::1/" in address for address in self._listen):
+            options["natPortMap"] = "1"
+        return options
+
+    async def _refuse_twin(self) -> None:
+        """Raises LocalFault if somebody of our identity is online: two would break each other's lanes."""
+        options = {"dhtClient": "1", "noListenAddrs": "1", "tls": "1", "relay": "1"}
+        anonymous = await self._start_daemon(options)
+        try:
+            async with asyncio.timeout(TWIN_SECONDS):
+                await asyncio.gather(*map(anonymous.connect, self._initial), return_exceptions=True)
+                await anonymous.connect(_Entry(self.peer_id))
+        except (Unreachable, TimeoutError):
+            return
+        finally:
+            await anonymous.stop()
+        raise LocalFault(
+            f"peer {short(self.peer_id)}, the identity in {self._identity_path}, is online already; "
+            "stop the other p2ptrain, or give this one an identity file of its own"
+        )
+
+    async def _enter(self, node: _Node) -> None:
+        """Get known to the initial peers. Raises Unreachable if none answers, LocalFault for our clock."""
+        if not self._initial:
+            return
+        entering = (self._enter_by(node, entry) for entry in self._initial)
+        outcomes = await asyncio.gather(*entering, return_exceptions=True)
+        faults = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if len(faults) == len(outcomes):
+            for fault in faults:
+                if not isinstance(fault, Unreachable):
+                    raise fault
+            raise Unreachable(
+                f"no initial peer could be reached: {'; '.join(map(str, faults))}. Is one of them running, "
+                "is its address up to date, and does no firewall stand between?"
+            )
+        if not any(outcome is True for outcome in outcomes):
+            logger.warning(
+                "other peers cannot open connections to this one, so some will reach it slowly or never; "
+                "open its port in the router, or in the firewall"
+            )
+
+    async def _enter_by(self, node: _Node, entry: _Entry) -> bool:
+        """Get known to one initial peer; True if it can open connections to us. Raises Unreachable."""
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await node.connect(entry)
+                return await node.greet_dht(entry.peer)
+        except TimeoutError:
+            raise Unreachable(f"{entry} did not answer within {CONNECT_SECONDS:.0f} s") from None
+        except Unreachable as fault:
+            raise Unreachable(f"{entry}: {fault}") from None
+
+    async def _running_node(self) -> _Node:
+        try:
+            async with asyncio.timeout(RESTART_SECONDS):
+                await self._node_came.wait()
+        except TimeoutError:
+            raise Unreachable("our own libp2p daemon is down") from None
+        assert self._node is not None
+        return self._node
+
+    async def _supervise(self) -> None:
+        """Whenever the daemon dies, start it again."""
+        loop = asyncio.get_running_loop()
+        while True:
+            assert self._node is not None
+            how = await self._node.daemon.wait()
+            died = loop.time()
+            logger.debug("p2pd died: %s", how)
+            self._node_came.clear()
+            self._node.died.set()
+            self._node.detach()
+            pause = 0.25
+            while self._node.died.is_set():
+                try:
+                    self._node = await self._start_node()
+                except LocalFault as fault:
+                    logger.warning("the libp2p daemon died and could not be restarted yet: %s", fault)
+                    await asyncio.sleep(pause)
+                    pause = min(5.0, 2 * pause)
+            with contextlib.suppress(P2PTrainError):  # `_keep_up` will try again
+                await self._enter(self._node)
+            self._node_came.set()
+            self._on_event(DaemonRestarted(seconds=loop.time() - died))
+
+    async def _keep_up(self) -> None:
+        """Look after the daemon, and find back to lost initial peers: newcomers still enter by them."""
+        loop = asyncio.get_running_loop()
+        entered = loop.time()
+        while True:
+            await asyncio.sleep(UPKEEP_SECONDS)
+            node = self._node
+            if node is None or node.died.is_set():
+                continue
+            try:
+                async with asyncio.timeout(HANG_SECONDS):
+                    await self._look_at(node)
+            except TimeoutError:
+                node.daemon.kill()
+            except (OSError, EOFError, Unreachable):
+                pass  # it just died; `_supervise` sees to it
+            if loop.time() >= entered + REENTER_SECONDS:
+                lost = [entry for entry in self._initial if not node.knows(entry.peer)]
+                await asyncio.gather(*(self._enter_by(node, entry) for entry in lost), return_exceptions=True)
+                entered = loop.time()
+
+    async def _look_at(self, node: _Node) -> None:
+        self._addresses = [f"{address}/p2p/{self.peer_id}" for address in await node.addresses()]
+        self._connected = await node.count_peers()
+
+    async def _stop_node(self) -> None:
+        if self._node is not None:
+            await self._node.stop()
+
+    # -- streams ---------------------------------------------------------------------------------------------
+
+    async def _open_stream(self, peer: PeerId, kind: Kind, seconds: float) -> Stream:
+        """See `lanes.OpenStream`. The time in which our own daemon is down does not count."""
+        while True:
+            node = await self._running_node()
+            try:
+                async with asyncio.timeout(seconds):
+                    return await node.open_stream(peer, _PROTOCOLS[kind])
+            except TimeoutError:
+                raise Unreachable(f"no stream to peer {short(peer)} within {seconds:g} s") from None
+            except (ConnectionError, FileNotFoundError, EOFError):
+                with contextlib.suppress(TimeoutError):  # the daemon is dying: its successor shall open it
+                    async with asyncio.timeout(seconds):
+                        await node.died.wait()
+                        continue
+                raise Unreachable("our own libp2p daemon does not answer") from None
+            except OSError as error:
+                raise Unreachable(f"no stream to peer {short(peer)}: {error}") from None
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._streams >= MAX_STREAMS:
+            self.faults["overload"] += 1
+            writer.transport.abort()
+        else:
+            self._crew.spawn(self._serve_stream(reader, writer))
+
+    async def _serve_stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._streams += 1
+        try:
+            info = p2pd_pb2.StreamInfo()
+            await read_pbmsg_safe(reader, info)
+            peer = PeerId(base58.b58encode(info.peer).decode())
+            await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
+        except (OSError, EOFError):
+            pass  # the daemon died
+        finally:
+            self._streams -= 1
+            writer.close()
+
+
+# -- one daemon ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A peer, and maybe an address to reach it at."""
+
+    peer: PeerId
+    address: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.address}/p2p/{self.peer}"
+
+
+@dataclass
+class _Node:
+    """What lives and dies with one p2pd: the process, its control socket, and hivemind's DHT node on it.
+
+    All methods but `stop` and `detach` raise OSError or EOFError if the daemon dies meanwhile.
+    """
+
+    daemon: Daemon
+    control: Path
+    p2p: Any
+    dht: Any = None
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @classmethod
+    async def attach(cls, daemon: Daemon, control: Path) -> _Node:
+        # By default hivemind puts its sockets into the common temporary folder.
+        private: Any = type("PrivateP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{control}-"})
+        p2p = await private.replicate(Multiaddr(f"/unix{control}"))
+        for task in (p2p._client.control._read_task, p2p._client.control._write_task):
+            task.add_done_callback(_forget)
+        return cls(daemon, control, p2p)
+
+    async def listen(self, streams: Path) -> None:
+        """Have inbound streams of our protocols brought to this unix socket."""
+        address = Multiaddr(f"/unix{streams}").to_bytes()
+        handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=list(_KIND_OF), balanced=False)
+        await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler))
+
+    async def start_dht(self, validator: RecordValidator, before: _Node | None) -> None:
+        self.dht = await DHTNode.create(
+            p2p=self.p2p,
+            # The same after a restart, or others would know us twice.
+            node_id=DHTID.generate(source=self.p2p.peer_id.to_bytes()),
+            record_validator=validator,
+            cache_locally=False,  # records live for seconds
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+        )
+        if before is not None and before.dht is not None:
+            self.dht.protocol.storage = before.dht.protocol.storage
+
+    async def greet_dht(self, peer: PeerId) -> bool:
+        """Get known to the peer's DHT node. Returns whether it can open connections to us.
+
+        Raises Unreachable, or LocalFault if our clocks differ too much for records that live for seconds.
+        """
+        protocol, remote = self.dht.protocol, PeerID.from_base58(peer)
+        question = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
+        try:
+            answer = await protocol.get_stub(remote).rpc_ping(question, timeout=CONNECT_SECONDS)
+        except Exception as error:  # hivemind passes on whatever went wrong there, by any name
+            raise Unreachable(f"it is there, but its DHT does not answer: {error!r}") from error
+        if abs(skew := answer.dht_time - time.time()) > MAX_CLOCK_SKEW_SECONDS:
+            raise LocalFault(
+                f"the clock of this machine and that of peer {short(peer)} differ by {skew:.0f} s, at most "
+                f"{MAX_CLOCK_SKEW_SECONDS:.0f} s will do; set this one by network time"
+            )
+        if answer.peer.node_id:
+            await protocol.update_routing_table(DHTID.from_bytes(answer.peer.node_id), remote, responded=True)
+        return bool(answer.available)
+
+    def knows(self, peer: PeerId) -> bool:
+        """Whether the DHT node has this peer among its contacts."""
+        return self.dht.protocol.routing_table.get(peer_id=PeerID.from_base58(peer)) is not None
+
+    async def connect(self, entry: _Entry) -> None:
+        """Raises Unreachable."""
+        addresses = [Multiaddr(entry.address).to_bytes()] if entry.address else []
+        call = p2pd_pb2.ConnectRequest(peer=base58.b58decode(entry.peer), addrs=addresses)
+        await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=call))
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """Raises Unreachable."""
+        call = p2pd_pb2.StreamOpenRequest(peer=base58.b58decode(peer), proto=[protocol])
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=call)
+        _, reader, writer = await self._call(request)
+        return reader, writer
+
+    async def addresses(self) -> list[str]:
+        response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        return [str(Multiaddr(address)) for address in response.identify.addrs]
+
+    async def count_peers(self) -> int:
+        response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        return len({info.id for info in response.peers})
+
+    def detach(self) -> None:
+        """Let go of hivemind's side of it."""
+        if self.dht is not None:
+            self.dht.is_alive = False
+        self.p2p._terminate()
+
+    async def stop(self) -> None:
+        self.detach()
+        await self.daemon.stop()
+
+    async def _tell(self, request: Any) -> Any:
+        response, _, writer = await self._call(request)
+        writer.close()
+        return response
+
+    async def _call(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+        """One exchange, on a connection of its own as the protocol has it. Raises Unreachable if declined.
+
+        hivemind's own client does the same, but leaves the connection open when it is cancelled.
+        """
+        reader, writer = await asyncio.open_unix_connection(self.control, limit=READ_BUFFER_BYTES)
+        try:
+            writer.write(_varint(request.ByteSize()) + request.SerializeToString())
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            if response.type == p2pd_pb2.Response.ERROR:
+                raise Unreachable(_in_one_line(response.error.msg))
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return response, reader, writer
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Take note of how the task ended, or asyncio would complain that nobody did."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's variable-length integer."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _in_one_line(message: str) -> str:
+    """What libp2p says in many lines, one for each address it tried: the reasons."""
+    lines = message.splitlines()
+    reasons = [line.strip(" *") for line in lines if line.lstrip().startswith("*")]
+    return "; ".join(reasons) if reasons else " ".join(lines)
+
+
+# -- this machine: addresses, ports, files -------------------------------------------------------------------
+
+
+def _entry(address: str) -> _Entry:
+    parts = _PEER.fullmatch(address)
+    try:
+        if parts is None:
+            raise ValueError("it does not end in /p2p/ and a peer id")
+        base58.b58decode(parts[2])
+        Multiaddr(parts[1]).to_bytes()
+    except Exception as error:  # the multiaddress parser has no exception type of its own
+        raise ConfigError(
+            f"initial peer {address!r}: expected an address such as "
+            f"/ip4/203.0.113.7/tcp/31337/p2p/12D3Koo…; {error}"
+        ) from None
+    return _Entry(PeerId(parts[2]), parts[1])
+
+
+def _reserved(address: str) -> tuple[str, socket.socket]:
+    """This listen address, with port 0 replaced by a free one, and a socket that keeps the port for us.
+
+    p2pd shares its port with whoever else wants it (SO_REUSEPORT), so it would not notice that it is taken.
+    """
+    parts = _LISTEN.fullmatch(address)
+    if parts is None or int(parts[3]) > 65535:
+        raise ConfigError(
+            f"listen address {address!r}: expected an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337"
+        )
+    family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
+    keeper = socket.socket(family)
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _bind(probe, parts[2], int(parts[3]))
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _bind(keeper, parts[2], int(parts[3]))
+    except OSError as error:
+        keeper.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortBusy(
+                f"{address} is taken by another program; stop that one, or choose another port in `listen`"
+            ) from None
+        raise LocalFault(
+            f"cannot listen on {address}: {error.strerror}; choose another address or port in `listen`"
+        ) from None
+    return f"/{parts[1]}/{parts[2]}/tcp/{keeper.getsockname()[1]}", keeper
+
+
+def _bind(listener: socket.socket, host: str, port: int) -> None:
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listener.bind((host, port))
+
+
+def _sole_user(identity: Path) -> BinaryIO:
+    """The identity file, held open so that a second p2ptrain on this machine does not use it too."""
+    file = identity.open("rb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise LocalFault(
+            f"the identity {identity} is in use by another p2ptrain on this machine; "
+            "stop that one, or give this one an identity file of its own"
+        ) from None
+    return file
+
+
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    """A folder for sockets, ours alone. Its path is short: that of a socket has at most 107 characters."""
+    folder = tempfile.gettempdir()
+    try:
+        return tempfile.TemporaryDirectory(prefix="p2ptrain-", dir=folder if len(folder) <= 40 else "/tmp")
+    except OSError as error:
+        raise StorageError(f"no folder for temporary sockets: {error}; set TMPDIR to one") from error
