@@ -88,7 +88,7 @@ class Peer:
         self.rounds_joined = 0
         self.samples_given = 0
         self.state_digest: str | None = None
-        self.waiting = ""
+        self._leader_waits = self._waiting_told = ""
         self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
         self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
@@ -432,14 +432,14 @@ class Peer:
                     events.LeaderTookOver(step=step, attempt=ballot.number, leader=self.swarm.peer_id)
                 )
             case Waiting(reason):
-                self.waiting = reason
+                self._leader_waits = reason
             case Diverged(step, ours, theirs):
                 self._observe(events.ReplicaDiverged(step=step, ours=ours, theirs=theirs))
-            case Faulted(suspects, _, detail):
+            case Faulted(suspects, cause, detail):
+                late = cause is events.AbortCause.DEADLINE
+                fault = events.FaultCause.UNREACHABLE if late else events.FaultCause.BAD_MESSAGE
                 for peer in suspects:
-                    self._observe(
-                        events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=detail)
-                    )
+                    self._observe(events.PeerFaulted(peer=peer, cause=fault, detail=detail))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:
@@ -451,9 +451,25 @@ class Peer:
     # -- presence --------------------------------------------------------------------------------------------
 
     async def _keep_present(self) -> None:
+        step = self.replica.position.step
         while True:
             await asyncio.sleep(PRESENCE_SECONDS)
             await self._announce()
+            self._tell_waiting(stands_still=step == self.replica.position.step)
+            step = self.replica.position.step
+
+    def _tell_waiting(self, *, stands_still: bool) -> None:
+        """Say why nothing moves, once it has not for a while, and again when the reason changes."""
+        member = self.rounds.member
+        if not stands_still:
+            reason = ""
+        elif member.following == self.swarm.peer_id:
+            reason = self._leader_waits
+        else:
+            reason = f"{events.short(member.following)} leads step {self.replica.position.step}"
+        if reason != self._waiting_told:
+            self._waiting_told = reason
+            self._observe(events.WaitingChanged(reason=reason))
 
     async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the

@@ -163,23 +163,34 @@ class CatchUp:
     async def _replay(self, donor: PeerId, claimed: Position) -> bool:
         """Apply the donor's entries from here to `claimed`. False if they do not lead on from here."""
         first = self._replica.position.step
-        while (position := self._replica.position).step < claimed.step:
-            try:
-                header, payload = await self._entry(donor, position.step, with_payload=True)
-            except Refused:
-                return False
-            if header.parent != position.lineage:
-                self._forked = True
-                return False
-            entry = Entry(header, payload)
-            verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
-            await self._compute(self._replica.apply, entry)
-            self._log.append(entry)
-            self._watch(Progress("entries", position.step + 1 - first, claimed.step - first))
+        fetching: asyncio.Task[tuple[EntryHeader, bytes]] | None = None
+        try:
+            while (position := self._replica.position).step < claimed.step:
+                fetching = fetching or self._fetch(donor, position.step)
+                header, payload = await fetching
+                fetching = None
+                if header.parent != position.lineage:
+                    self._forked = True
+                    return False
+                if position.step + 1 < claimed.step:
+                    fetching = self._fetch(donor, position.step + 1)  # on its way while this one is applied
+                entry = Entry(header, payload)
+                verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
+                await self._compute(self._replica.apply, entry)
+                self._log.append(entry)
+                self._watch(Progress("entries", position.step + 1 - first, claimed.step - first))
+        except Refused:
+            return False
+        finally:
+            if fetching is not None:
+                fetching.cancel()
         if position.lineage == claimed.lineage or not heavier(claimed, position):
             return True
         self._forked = True  # it has more behind it without more steps than here: another log
         return False
+
+    def _fetch(self, donor: PeerId, step: int) -> asyncio.Task[tuple[EntryHeader, bytes]]:
+        return asyncio.create_task(self._entry(donor, step, with_payload=True), name=f"entry {step}")
 
     async def _entry(self, donor: PeerId, step: int, *, with_payload: bool) -> tuple[EntryHeader, bytes]:
         reply, payload = await self._swarm.request(
