@@ -23,9 +23,12 @@ from contract import (
     steps,
 )
 from libp2p_fabric import Libp2pFabric
+from memory_fabric import MemoryFabric
 
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.records import GetManifest, GetRun, Piece, Reply, Request
+from p2ptrain.swarm import clock
+from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.swarm.port import Buffer
 
 pytestmark = pytest.mark.swarm
@@ -42,7 +45,19 @@ def over_libp2p(story: Story, folder: Path) -> None:
     asyncio.run(tell(story, Libp2pFabric(folder)))
 
 
-CARRIERS: dict[str, Carrier] = {"libp2p": over_libp2p}
+def over_memory(story: Story, folder: Path) -> None:
+    clock.run(tell(story, MemoryFabric(MemoryHub(seed=1))))
+
+
+def over_memory_in_real_time(story: Story, folder: Path) -> None:
+    asyncio.run(tell(story, MemoryFabric(MemoryHub(seed=1, latency=(0.0, 0.01)))))
+
+
+CARRIERS: dict[str, Carrier] = {
+    "libp2p": over_libp2p,
+    "memory": over_memory,
+    "memory in real time": over_memory_in_real_time,
+}
 
 
 @pytest.fixture(params=CARRIERS)
