@@ -187,8 +187,6 @@ class Answer(Record):
     """Whom this peer takes for the leader of its step; itself, if it leads."""
     question: Ballot | None = None
     """The take-over ballot that this answers, if it answers one."""
-    descends: bool | None = None
-    """Whether this peer's lineage contains the asker's; None if it cannot know."""
     held: EntryHeader | None = None
     """The header of the attempt whose every span this peer holds."""
     committed: EntryHeader | None = None

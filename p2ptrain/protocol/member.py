@@ -53,6 +53,7 @@ from p2ptrain.records import (
 MAX_KNOWN = 1024
 """Peers one machine keeps in mind; more are not believed."""
 
+MAX_PASSED = 10_000
 MAX_UNHELPFUL = 5
 WELCOME_STEPS = 20
 """A newcomer that missed its first round is waited for again after so many steps."""
@@ -75,8 +76,8 @@ class Member:
         self.stage = Stage.OUTSIDE
         self.position: Position | None = None
         self.last: EntryHeader | None = None
-        self.history: dict[int, str] = {}
-        """Lineage of every step this replica went through, for telling ancestors from strangers."""
+        self.passed: dict[int, str] = {}
+        """Lineages of the last steps, to tell a peer that is merely behind from one on another lineage."""
         self.leader: Leader | None = None
         self.order: tuple[PeerId, ...] = ()
         self.following: PeerId = me
@@ -111,17 +112,18 @@ class Member:
         is False: somebody may lead this step already, so this peer asks before it would lead.
         """
         self.position, self.last = position, last
-        self.history[position.step] = position.lineage
+        if not settled:
+            self.passed.clear()  # they may be of a lineage that was given up
+        self.passed[position.step] = position.lineage
+        self.passed.pop(position.step - MAX_PASSED, None)
         self.leader = None
         if not settled:
-            ahead = [
-                (at, peer)
-                for peer, at in self.known.items()
-                if peer not in self.lost and heavier(at, position)
-            ]
+            ahead = [p for p, at in self.known.items() if p not in self.lost and heavier(at, position)]
             if ahead:
-                at, peer = max(ahead, key=lambda one: (one[0].weight, one[0].step, one[1]))
-                return [CatchUp(peer, at)]
+                donor = min(ahead, key=lambda peer: (self._unhelpful[peer], -self.known[peer].weight, peer))
+                self.stage = Stage.OUTSIDE
+                return [CatchUp(donor, self.known[donor])]
+        self._unhelpful.clear()
         self.stage = Stage.ACCUMULATING
         self.ballot = self.joined = self.freeze = self.held_header = None
         self._beat_at = now + self.rules.heartbeat_seconds
@@ -234,7 +236,7 @@ class Member:
         for peer, position in self.known.items():
             # A presence record lags by seconds, so it only gives cause to ask.
             stranger = self.leader is not None and peer not in posted
-            if stranger or heavier(position, mine) or position.lineage != self.history.get(position.step):
+            if stranger or heavier(position, mine) or position.lineage != self.passed.get(position.step):
                 effects.append(Send(peer, Ask(position=mine)))
         return self._settle(effects, now)
 
@@ -263,10 +265,9 @@ class Member:
             return float("inf")
         return min(self._beat_at, self.leader.deadline() if self.leader else float("inf"))
 
-    def answer(self, question: Ballot | None = None, to: Position | None = None) -> Answer:
+    def answer(self, question: Ballot | None = None) -> Answer:
         """Where this peer stands, as it tells others."""
         assert self.position is not None
-        descends = None if to is None else self.history.get(to.step) == to.lineage
         return Answer(
             incarnation=self.incarnation,
             position=self.position,
@@ -274,7 +275,6 @@ class Member:
             joined=self.joined,
             leader=self.following,
             question=question,
-            descends=descends,
             held=self.held_header,
             committed=self.last,
         )
@@ -328,7 +328,7 @@ class Member:
             return [Send(sender, Commit(header=self.last))]
         if heavier(theirs, mine):
             return [Send(sender, Ask(position=mine))]
-        return [Send(sender, self.answer(to=theirs))]
+        return [Send(sender, self.answer())]
 
     def _on_freeze(self, sender: PeerId, freeze: Freeze, now: float) -> list[Effect]:
         mine = self._here()
@@ -382,7 +382,7 @@ class Member:
     def _on_ask(self, sender: PeerId, ask: Ask, now: float) -> list[Effect]:
         mine = self._here()
         if self.stage is not Stage.OUTSIDE and heavier(ask.position, mine):
-            return [Send(sender, self.answer(to=ask.position)), *self._go_outside(sender, ask.position)]
+            return [Send(sender, self.answer()), *self._go_outside(sender, ask.position)]
         effects: list[Effect] = []
         question = None
         if ask.ballot is not None and ask.position == mine and ask.ballot.leader == sender:
@@ -397,7 +397,7 @@ class Member:
             question = ask.ballot if self.ballot == ask.ballot else None
         if sender == self.me:
             return effects
-        effects.append(Send(sender, self.answer(question, ask.position)))
+        effects.append(Send(sender, self.answer(question)))
         if question is not None and self.stage is Stage.ACCUMULATING and self._report is not None:
             effects.append(Send(sender, self._report))
         return effects
@@ -411,7 +411,7 @@ class Member:
             if heavier(theirs, mine):
                 return self._go_outside(sender, theirs)
             # The sender believes it leads a step that is over, or trains a lineage that lost: it should know.
-            return [Send(sender, self.answer(to=theirs))] if answer.leader == sender else []
+            return [Send(sender, self.answer())] if answer.leader == sender else []
         if self.leader is not None:
             return self._on_answer_as_leader(sender, answer, self.leader, now)
         if sender == self.following and answer.leader == self.me:
