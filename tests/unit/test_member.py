@@ -1,0 +1,793 @@
+"""The round's stories, told by the machines themselves; how to read a transcript is said in `transcripts`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transcripts import RULES, standing_at, tell
+
+from p2ptrain.protocol.leader import blame
+from p2ptrain.protocol.round import CatchUp, Send
+from p2ptrain.records import Answer, Ballot, Freeze, PeerId
+
+A, B, C, D, E = (PeerId(name) for name in "abcde")
+RULES_OF_12 = replace(RULES, target_batch_size=12)
+
+
+# -- the round as it should be -------------------------------------------------------------------------------
+
+
+def test_round_is_committed_when_both_members_hold_the_same_bytes() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        b ← a
+          applies 1/a m
+        a arrives
+        b arrives
+        """
+    )
+
+
+def test_leader_rotates_when_a_round_is_committed() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        b ← a
+          applies 1/a m
+        a arrives
+        b arrives
+        # step 7 is b's turn
+        a did 4
+          → b: report 4
+        b did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b ← a
+          → a: freeze 1/b of a b
+          begins 1/b
+        """
+    )
+
+
+def test_lone_peer_steps_when_nobody_else_is_known() -> None:
+    tell(
+        """
+        a starts at step 0
+        a did 4, 4 more in 0.5 s
+          begins 1/a
+        a holds m
+          applies 1/a m
+        a arrives
+        """
+    )
+
+
+def test_member_finishes_its_micro_batch_when_that_fills_the_target() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 0, 4 more in 0.5 s
+          → a: report 0, 4 more
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b, finishing b
+        """
+    )
+
+
+def test_report_that_comes_early_counts_when_the_leader_has_applied_the_entry() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        b ← a
+          applies 1/a m
+        # a is at step 7 already, and its leader, b, is not
+        a arrives
+        a did 4
+          → b: report 4
+        b ← a
+        b arrives
+          waits: 4 of 8 samples are done or in flight
+        b did 4
+          → a: freeze 1/b of a b
+          begins 1/b
+        """
+    )
+
+
+# -- the leader dies (I7) ------------------------------------------------------------------------------------
+
+
+def test_successor_leads_on_when_the_leader_dies_before_the_freeze() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a dies
+        c loses a
+          → b: report 4
+        b loses a
+          → c: ask from step 6, to lead as 1/b
+          takes over as 1/b
+        # c's report came before b led; now it is answered for, and c says it again
+        b ← c
+        c ← b
+          → b: answer step 6, b leads, obeys 1/b
+          → b: report 4
+        b ← c
+          waits: 4 of 8 samples; 1 peers have not reported yet
+          begins 2/b
+          → c: freeze 2/b of b c
+        b ← c
+        c ← b
+          begins 2/b
+        """
+    )
+
+
+def test_successor_aborts_and_starts_anew_when_the_leader_dies_and_a_member_is_not_done() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        b holds m
+          → a: done 1/a m
+        a dies
+        b loses a
+          → c: ask from step 6, to lead as 2/b
+          takes over as 2/b
+        c ← b
+          cancels 1/a (leader_lost)
+          → b: answer step 6, b leads, obeys 2/b
+          → b: report 4
+        # c was not done, so nobody can have committed
+        b ← c
+          cancels 1/a (leader_lost)
+        b ← c
+          waits: 4 of 8 samples are done or in flight
+        b did 4
+          begins 3/b
+          → c: freeze 3/b of b c
+        c ← b
+          begins 3/b
+        """
+    )
+
+
+def test_successor_commits_the_same_entry_when_the_leader_dies_after_all_are_done() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        b holds m
+          → a: done 1/a m
+        c holds m
+          → a: done 1/a m
+        a dies
+        b loses a
+          → c: ask from step 6, to lead as 2/b
+          takes over as 2/b
+        c ← b
+          → b: answer step 6, b leads, obeys 2/b, holds 1/a m
+        b ← c
+          → a: commit 1/a m
+          → c: commit 1/a m
+          applies 1/a m
+        c ← b
+          applies 1/a m
+        """
+    )
+
+
+def test_successor_commits_when_the_leader_dies_and_one_peer_has_applied_the_entry() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        c holds m
+          → a: done 1/a m
+        a ← b
+        a ← c
+          → b: commit 1/a m
+          → c: commit 1/a m
+          applies 1/a m
+        c ← a
+          applies 1/a m
+        b ✕ a
+        a dies
+        c arrives
+        b loses a
+          → c: ask from step 6, to lead as 2/b
+          takes over as 2/b
+        c ← b
+          → b: answer step 7, b leads
+        b ← c
+          applies 1/a m
+        b arrives
+        """
+    )
+
+
+def test_successor_fetches_the_entry_when_it_was_committed_without_it_being_done() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 6 seeing a b
+        b did 4
+          → a: report 4
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        b ← a
+          applies 1/a m
+        b arrives
+        a dies
+        # c was too late for the roster, and never heard of the commit
+        c loses a
+          → b: report 0
+        c did 4
+          → b: report 4
+        b ← c
+          → c: commit 1/a m
+        c ← b
+          catches up with b at step 7
+        """
+    )
+
+
+def test_member_never_declares_done_when_it_has_promised_a_successor_otherwise() -> None:
+    story = tell(
+        """
+        a b c stand at step 6
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        b loses a
+          cancels 1/a (leader_lost)
+          → c: ask from step 6, to lead as 2/b
+          takes over as 2/b
+        c ← b
+          cancels 1/a (leader_lost)
+          → b: answer step 6, b leads, obeys 2/b
+          → b: report 4
+        """
+    )
+    # c's data plane may still finish the old attempt: that must stay without effect, whoever asks.
+    member = story.machines[C]
+    freeze = Freeze(
+        step=6,
+        parent=standing_at(6, (A, B, C))[0].lineage,
+        ballot=Ballot(number=1, leader=A),
+        roster=(A, B, C),
+        spans=(0, 4, 8, 12),
+        finishing=(),
+        cutoff_seconds=0.0,
+        deadline_seconds=3.0,
+    )
+    assert member.held(story.header(freeze, "m"), story.now) == []
+    assert member.received(A, freeze, story.now) == [Send(A, member.answer())]
+    assert member.answer().held is None
+
+
+# -- two leaders ---------------------------------------------------------------------------------------------
+
+
+def test_superseded_leader_stands_down_when_a_member_answers_its_freeze() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 1
+          waits: 1 of 8 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 5 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        # only the link between a and b is cut
+        b loses a
+          cancels 1/a (leader_lost)
+          → c: ask from step 6, to lead as 2/b
+          takes over as 2/b
+        c ← b
+          → b: answer step 6, b leads, obeys 2/b
+          → b: report 4
+        b ← c
+          waits: 0 of 1 peers are here
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b ← c
+          begins 3/b
+          → c: freeze 3/b of b c
+        # the late freeze is of a lower ballot than c has promised
+        c ← b
+          begins 3/b
+        c ← a
+          → a: answer step 6, b leads
+        a ← c
+          cancels 1/a (superseded)
+          → b: report 1
+        """
+    )
+
+
+def test_smaller_peer_id_leads_when_two_peers_start_and_neither_has_begun() -> None:
+    tell(
+        """
+        a starts at step 0
+        b starts at step 0 seeing a
+        a did 4
+          waits: 4 of 8 samples are done or in flight
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        """
+    )
+
+
+# -- members that fail ---------------------------------------------------------------------------------------
+
+
+def test_round_goes_on_without_the_odd_one_when_averages_differ() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 4
+          waits: 4 of 12 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 8 of 12 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        c holds x
+          → a: done 1/a x
+        a ← b
+        a ← c
+          cancels 1/a (digest_mismatch) without c
+          → b: abort 1/a (digest_mismatch) without c
+          → c: abort 1/a (digest_mismatch) without c
+        b ← a
+          cancels 1/a (digest_mismatch) without c
+        # kept contributions are reported again, and the next attempt needs nobody else
+        a did 4
+          waits: 4 of 12 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        b did 4, 4 more in 0.5 s
+          → a: report 4, 4 more
+        a ← b
+          waits: 8 of 12 samples are done or in flight
+        a ← b
+          begins 2/a
+          → b: freeze 2/a of a b, finishing b
+        """,
+        RULES_OF_12,
+    )
+
+
+def test_accused_member_is_dropped_when_the_others_missed_its_chunks() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 4
+          waits: 4 of 12 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 8 of 12 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        a misses c
+        b misses c
+          → a: failed 1/a (deadline) for c
+        a ← b
+        # c gets one heartbeat to testify, and says nothing
+        a ticks 1 s later
+          → b: answer step 6, a leads
+          → c: answer step 6, a leads
+          waits: 4 of 12 samples; 1 peers have not reported yet
+          cancels 1/a (deadline) without c
+          → b: abort 1/a (deadline) without c
+          → c: abort 1/a (deadline) without c
+        b ← a
+        """,
+        RULES_OF_12,
+    )
+
+
+def test_silent_member_is_dropped_when_it_was_on_the_roster() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        a holds m
+        a ticks 1 s later
+          → b: answer step 6, a leads, holds 1/a m
+        a ticks 1 s later
+          → b: answer step 6, a leads, holds 1/a m
+        a ticks 1 s later
+          → b: answer step 6, a leads, holds 1/a m
+        a ticks 1 s later
+          → b: answer step 6, a leads, holds 1/a m
+          cancels 1/a (peer_lost) without b
+          → b: abort 1/a (peer_lost) without b
+        """
+    )
+
+
+def test_member_takes_over_when_its_leader_has_been_silent_for_too_long() -> None:
+    tell(
+        """
+        a b stand at step 6
+        b did 2
+          → a: report 2
+        b ticks 1 s later
+          → a: report 2
+        b ticks 1 s later
+          → a: report 2
+        b ticks 1 s later
+          → a: report 2
+        b ticks 1 s later
+          → a: report 2
+          takes over as 1/b
+          waits: 0 of 1 peers are here
+          waits: 2 of 8 samples are done or in flight
+        """
+    )
+
+
+def test_damaged_replica_takes_the_others_state_when_its_digest_is_odd() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 1 as x
+          waits: 1 of 8 samples; 2 peers have not reported yet
+        b did 1 as x
+          → a: report 1 as x
+        c did 1 as y
+          → a: report 1 as y
+        a ← b
+          waits: 2 of 8 samples; 1 peers have not reported yet
+        a ← c
+          → c: resync to x from a
+          waits: 2 of 8 samples are done or in flight
+        c ← a
+          diverged: y here, x there
+          catches up with a at step 6 afresh
+        """
+    )
+
+
+@pytest.mark.parametrize(
+    ("accused_by", "dropped"),
+    [
+        ({}, []),
+        ({A: ()}, []),
+        ({A: (C,), B: (C,)}, [C]),
+        ({A: (C,), B: (C,), C: (B,)}, [C]),
+        # One broken link between b and c costs one of them, not two.
+        ({B: (C,), C: (B,)}, [C]),
+        ({A: (C, D), B: (C, D), E: (C,)}, [C, D]),
+        # Nobody is dropped for a single grudge when others accuse somebody else more.
+        ({A: (C,), B: (C,), D: (E,)}, [C]),
+        # The judge does not drop itself.
+        ({B: (A,), C: (A,)}, []),
+        ({B: (A,), C: (A, D)}, [D]),
+        # Naming somebody twice counts once.
+        ({A: (C, C), B: (D,), E: (D,)}, [D]),
+    ],
+)
+def test_blame_names_whom_most_accuse_when_an_attempt_failed(
+    accused_by: dict[PeerId, tuple[PeerId, ...]], dropped: list[PeerId]
+) -> None:
+    assert blame(accused_by, A) == dropped
+
+
+# -- newcomers and strangers ---------------------------------------------------------------------------------
+
+
+def test_next_leader_holds_the_freeze_for_a_newcomer_when_the_commit_announced_it() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 6 seeing a b
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        # too late for this roster
+        c did 0, 4 more in 0.5 s
+          → a: report 0, 4 more
+        a ← c
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m, expecting c
+          → c: commit 1/a m, expecting c
+          applies 1/a m, expecting c
+        b ← a
+          applies 1/a m, expecting c
+        b arrives
+        # the batch is full, but c is one entry away
+        b did 8
+        c ← a
+          catches up with a at step 7
+        b ticks 0.9 s later
+        # … and not waited for longer than a heartbeat
+        b ticks 0.1 s later
+          → a: answer step 7, b leads
+          → c: answer step 7, b leads
+          begins 1/b
+        """
+    )
+
+
+def test_peer_that_missed_one_commit_gets_it_when_it_reports_the_step_before() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 6 seeing a b
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a holds m
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        b ← a
+          applies 1/a m
+        b arrives
+        a arrives
+        c did 4
+          → a: report 4
+        a ← c
+          → c: commit 1/a m
+        c ← a
+          catches up with a at step 7
+        """
+    )
+
+
+def test_peer_catches_up_when_a_heavier_one_asks() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 9
+        c sees a at step 6
+          → a: ask from step 9
+        a ← c
+          → c: answer step 6, a leads
+          catches up with c at step 9
+        """
+    )
+
+
+def test_peer_catches_up_when_it_asks_a_heavier_one() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 4
+        c sees a at step 6
+          → a: ask from step 4
+        a ← c
+          → c: answer step 6, a leads
+        c ← a
+          catches up with a at step 6
+        """
+    )
+
+
+def test_peer_catches_up_at_once_when_it_starts_behind_those_it_sees() -> None:
+    story = tell("a b stand at step 6")
+    member = story.machines[A]
+    ahead, _ = standing_at(9, (A, B))
+    member.informed({B: ahead}, story.now)
+    position, last = standing_at(6, (A, B))
+    assert member.advance(position, last, story.now, settled=False) == [CatchUp(B, ahead)]
+
+
+def test_donor_is_believed_no_more_when_it_could_not_help_five_times() -> None:
+    story = tell("a b stand at step 6")
+    member = story.machines[A]
+    ahead, _ = standing_at(9, (A, B))
+    member.informed({B: ahead}, story.now)
+    position, last = standing_at(6, (A, B))
+    for _ in range(5):
+        assert member.advance(position, last, story.now, settled=False) == [CatchUp(B, ahead)]
+        member.unhelpful(B)
+    assert not any(
+        isinstance(effect, CatchUp) for effect in member.advance(position, last, story.now, settled=False)
+    )
+
+
+# -- what a stranger may not do ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ballot": Ballot(number=9, leader=C)},
+        {"parent": "f" * 64},
+        {"roster": (B, C), "spans": (0, 6, 12)},
+        {"spans": (0, 4, 8, 13)},
+    ],
+    ids=["for another leader", "of another parent", "without us", "of another size"],
+)
+def test_freeze_is_not_obeyed_when_it_does_not_fit(change: dict[str, object]) -> None:
+    story = tell("a b c stand at step 6")
+    member = story.machines[A]
+    assert member.position is not None
+    fitting = Freeze(
+        step=6,
+        parent=member.position.lineage,
+        ballot=Ballot(number=9, leader=B),
+        roster=(A, B, C),
+        spans=(0, 4, 8, 12),
+        finishing=(),
+        cutoff_seconds=0.0,
+        deadline_seconds=3.0,
+    )
+    effects = member.received(B, fitting.model_copy(update=change), story.now)
+    assert all(isinstance(effect, Send) and isinstance(effect.message, Answer) for effect in effects)
+    assert member.freeze is None
