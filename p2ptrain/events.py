@@ -331,10 +331,24 @@ class Evaluated(_Happened):
     bits_per_byte: float | None
     """None for tasks that do not count bytes."""
     seconds: float
+    zlib_bits_per_byte: float | None = None
+    """What `zlib -9` takes for the same text, to compare with; None where there is no such figure."""
 
     def sentence(self) -> str:
         bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.2f} bits per byte)"
         return f"step {self.step}: held-out loss {self.loss:.3f}{bits}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previewed(_Happened):
+    """The model at `step` was asked for a sample."""
+
+    event: ClassVar[str] = "previewed"
+    step: int
+    text: str
+
+    def sentence(self) -> str:
+        return f"step {self.step}: the model writes {clean(repr(self.text))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,6 +419,7 @@ Event = (
     | RolledBack
     | ReplicaDiverged
     | Evaluated
+    | Previewed
     | CheckpointSaved
     | CheckpointFailed
     | PeerFaulted

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
+
 from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.allreduce import (
     Aborted,
@@ -45,6 +47,10 @@ from p2ptrain.tasks import Task
 PRESENCE_SECONDS = 3.0
 """How often a peer renews its presence record and looks who else is there; the record lives five times as
 long."""
+PREVIEW_SECONDS = 15.0
+"""Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
+PREVIEW_LENGTH = 100
+"""In the task's units: for text, characters. Others wait for this peer meanwhile."""
 
 
 async def train(peer: Peer, run: RunConfig) -> None:
@@ -118,6 +124,7 @@ class Peer:
         """Whether this peer took part in the commit that led here, and so is in time for the next one."""
         self._step_began = 0.0
         self._round_published = float("-inf")
+        self._previewed = float("-inf")
         self._digesting: asyncio.Task[None] | None = None
         self._presence: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[bool] | None = None
@@ -274,9 +281,19 @@ class Peer:
                 loss=figures["loss"],
                 bits_per_byte=figures.get("bits_per_byte"),
                 seconds=self._now() - began,
+                zlib_bits_per_byte=figures.get("zlib_bits_per_byte"),
             )
         )
+        if began - self._previewed >= PREVIEW_SECONDS:
+            self._previewed = began
+            text = await self._compute(self._preview)
+            self._observe(events.Previewed(step=self.replica.position.step, text=text))
         return figures
+
+    def _preview(self) -> str:
+        """On the compute thread; the same text on every peer at this step."""
+        chance = torch.Generator().manual_seed(self.replica.position.step)
+        return self.task.preview(self.replica.model, "\n", PREVIEW_LENGTH, chance)
 
     async def save_checkpoint(self) -> Path | None:
         """Write the replica as it stands to the checkpoint folder; None, and a warning, if that is not

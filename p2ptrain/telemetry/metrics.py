@@ -49,6 +49,7 @@ from p2ptrain.events import (
     LeaderTookOver,
     Leaving,
     PeerFaulted,
+    Previewed,
     ReplicaDiverged,
     RolledBack,
     RoundAborted,
@@ -274,7 +275,7 @@ class Metrics:
                 self._restarts.inc()
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
-            case Joined() | Leaving() | StateHashed():
+            case Joined() | Leaving() | StateHashed() | Previewed():
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
