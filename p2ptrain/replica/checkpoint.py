@@ -86,8 +86,9 @@ class LoadedCheckpoint:
 def save(directory: Path, snapshot: Snapshot, run: RunConfig, extra: Mapping[str, Any], *, keep: int) -> Path:
     """Write the snapshot as a checkpoint in `directory` and delete all but the `keep` newest there.
 
-    Returns its folder. `extra` is JSON and comes back from `load`. Raises StorageError, and every checkpoint
-    that was there is still there, if the disk is full or cannot be written.
+    Returns its folder. `extra` is JSON and comes back from `load`, with None for numbers that are not finite.
+    Raises StorageError, and the checkpoints of other steps are intact, if the disk is full or cannot be
+    written.
     """
     contents = {
         MODEL: save_safetensors(dict(unpack(snapshot.blob).parameters), {"format": "pt"}),
@@ -107,7 +108,7 @@ def save(directory: Path, snapshot: Snapshot, run: RunConfig, extra: Mapping[str
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        extra=json.loads(json.dumps(dict(extra), allow_nan=False)),
+        extra=json.loads(json.dumps(dict(extra)), parse_constant=lambda _: None),
     )
     manifest = manifest.model_copy(update={"digest": manifest.own_digest()})
     contents[MANIFEST] = manifest.model_dump_json(indent=2).encode()
@@ -247,7 +248,9 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.model_validate_json(_read(file, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise _damaged(file, f"{error.error_count()} of its fields are not as they must be") from error
-    if manifest.files.keys() != {MODEL, STATE, RUN} or manifest.digest != manifest.own_digest():
+    if manifest.files.keys() != {MODEL, STATE, RUN}:
+        raise _damaged(file, f"it lists files {sorted(manifest.files)[:5]}")
+    if manifest.digest != manifest.own_digest():
         raise _damaged(file, f"expected digest {manifest.digest[:8]}, found {manifest.own_digest()[:8]}")
     return manifest
 

@@ -38,7 +38,11 @@ def parameter_table(model: nn.Module) -> ParameterTable:
 
 
 class Replica:
-    """The state at `position`, where entry `last` led (None at step 0). Used on the compute thread only."""
+    """The state at `position`, where entry `last` led (None at step 0).
+
+    `apply` and `load_state` change it and must run alone; the other methods only read, and may run beside
+    each other and beside the model.
+    """
 
     def __init__(self, model: nn.Module, run: RunConfig, fingerprint: str) -> None:
         """Take the model over, at step 0 of the run. Raises LocalFault if it cannot be trained so."""
