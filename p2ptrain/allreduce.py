@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -114,6 +114,9 @@ class Gone:
     peer: PeerId
 
 
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+"""Starts a task whose failure is ours and ends the program."""
+
 # -- one attempt ---------------------------------------------------------------------------------------------
 
 
@@ -144,6 +147,7 @@ class Attempt:
         swarm: Swarm,
         codec: Codec,
         chunk_values: int,
+        spawn: Spawn,
         on_held: Callable[[EntryHeader], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
@@ -167,10 +171,7 @@ class Attempt:
         self._norm = 0.0
         self._over = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
-        self._senders = [
-            asyncio.create_task(self._send_all(peer, outbox), name=f"send {peer[-8:]}")
-            for peer, outbox in self._outboxes.items()
-        ]
+        self._senders = [spawn(self._send_all(peer, outbox)) for peer, outbox in self._outboxes.items()]
         self._timer = asyncio.get_running_loop().call_later(freeze.deadline_seconds, self._overdue)
 
     def contribute(self, contribution: Contribution) -> None:
@@ -343,6 +344,7 @@ class Rounds:
         codec: Codec,
         chunk_values: int,
         serve: Serve,
+        spawn: Spawn,
         note: Callable[[Note], None],
     ) -> None:
         self.member = member
@@ -353,6 +355,7 @@ class Rounds:
         self._codec = codec
         self._chunk_values = chunk_values
         self._serve = serve
+        self._spawn = spawn
         self._note = note
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -476,7 +479,9 @@ class Rounds:
             self._carry_out(self.member.failed(freeze.ballot, suspects, cause, self._now()))
 
         self.outcome = None
-        self.attempt = Attempt(freeze, self._swarm, self._codec, self._chunk_values, on_held, on_failed)
+        self.attempt = Attempt(
+            freeze, self._swarm, self._codec, self._chunk_values, self._spawn, on_held, on_failed
+        )
         self._change()
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, assert_never
 
 import torch
@@ -114,7 +115,11 @@ class Peer:
             silence_seconds=run.silence_seconds,
         )
         member = Member(swarm.peer_id, incarnation, rules)
-        self.rounds = Rounds(swarm, member, self._codec, run.chunk_values, self._donor.answer, self._noted)
+        self.rounds = Rounds(
+            swarm, member, self._codec, run.chunk_values, self._donor.answer, self._spawn, self._noted
+        )
+        self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._batch: asyncio.Future[float] | None = None
         self._batch_at = replica.position
         self._batch_began = self._batch_seconds = 0.0
@@ -126,21 +131,28 @@ class Peer:
         self._round_published = float("-inf")
         self._previewed = float("-inf")
         self._digesting: asyncio.Task[None] | None = None
-        self._presence: asyncio.Task[None] | None = None
-        self._publishing: asyncio.Task[bool] | None = None
 
     async def __aenter__(self) -> Peer:
+        await self._group.__aenter__()
         self.swarm.serve(self.rounds)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.rounds.close()
-        for task in (self._presence, self._publishing):
-            if task is not None:
-                task.cancel()
-        await asyncio.gather(
-            *(task for task in (self._batch, self._digesting) if task is not None), return_exceptions=True
-        )
+        for task in self._tasks - {self._digesting}:
+            task.cancel()
+        if self._batch is not None:
+            await asyncio.wait([self._batch])
+        await self._group.__aexit__(kind, error, trace)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task beside the loop. What goes wrong in it is ours, and ends the loop too."""
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # -- the lines of the loop -------------------------------------------------------------------------------
 
@@ -158,7 +170,7 @@ class Peer:
                 f"in the swarm {', '.join(sorted(map(repr, strange))[:3])}; "
                 "use the same Python version, or the same files"
             )
-        self._presence = asyncio.create_task(self._keep_present(), name="presence")
+        self._spawn(self._keep_present())
         self._start_step((), settled=False)
 
     async def accumulate(self) -> Contribution:
@@ -221,8 +233,9 @@ class Peer:
         self.rounds_joined += 1
         self.samples_given += mine
         self._start_step(committed.newcomers, settled=True)
-        if header.ballot.leader == self.swarm.peer_id:
-            await self._publish_round(len(header.roster))
+        if header.ballot.leader == self.swarm.peer_id and began - self._round_published > PRESENCE_SECONDS:
+            self._round_published = began
+            self._spawn(self._publish_round(len(header.roster)))
 
     async def catch_up(self, behind: Behind) -> None:
         """Get from a donor to where the swarm is. If it cannot help, the machine names the next one."""
@@ -405,7 +418,7 @@ class Peer:
         self._in_time = settled
         self._step_began = self._now()
         self.state_digest = None
-        self._digesting = asyncio.create_task(self._digest(), name="state digest")
+        self._digesting = self._spawn(self._digest())
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
 
     async def _digest(self) -> None:
@@ -512,14 +525,9 @@ class Peer:
         return others
 
     async def _publish_round(self, roster_size: int) -> None:
-        """Tell monitors and newcomers where the swarm stands; a fast swarm does so every few seconds only."""
-        if self._now() - self._round_published < PRESENCE_SECONDS:
-            return
-        self._round_published = self._now()
+        """Tell monitors and newcomers where the swarm stands."""
         record = RoundRecord(peer=self.swarm.peer_id, position=self.replica.position, roster_size=roster_size)
-        self._publishing = asyncio.create_task(
-            self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS), name="round record"
-        )
+        await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
