@@ -37,6 +37,8 @@ ONE_RUN = "1" * 64
 READ_BUFFER_BYTES = 2**20
 WINDOW_BYTES = 2**20
 """What may be on its way on one stream, or wait at its end to be read, before its sender has to wait."""
+SHOWN_BYTES = 200
+"""Of what is sent, in the network's trace."""
 
 
 class MemoryHub:
@@ -119,6 +121,8 @@ class MemoryHub:
         """Keep the record where it can be found; False if its author reaches nobody who would keep it."""
         await self._round_trip()
         author, now = record.peer, self.network.now
+        if author not in self._swarms:
+            return False
         self._records = {key: kept for key, kept in self._records.items() if kept[1] > now}
         self._records[record.kind, author] = record, expires_at
         return any(other != author and self.network.reachable(author, other) for other in self._swarms)
@@ -259,11 +263,11 @@ class MemorySwarm:
         try:
             async with asyncio.timeout(seconds):
                 await end.opened
-        except TimeoutError:
-            raise Unreachable(f"no stream to peer {short(to)} within {seconds:g} s") from None
-        finally:
-            if end.far is None:
-                end.abort()
+        except BaseException as error:
+            end.abort()
+            if isinstance(error, TimeoutError):
+                raise Unreachable(f"no stream to peer {short(to)} within {seconds:g} s") from None
+            raise
         return end.reader, end.writer
 
     async def _serve_stream(self, end: _End) -> None:
@@ -341,9 +345,6 @@ class _End(asyncio.Transport):
         self._protocol.connection_made(self)
         owner.began(self)
 
-    def __repr__(self) -> str:
-        return f"{self.kind} stream with {self.peer}"
-
     # -- asyncio.Transport -----------------------------------------------------------------------------------
 
     def write(self, data: Buffer) -> None:
@@ -416,6 +417,9 @@ class _End(asyncio.Transport):
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _push(self) -> None:
+        """Send what may be sent, and then the end, if that is due."""
+        if self._gone:
+            return
         while self._queue and self._leaving is None:
             size = len(self._queue[0])
             if self._untaken_bytes and self._untaken_bytes + size > WINDOW_BYTES:
@@ -427,7 +431,7 @@ class _End(asyncio.Transport):
             else:
                 self._queued_bytes -= size
         self._pace()
-        if self._closing and not self._gone and not self._queued_bytes:
+        if self._closing and not self._queued_bytes:
             self._say(b"")
             self._finish(None)
 
@@ -459,8 +463,7 @@ class _End(asyncio.Transport):
 
     def _taken(self, size: int) -> None:
         self._untaken_bytes -= size
-        if not self._gone:
-            self._push()
+        self._push()
 
     def _finish(self, error: ConnectionResetError | None) -> None:
         if self._gone:
@@ -476,27 +479,38 @@ class _End(asyncio.Transport):
         self._loop.call_soon(self._protocol.connection_lost, error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Open:
     """May I have a stream with you, of the kind of this end?"""
 
     near: _End
 
+    def __repr__(self) -> str:
+        return "open"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Opened:
     """Yes, and `far` is my end of it."""
 
     near: _End
     far: _End
 
+    def __repr__(self) -> str:
+        return "opened"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Segment:
     """Bytes for that end; with none, no more will come, and None resets the stream."""
 
     end: _End
     content: bytes | None
+
+    def __repr__(self) -> str:
+        if not self.content:
+            return "reset" if self.content is None else "end"
+        return f"{len(self.content)} bytes {self.content[:SHOWN_BYTES]!r}"
 
 
 class _RunningLoop:

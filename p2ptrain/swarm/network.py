@@ -155,7 +155,7 @@ class Network:
             if other not in self._ports or not self.reachable(peer, other):
                 continue  # it finds out when it next sends something
             last_words[other] = max(last_words.get(other, 0.0), stream.arrives_at if source == peer else 0.0)
-            if to == peer and not stream.broken:
+            if to == peer:
                 broken.setdefault(other, []).append(stream)
         for other, last in last_words.items():
             told_at = max(last, self._clock.time()) + self._delay(peer, other)
