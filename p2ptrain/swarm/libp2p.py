@@ -311,53 +311,90 @@ class Libp2pSwarm:
         return options
 
     async def _refuse_twin(self) -> None:
-        """Raises LocalFault if somebody of our identity is online: two would break each other's lanes."""
+        """Raises LocalFault if somebody of our identity is online: two would break each other's lanes.
+
+        A daemon without identity asks for us, before ours is there to be found itself.
+        """
         options = {"dhtClient": "1", "noListenAddrs": "1", "tls": "1", "relay": "1"}
         anonymous = await self._start_daemon(options)
+        questions = [asyncio.create_task(self._is_online(anonymous, entry)) for entry in self._initial]
+        online = None
+        try:
+            for answer in asyncio.as_completed(questions):
+                if (online := await answer) is not None:
+                    break
+        finally:
+            for question in questions:
+                question.cancel()
+            await anonymous.stop()
+        if online:
+            raise LocalFault(
+                f"peer {short(self.peer_id)}, the identity in {self._identity_path}, is online already; "
+                "stop the other p2ptrain, or give this one an identity file of its own"
+            )
+
+    async def _is_online(self, anonymous: _Node, entry: _Entry) -> bool | None:
+        """Whether this initial peer knows how to reach us; None if it does not say."""
         try:
             async with asyncio.timeout(TWIN_SECONDS):
-                await asyncio.gather(*map(anonymous.connect, self._initial), return_exceptions=True)
-                await anonymous.connect(_Entry(self.peer_id))
-        except (Unreachable, TimeoutError):
-            return
-        finally:
-            await anonymous.stop()
-        raise LocalFault(
-            f"peer {short(self.peer_id)}, the identity in {self._identity_path}, is online already; "
-            "stop the other p2ptrain, or give this one an identity file of its own"
-        )
+                await anonymous.connect(entry)
+                while True:
+                    try:
+                        await anonymous.connect(_Entry(self.peer_id))
+                        return True
+                    except Unreachable as fault:
+                        if "failed to find any peer in table" not in str(fault):
+                            return False
+                    await asyncio.sleep(0.01)  # until the daemon has taken the initial peer into its table
+        except (Unreachable, OSError, EOFError):
+            return None
 
     async def _enter(self, node: _Node) -> None:
-        """Get known to the initial peers. Raises Unreachable if none answers, LocalFault for our clock."""
-        if not self._initial:
+        """Get known to the first initial peer that answers, and to the others meanwhile.
+
+        Raises Unreachable if none answers, LocalFault if our clock is wrong.
+        """
+        outcomes: asyncio.Queue[bool | P2PTrainError] = asyncio.Queue()
+        for entry in self._initial:
+            self._crew.spawn(self._enter_by(node, entry, outcomes))
+        faults: list[P2PTrainError] = []
+        while len(faults) < len(self._initial):
+            outcome = await outcomes.get()
+            if isinstance(outcome, P2PTrainError):
+                faults.append(outcome)
+                continue
+            if not outcome:
+                logger.warning(
+                    "other peers cannot open connections to this one, so some will reach it slowly or never; "
+                    "open its port in the router, or in the firewall"
+                )
+            await self._look_at(node)
             return
-        entering = (self._enter_by(node, entry) for entry in self._initial)
-        outcomes = await asyncio.gather(*entering, return_exceptions=True)
-        faults = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if len(faults) == len(outcomes):
-            for fault in faults:
-                if not isinstance(fault, Unreachable):
-                    raise fault
+        for fault in faults:
+            if isinstance(fault, LocalFault):
+                raise fault
+        if faults:
             raise Unreachable(
                 f"no initial peer could be reached: {'; '.join(map(str, faults))}. Is one of them running, "
                 "is its address up to date, and does no firewall stand between?"
             )
-        if not any(outcome is True for outcome in outcomes):
-            logger.warning(
-                "other peers cannot open connections to this one, so some will reach it slowly or never; "
-                "open its port in the router, or in the firewall"
-            )
 
-    async def _enter_by(self, node: _Node, entry: _Entry) -> bool:
-        """Get known to one initial peer; True if it can open connections to us. Raises Unreachable."""
+    async def _enter_by(
+        self, node: _Node, entry: _Entry, outcomes: asyncio.Queue[bool | P2PTrainError]
+    ) -> None:
+        """Get known to one initial peer. The outcome is whether it can open connections to us, or a fault."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await node.connect(entry)
-                return await node.greet_dht(entry.peer)
+                outcomes.put_nowait(await node.greet_dht(entry.peer))
         except TimeoutError:
-            raise Unreachable(f"{entry} did not answer within {CONNECT_SECONDS:.0f} s") from None
+            outcomes.put_nowait(Unreachable(f"{entry} did not answer within {CONNECT_SECONDS:.0f} s"))
         except Unreachable as fault:
-            raise Unreachable(f"{entry}: {fault}") from None
+            outcomes.put_nowait(Unreachable(f"{entry}: {fault}"))
+        except LocalFault as fault:
+            outcomes.put_nowait(fault)
+        except (OSError, EOFError):
+            outcomes.put_nowait(Unreachable(f"{entry}: our own libp2p daemon died meanwhile"))
 
     async def _running_node(self) -> _Node:
         try:
@@ -406,16 +443,16 @@ class Libp2pSwarm:
                     await self._look_at(node)
             except TimeoutError:
                 node.daemon.kill()
-            except (OSError, EOFError, Unreachable):
-                pass  # it just died; `_supervise` sees to it
             if loop.time() >= entered + REENTER_SECONDS:
-                lost = [entry for entry in self._initial if not node.knows(entry.peer)]
-                await asyncio.gather(*(self._enter_by(node, entry) for entry in lost), return_exceptions=True)
+                for entry in self._initial:
+                    if not node.knows(entry.peer):
+                        self._crew.spawn(self._enter_by(node, entry, asyncio.Queue()))
                 entered = loop.time()
 
     async def _look_at(self, node: _Node) -> None:
-        self._addresses = [f"{address}/p2p/{self.peer_id}" for address in await node.addresses()]
-        self._connected = await node.count_peers()
+        with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it
+            self._addresses = [f"{address}/p2p/{self.peer_id}" for address in await node.addresses()]
+            self._connected = await node.count_peers()
 
     async def _stop_node(self) -> None:
         if self._node is not None:
