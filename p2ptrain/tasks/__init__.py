@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from p2ptrain.config import RunConfig
+
 
 class Task(Protocol):
     """Model, data and loss of a run. Built from the run file alone, so it is the same on every peer.
@@ -39,3 +41,13 @@ class Task(Protocol):
     def preview(self, model: nn.Module, prompt: str, length: int, generator: torch.Generator) -> str:
         """A short text that shows what the model has learned."""
         ...
+
+
+def build_task(run: RunConfig, corpus: str = "") -> Task:
+    """The task of a run. `corpus` is where this peer has the text, if the run does not name the standard library.
+
+    Raises CorpusError if that text is missing, empty or too small.
+    """
+    from p2ptrain.tasks.bytes import BytesTask
+
+    return BytesTask(run.task, run.seed, corpus or run.task.corpus)
