@@ -41,6 +41,7 @@ from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.log import Entry, EntryLog
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
+from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.replica.transfer import CatchUp, Compute, Donor, Progress
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import Task
@@ -84,11 +85,11 @@ class Peer:
         fingerprint: str,
         incarnation: str,
         compute: Compute,
-        hashing: Compute,
+        aside: Compute,
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
     ) -> None:
-        """`compute` runs a function on the one thread that owns the replica's tensors, `hashing` on another;
+        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
         self.leaving = False
@@ -100,7 +101,7 @@ class Peer:
         self.catching_up: Progress | None = None
         self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
         self._fingerprint, self._incarnation = fingerprint, incarnation
-        self._compute, self._hashing, self._observe = compute, hashing, observe
+        self._compute, self._aside, self._observe = compute, aside, observe
         self._checkpoints = checkpoints
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
@@ -131,6 +132,7 @@ class Peer:
         self._round_published = float("-inf")
         self._previewed = float("-inf")
         self._digesting: asyncio.Task[None] | None = None
+        self._saving = asyncio.Lock()
 
     async def __aenter__(self) -> Peer:
         await self._group.__aenter__()
@@ -279,7 +281,7 @@ class Peer:
         if self.config.eval_every_steps and step % self.config.eval_every_steps == 0:
             await self.evaluate()
         if self.config.checkpoint_every_steps and step % self.config.checkpoint_every_steps == 0:
-            await self.save_checkpoint()
+            self._spawn(self._save_beside())
 
     # -- beside the loop -------------------------------------------------------------------------------------
 
@@ -309,23 +311,23 @@ class Peer:
         return self.task.preview(self.replica.model, "\n", PREVIEW_LENGTH, chance)
 
     async def save_checkpoint(self) -> Path | None:
-        """Write the replica as it stands to the checkpoint folder; None, and a warning, if that is not
-        possible."""
-        began, step = self._now(), self.replica.position.step
+        """Write the replica as it stands to the checkpoint folder; None, with a warning, if that fails."""
         if self._checkpoints is None:
             return None
-        snapshot = await self._compute(self.replica.snapshot)
+        began = self._now()
+        snapshot: Snapshot = await self._compute(self.replica.snapshot)
+        write = partial(
+            save,
+            self._checkpoints,
+            snapshot,
+            self.run,
+            {"heldout": self.heldout},
+            keep=self.config.checkpoints_kept,
+        )
+        step = snapshot.position.step
         try:
-            path: Path = await self._hashing(
-                partial(
-                    save,
-                    self._checkpoints,
-                    snapshot,
-                    self.run,
-                    {"heldout": self.heldout},
-                    keep=self.config.checkpoints_kept,
-                )
-            )
+            async with self._saving:
+                path: Path = await self._aside(write)
         except LocalFault as fault:
             self._observe(events.CheckpointFailed(step=step, reason=str(fault)))
             return None
@@ -335,6 +337,11 @@ class Peer:
             )
         )
         return path
+
+    async def _save_beside(self) -> None:
+        """The same while training goes on. On a disk too slow for the interval, checkpoints are left out."""
+        if not self._saving.locked():
+            await self.save_checkpoint()
 
     # -- micro-batches ---------------------------------------------------------------------------------------
 
@@ -424,7 +431,7 @@ class Peer:
     async def _digest(self) -> None:
         """Beside the next micro-batch, which only reads what is hashed."""
         position = self.replica.position
-        self.state_digest = await self._hashing(self.replica.compute_state_digest)
+        self.state_digest = await self._aside(self.replica.compute_state_digest)
         self._observe(
             events.StateHashed(step=position.step, lineage=position.lineage, state_digest=self.state_digest)
         )

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from p2ptrain.protocol.member import Stage
 from p2ptrain.records import GetRun, PeerId
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.transfer import Compute
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.tasks import build_task
@@ -101,7 +102,7 @@ async def volunteer(
                     "join without --run to take the swarm's, or ask the organizer for the right invite"
                 )
             check_together(run, config)
-            compute, hashing = _thread(stack, "compute"), _thread(stack, "hash")
+            compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
             replica, task, print_ = await compute(partial(_build, run, config))
             checkpoints = folder / "checkpoints"
             if (newest := latest(checkpoints)) is not None:
@@ -120,7 +121,7 @@ async def volunteer(
                 fingerprint=print_,
                 incarnation=secrets.token_hex(8),
                 compute=compute,
-                hashing=hashing,
+                aside=aside,
                 observe=observe,
                 checkpoints=checkpoints,
             )
@@ -152,7 +153,7 @@ async def volunteer(
                     peer=swarm.peer_id,
                     step=replica.position.step,
                     lineage=replica.position.lineage,
-                    state_digest=await hashing(replica.compute_state_digest),
+                    state_digest=await aside(replica.compute_state_digest),
                     rounds=peer.rounds_joined,
                     samples=peer.samples_given,
                     heldout_loss=peer.heldout.get("loss"),
@@ -190,8 +191,8 @@ def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:
     return Replica(model, run, print_), task, print_
 
 
-def _thread(stack: contextlib.ExitStack, name: str) -> Callable[..., Awaitable[Any]]:
-    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+def _threads(stack: contextlib.ExitStack, name: str, count: int) -> Compute:
+    executor = ThreadPoolExecutor(count, thread_name_prefix=name)
     stack.callback(executor.shutdown, wait=True, cancel_futures=True)
 
     async def call(function: Callable[..., Any], *arguments: Any) -> Any:
