@@ -360,10 +360,13 @@ class Lanes:
             finally:
                 self._answering[peer] -= 1
                 self._answering += Counter()  # forgets peers at zero
+        writer.transport.set_write_buffer_limits(high=0)  # `drain` then waits until all has gone
         self._write(writer, "request", reply, payload)
-        with contextlib.suppress(OSError, TimeoutError):
+        try:
             async with asyncio.timeout(REPLY_SECONDS):
                 await writer.drain()
+        except OSError:  # a TimeoutError is one
+            writer.transport.abort()
 
     # -- links -----------------------------------------------------------------------------------------------
 

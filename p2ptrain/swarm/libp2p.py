@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import re
 import socket
 import tempfile
@@ -77,6 +78,8 @@ TWIN_SECONDS = 3.0
 RESTART_SECONDS = 30.0
 """So long a stream to be opened waits for a daemon that is being restarted."""
 DHT_SECONDS = 10.0
+REPLICAS = 8
+"""Nodes that are asked to keep a record; some may just have left."""
 UPKEEP_SECONDS = 2.0
 """Between two looks at our own daemon."""
 HANG_SECONDS = 15.0
@@ -126,7 +129,6 @@ class Libp2pSwarm:
         self._listen = list(listen)
         self._announce = list(announce)
         self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
-        self._names = {kind: f"{run_id}.{kind}" for kind in self._keys}
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()
@@ -212,22 +214,18 @@ class Libp2pSwarm:
         sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
         try:
             async with asyncio.timeout(DHT_SECONDS):
-                dht = (await self._running_node()).dht
-                # Kept here too, for whoever enters through us; but only others make it known.
-                dht.protocol.storage.store_subkey(key, self.peer_id, MSGPackSerializer.dumps(sealed), expires)
-                name = self._names[record.kind]
-                return bool(await dht.store(name, sealed, expires, subkey=self.peer_id, exclude_self=True))
+                return await (await self._running_node()).store(key, self.peer_id, sealed, expires)
         except (TimeoutError, Unreachable):
             return False
 
     async def lookup(self, kind: str) -> Sequence[SignedRecord]:
         try:
             async with asyncio.timeout(DHT_SECONDS):
-                found = await (await self._running_node()).dht.get(self._names[kind], latest=True)
+                found = await (await self._running_node()).fetch(self._keys[kind])
         except (TimeoutError, Unreachable):
             return ()
         records = []
-        for author, (sealed, expires) in found.value.items() if found is not None else ():
+        for author, (sealed, expires) in found.items():
             try:
                 record = SIGNED.validate_json(unseal(sealed))
             except ValidationError:
@@ -254,7 +252,7 @@ class Libp2pSwarm:
         return self._lanes.traffic
 
     def visible_addresses(self) -> list[str]:
-        """Multiaddresses with our peer id, to enter the swarm by; as of a moment ago."""
+        """Multiaddresses with our peer id, to enter the swarm by, as of a moment ago; loopback last."""
         return self._addresses
 
     def connected_peers(self) -> int:
@@ -306,7 +304,7 @@ class Libp2pSwarm:
         if self._initial:
             # Behind a NAT, be reachable through an initial peer.
             options |= {"autoRelay": "1", "trustedRelays": ",".join(str(entry) for entry in self._initial)}
-        if not all("/127." in address or "/::1/" in address for address in self._listen):
+        if not all(map(_is_loopback, self._listen)):
             options["natPortMap"] = "1"
         return options
 
@@ -451,7 +449,8 @@ class Libp2pSwarm:
 
     async def _look_at(self, node: _Node) -> None:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it
-            self._addresses = [f"{address}/p2p/{self.peer_id}" for address in await node.addresses()]
+            addresses = sorted(await node.addresses(), key=_is_loopback)
+            self._addresses = [f"{address}/p2p/{self.peer_id}" for address in addresses]
             self._connected = await node.count_peers()
 
     async def _stop_node(self) -> None:
@@ -565,6 +564,7 @@ class _Node:
         question = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
         try:
             answer = await protocol.get_stub(remote).rpc_ping(question, timeout=CONNECT_SECONDS)
+            number = DHTID.from_bytes(answer.peer.node_id)
         except Exception as error:  # hivemind passes on whatever went wrong there, by any name
             raise Unreachable(f"it is there, but its DHT does not answer: {error!r}") from error
         if abs(skew := answer.dht_time - time.time()) > MAX_CLOCK_SKEW_SECONDS:
@@ -572,9 +572,32 @@ class _Node:
                 f"the clock of this machine and that of peer {short(peer)} differ by {skew:.0f} s, at most "
                 f"{MAX_CLOCK_SKEW_SECONDS:.0f} s will do; set this one by network time"
             )
-        if answer.peer.node_id:
-            await protocol.update_routing_table(DHTID.from_bytes(answer.peer.node_id), remote, responded=True)
+        await protocol.update_routing_table(number, remote, responded=True)
         return bool(answer.available)
+
+    async def store(self, key: DHTID, author: PeerId, sealed: bytes, expires: float) -> bool:
+        """Have the nodes nearest to the key, and our own, keep the record; whether one of the others does.
+
+        hivemind's own `store` tells what the last node said. That is no, if another node was quicker to pass
+        our record on to it. For the same reason we keep it only after the others have been asked.
+        """
+        protocol, value = self.dht.protocol, MSGPackSerializer.dumps(sealed)
+        nearest = await self.dht.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+        answers = await asyncio.gather(
+            *(
+                protocol.call_store(peer, [key], [value], [expires], [author])
+                for peer in nearest[key].values()
+            )
+        )
+        protocol.storage.store_subkey(key, author, value, expires)
+        return any(answer is not None and answer[0] for answer in answers)
+
+    async def fetch(self, key: DHTID) -> Mapping[str, tuple[bytes, float]]:
+        """The newest record of each author under the key, and when it expires."""
+        # Not a number, because one that is later than any time would be met by a node which says that what it
+        # has never expires; the search would end with it.
+        found = (await self.dht.get_many_by_id([key], sufficient_expiration_time=math.nan))[key]
+        return {} if found is None else found.value
 
     def knows(self, peer: PeerId) -> bool:
         """Whether the DHT node has this peer among its contacts."""
@@ -588,7 +611,11 @@ class _Node:
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """Raises Unreachable."""
-        call = p2pd_pb2.StreamOpenRequest(peer=base58.b58decode(peer), proto=[protocol])
+        try:
+            raw = base58.b58decode(peer)
+        except ValueError:  # another peer told us of it
+            raise Unreachable(f"{peer!r} is no peer id") from None
+        call = p2pd_pb2.StreamOpenRequest(peer=raw, proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=call)
         _, reader, writer = await self._call(request)
         return reader, writer
@@ -673,6 +700,10 @@ def _entry(address: str) -> _Entry:
             f"/ip4/203.0.113.7/tcp/31337/p2p/12D3Koo…; {error}"
         ) from None
     return _Entry(PeerId(parts[2]), parts[1])
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith(("/ip4/127.", "/ip6/::1/"))
 
 
 def _reserved(address: str) -> tuple[str, socket.socket]:
