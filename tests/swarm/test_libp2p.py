@@ -201,6 +201,22 @@ async def test_traffic_goes_on_when_a_daemon_is_killed(fabric: Libp2pFabric) -> 
     assert [type(event) for event in events] == [DaemonRestarted]
 
 
+async def test_daemon_is_replaced_when_it_hangs(
+    fabric: Libp2pFabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from p2ptrain.swarm import libp2p
+
+    monkeypatch.setattr(libp2p, "UPKEEP_SECONDS", 0.1)
+    monkeypatch.setattr(libp2p, "HANG_SECONDS", 1.0)
+    alice = await fabric.join("alice")
+    restarted = asyncio.Event()
+    alice._on_event = lambda event: restarted.set()
+    daemon = daemon_of(alice)
+    daemon.send_signal(signal.SIGSTOP)
+    await asyncio.wait_for(restarted.wait(), 10)
+    assert daemon_of(alice).pid != daemon.pid
+
+
 async def test_records_outlive_the_daemon_when_they_were_kept_for_others(fabric: Libp2pFabric) -> None:
     bootstrap, alice = await fabric.join("bootstrap"), await fabric.join("alice")
     assert await alice.publish(presence(alice.peer_id), ttl_seconds=60)
