@@ -134,7 +134,7 @@ class Leader:
         """
         self.phase = Phase.COLLECTING
         self._asked = set()
-        self.expected = set(self._answers)
+        self._expect(self._answers, now)
         answers = {self.me: mine, **self._answers}
         header = max((a.held for a in answers.values() if a.held), key=lambda h: h.ballot, default=None)
         if header is None:
@@ -187,11 +187,15 @@ class Leader:
         self.reports[self.me] = _Known(report, now)
 
     def welcome(self, newcomer: PeerId, now: float) -> None:
-        """A peer will stand here within a few round trips: hold the freeze for it, but not for long.
-        Meanwhile the members go on accumulating."""
+        """A peer will soon stand here, too. Meanwhile the members go on accumulating."""
         if self.phase is Phase.COLLECTING and newcomer not in self.reports and newcomer not in self.dropped:
-            self.expected.add(newcomer)
-            self._hold_until = now + self.rules.heartbeat_seconds
+            self._expect({*self.expected, newcomer}, now)
+
+    def _expect(self, peers: Iterable[PeerId], now: float) -> None:
+        """These will report within a few round trips: hold the freeze for them, but not for long. Without it a
+        leader that could fill the batch by itself would do so, and what the others have would be lost."""
+        self.expected = set(peers)
+        self._hold_until = now + self.rules.heartbeat_seconds
 
     def consider(self, now: float) -> list[Effect]:
         """Freeze, if the batch is full."""
@@ -326,7 +330,7 @@ class Leader:
         # Those that remain answer the abort with a fresh report; the next attempt stands on these, not on old
         # ones.
         remaining = (set(self.reports) | set(freeze.roster)) - self.dropped
-        self.expected = (self.expected | remaining) - self.dropped
+        self._expect((self.expected | remaining) - self.dropped, now)
         self.reports = {}
         abort = Abort(step=freeze.step, ballot=freeze.ballot, cause=cause.value, dropped=tuple(gone))
         return [Send(peer, abort) for peer in freeze.roster]

@@ -13,6 +13,7 @@ from p2ptrain.records import Answer, Ballot, Freeze, PeerId
 
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
+RULES_OF_16 = replace(RULES, target_batch_size=16)
 
 
 # -- the round as it should be -------------------------------------------------------------------------------
@@ -166,13 +167,105 @@ def test_successor_leads_on_when_the_leader_dies_before_the_freeze() -> None:
           → b: answer step 6, b leads, obeys 1/b
           → b: report 4
         b ← c
-          waits: 4 of 8 samples; 1 peers have not reported yet
+        b ← c
           begins 2/b
           → c: freeze 2/b of b c
-        b ← c
         c ← b
           begins 2/b
         """
+    )
+
+
+def test_successor_waits_for_what_the_others_have_when_its_own_samples_would_do() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 8
+          → a: report 8
+        c did 8
+          → a: report 8
+        a dies
+        c loses a
+          → b: report 8
+        b loses a
+          → c: ask from step 6, to lead as 1/b
+          takes over as 1/b
+        c ← b
+          → b: answer step 6, b leads, obeys 1/b
+          → b: report 8
+        # c's answer comes behind what it said before, and its report behind its answer
+        b ← c
+        b ← c
+        b ← c
+          begins 2/b
+          → c: freeze 2/b of b c
+        """
+    )
+
+
+def test_leader_waits_for_what_the_others_have_when_an_attempt_was_aborted() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 8
+          waits: 8 of 16 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 12 of 16 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        a loses c
+          cancels 1/a (peer_lost) without c
+          → b: abort 1/a (peer_lost) without c
+          → c: abort 1/a (peer_lost) without c
+        a did 16
+        b ← a
+          cancels 1/a (peer_lost) without c
+        b did 4
+          → a: report 4
+        a ← b
+          begins 2/a
+          → b: freeze 2/a of a b
+        """,
+        RULES_OF_16,
+    )
+
+
+def test_leader_goes_on_alone_when_nobody_reports_for_a_heartbeat_after_an_abort() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 8
+          waits: 8 of 16 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 12 of 16 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        a loses c
+          cancels 1/a (peer_lost) without c
+          → b: abort 1/a (peer_lost) without c
+          → c: abort 1/a (peer_lost) without c
+        a did 20
+        a ticks 1 s later
+          → b: answer step 6, a leads
+          begins 2/a
+        """,
+        RULES_OF_16,
     )
 
 
@@ -413,8 +506,6 @@ def test_superseded_leader_stands_down_when_a_member_answers_its_freeze() -> Non
           → b: answer step 6, b leads, obeys 2/b
           → b: report 4
         b ← c
-          waits: 0 of 1 peers are here
-          waits: 4 of 8 samples; 1 peers have not reported yet
         b ← c
           begins 3/b
           → c: freeze 3/b of b c
@@ -485,7 +576,6 @@ def test_round_goes_on_without_the_odd_one_when_averages_differ() -> None:
           cancels 1/a (digest_mismatch) without c
         # kept contributions are reported again, and the next attempt needs nobody else
         a did 4
-          waits: 4 of 12 samples; 1 peers have not reported yet
         b did 4
           → a: report 4
         b did 4, 4 more in 0.5 s
@@ -526,7 +616,6 @@ def test_accused_member_is_dropped_when_the_others_missed_its_chunks() -> None:
         a ticks 1 s later
           → b: answer step 6, a leads
           → c: answer step 6, a leads
-          waits: 4 of 12 samples; 1 peers have not reported yet
           cancels 1/a (deadline) without c
           → b: abort 1/a (deadline) without c
           → c: abort 1/a (deadline) without c
