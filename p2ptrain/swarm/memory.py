@@ -334,7 +334,7 @@ class _End(asyncio.Transport):
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         """Written, and still to leave; what `drain` waits for."""
-        self._leaving: asyncio.TimerHandle | None = None
+        self._leaving = False
         self._untaken_bytes = 0
         """Sent, and not yet in the far end's reader."""
         self._writing_paused = False
@@ -420,14 +420,15 @@ class _End(asyncio.Transport):
         """Send what may be sent, and then the end, if that is due."""
         if self._gone:
             return
-        while self._queue and self._leaving is None:
+        while self._queue and not self._leaving:
             size = len(self._queue[0])
             if self._untaken_bytes and self._untaken_bytes + size > WINDOW_BYTES:
                 break
             self._untaken_bytes += size
             leaves = self._say(self._queue.popleft())
             if leaves > self._loop.time():
-                self._leaving = self._loop.call_at(leaves, self._left, size)
+                self._leaving = True
+                self._loop.call_at(leaves, self._left, size)
             else:
                 self._queued_bytes -= size
         self._pace()
@@ -436,7 +437,7 @@ class _End(asyncio.Transport):
             self._finish(None)
 
     def _left(self, size: int) -> None:
-        self._leaving = None
+        self._leaving = False
         self._queued_bytes -= size
         self._push()
 
@@ -455,10 +456,10 @@ class _End(asyncio.Transport):
 
     def _take(self, content: bytes) -> None:
         assert self.far is not None
-        if not content:
-            self._protocol.eof_received()
-        elif not self._closing:
+        if content:
             self._protocol.data_received(content)
+        else:
+            self._protocol.eof_received()
         self.far._taken(len(content))
 
     def _taken(self, size: int) -> None:
@@ -469,9 +470,6 @@ class _End(asyncio.Transport):
         if self._gone:
             return
         self._gone = self._closing = True
-        self._queue.clear()
-        if self._leaving is not None:
-            self._leaving.cancel()
         if not self.opened.done():
             self.opened.set_exception(Unreachable(f"peer {short(self.peer)} could not be reached"))
             self.opened.exception()  # nobody need wait for it
