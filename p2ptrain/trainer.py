@@ -122,7 +122,9 @@ class Peer:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._batch: asyncio.Future[float] | None = None
-        self._batch_at = replica.position
+        self._batch_step = 0
+        self._late_batch: asyncio.Future[float] | None = None
+        """The micro-batch that was under way when this step began, and so is of one that is over."""
         self._batch_began = self._batch_seconds = 0.0
         self._drawn = 0
         self._loss_sum = 0.0
@@ -347,7 +349,7 @@ class Peer:
 
     def _begin_batch(self) -> None:
         count, step = self.config.micro_batch_size, self.replica.position.step
-        self._batch_at, self._batch_began = self.replica.position, self._now()
+        self._batch_step, self._batch_began = step, self._now()
         self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
         self._drawn += count
         self._report()
@@ -379,9 +381,10 @@ class Peer:
         batch, self._batch = self._batch, None
         loss_sum = await batch
         count = self.config.micro_batch_size
-        if self._batch_at != self.replica.position:
+        if batch is self._late_batch:
+            self._late_batch = None
             self._observe(
-                events.SamplesWasted(step=self._batch_at.step, samples=count, cause=events.WasteCause.BEHIND)
+                events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.BEHIND)
             )
             return
         took = self._now() - self._batch_began
@@ -390,15 +393,13 @@ class Peer:
             self._loss_sum += loss_sum
         else:
             self._observe(
-                events.SamplesWasted(
-                    step=self._batch_at.step, samples=count, cause=events.WasteCause.NONFINITE
-                )
+                events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.NONFINITE)
             )
         self._report()
 
     def _patience(self, attempt: Attempt) -> float:
         """How long the attempt lets this peer finish its micro-batch; ≤ 0: seal now."""
-        if self._batch is None or self._batch_at != self.replica.position:
+        if self._batch in (None, self._late_batch):
             return 0.0
         if self.swarm.peer_id not in attempt.freeze.finishing:
             return 0.0
@@ -406,7 +407,7 @@ class Peer:
 
     def _report(self) -> None:
         in_flight, finish = 0, 0.0
-        if self._batch is not None and self._batch_at == self.replica.position:
+        if self._batch not in (None, self._late_batch):
             in_flight = self.config.micro_batch_size
             finish = max(self._batch_began + self._batch_seconds - self._now(), 0.0)
         self.rounds.progressed(
@@ -421,7 +422,9 @@ class Peer:
         self._accumulator.reset()
 
     def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
-        self._loss_sum, self._drawn = 0.0, 0
+        # Even if the step is the same as before, after a catch-up that failed: its samples are drawn anew, so
+        # one that comes late would count twice (I4).
+        self._loss_sum, self._drawn, self._late_batch = 0.0, 0, self._batch
         self._in_time = settled
         self._step_began = self._now()
         self.state_digest = None
