@@ -316,7 +316,8 @@ def test_swarm_raises_the_error_as_it_is_when_its_user_or_its_handler_fails() ->
             raise KeyError("in the handler")
 
     async def main(fail: bool) -> None:
-        async with hub_with().swarm("alice") as alice, alice._hub.swarm("bob") as bob:
+        hub = hub_with()
+        async with hub.swarm("alice") as alice, hub.swarm("bob") as bob:
             recorded(alice)
             bob.serve(Careless())
             alice.send(BOB, ask(1))
