@@ -56,11 +56,11 @@ class BytesTask(Section):
     kind: Literal["bytes"] = "bytes"
     """What is trained: a transformer that predicts the next byte of plain text."""
 
-    layers: Annotated[int, Field(ge=1, le=64)] = 4
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
     """Transformer blocks. Memory, computing time and bytes per round grow in proportion."""
 
     width: Annotated[int, Field(ge=8, le=4096)] = 128
-    """Values per position between blocks; must be divisible by `heads`. Parameters, and with them the bytes
+    """Values per position between blocks; must be divisible by twice `heads`. Parameters, and with them the bytes
     of every round, grow with its square."""
 
     heads: Annotated[int, Field(ge=1, le=64)] = 4
@@ -87,10 +87,11 @@ class BytesTask(Section):
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
-        if self.width % self.heads:
+        if self.width % (2 * self.heads):
             raise ValueError(
-                f"task.width ({self.width}) must be divisible by task.heads ({self.heads}); "
-                f"the nearest width that is: {max(1, round(self.width / self.heads)) * self.heads}"
+                f"task.width ({self.width}) must be divisible by twice task.heads ({self.heads}), because each "
+                "head turns its values in pairs; the nearest width that is: "
+                f"{max(1, round(self.width / (2 * self.heads))) * 2 * self.heads}"
             )
         return self
 
@@ -102,7 +103,7 @@ class Optimizer(Section):
     """`adamw` scales each parameter's step by its gradient's history and keeps 8 bytes of state per
     parameter, which newcomers download; `sgd` keeps 4 and needs its `lr` tuned more carefully."""
 
-    lr: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    lr: Annotated[float, Field(gt=0, le=10)] = 1.5e-3
     """Learning rate after warm-up. Setting it high will make the loss rise or turn into noise, setting it low
     will waste rounds. It suits one `target_batch_size`: change both together."""
 
