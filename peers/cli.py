@@ -86,6 +86,84 @@ def bootstrap(
         typer.echo(json.dumps(summary))
 
 
+@app.command()
+def demo(
+    peers: Annotated[int, typer.Option(min=1, max=16, help="How many peers train.")] = 2,
+    seconds: Annotated[float, typer.Option(min=5, help="How long, from the start of the command.")] = 180,
+    run: Annotated[Path | None, typer.Option(help="Run file; the default is a small language model.")] = None,
+    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    listen: Annotated[
+        str, typer.Option(help="Address to listen on; the default is for this machine only.")
+    ] = "/ip4/127.0.0.1/tcp/0",
+    no_kill: Annotated[bool, typer.Option("--no-kill", help="Kill no peer half-way.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch real peers train one model together on this machine, one of them being killed and coming back.
+
+    Exit status 1: a process broke, or the peers did not end up identical.
+    """
+    from rich.console import Console
+
+    from p2ptrain.config import RunConfig, load_run
+    from peers import demo as role
+
+    settings = load_run(run) if run else RunConfig()
+    options = role.Options(settings, peers, seconds, listen, not no_kill, corpus)
+    receipt = role.demo(options, Console(highlight=False))
+    typer.echo("\n" + "\n".join(role.receipt_lines(receipt, options)))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(receipt)))
+    if receipt.problem:
+        raise role.DemoFailed(receipt.problem)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
+    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    length: Annotated[int, typer.Option(min=1, max=100_000, help="How many bytes it adds.")] = 300,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=10, help="0: the likeliest only; 1: as learned.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Let the model of a checkpoint write."""
+    from peers import models
+
+    text = models.generate(checkpoint, prompt, length, temperature, seed)
+    typer.echo(json.dumps({"checkpoint": str(checkpoint), "text": text}) if as_json else text)
+
+
+@app.command()
+def verify(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A checkpoint, or a folder of them: then the newest.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, or INVITE or INVITE#PEER_ID: a live peer.")],
+    as_json: Json = False,
+) -> None:
+    """Say whether checkpoint A is the same as B, bit for bit, or where they first differ.
+
+    A live peer may have gone on since: then its log must lead through A's state. Exit status 0: equal, or
+    contained in the peer's log; 1: different; 4: the peer cannot be reached, or its log does not tell.
+    """
+    from p2ptrain.swarm.access import PREFIX, decode
+    from peers import models
+
+    if b.lstrip().startswith(PREFIX):
+        invite, _, peer = b.partition("#")
+        verdict = _run(models.verify_live(a, decode(invite), peer.strip()))
+    else:
+        verdict = models.verify(a, Path(b))
+    typer.echo(f"{verdict.verdict}: {verdict.explanation}")
+    if as_json:
+        plain = {"first": verdict.first.model_dump(), "second": verdict.second.model_dump()}
+        typer.echo(json.dumps(dataclasses.asdict(verdict) | plain))
+    if verdict.verdict == "different":
+        raise typer.Exit(1)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 

@@ -1,0 +1,216 @@
+"""What a checkpoint is good for: let it write (`p2ptrain generate`), compare it (`p2ptrain verify`)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from p2ptrain.config import difference, fingerprint, run_digest
+from p2ptrain.errors import BadMessage, CheckpointError, IncompatibleRun, PeerFault, Refused, Unreachable
+from p2ptrain.events import short
+from p2ptrain.records import (
+    EntryHeader,
+    EntryReply,
+    GetEntry,
+    GetManifest,
+    Manifest,
+    PeerId,
+    Position,
+    Presence,
+)
+from p2ptrain.replica.checkpoint import MANIFEST, LoadedCheckpoint, compare, latest, load, restore
+from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.snapshot import Snapshot
+from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.port import Swarm
+from p2ptrain.tasks.bytes import BytesTask
+
+ASK_SECONDS = 20.0
+
+
+def found(path: Path) -> Path:
+    """The checkpoint folder that `path` is, or the newest one in it or in its `checkpoints`.
+
+    Raises CheckpointError if there is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    newest = latest(path) or latest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"there is no whole checkpoint at {path}; name a folder such as step-00000200, or the data "
+            "folder of a peer that has saved one"
+        )
+    return newest
+
+
+def _blank(checkpoint: LoadedCheckpoint) -> tuple[BytesTask, Replica]:
+    """The checkpoint's task and a replica at step 0 of its run.
+
+    Text plays no part in either, so this takes one that is always there, not the one that was trained on.
+    """
+    run = checkpoint.run
+    task = BytesTask(run.task, run.seed, "stdlib")
+    model = task.build_model(run.seed)
+    return task, Replica(model, run, fingerprint(run, parameter_table(model)))
+
+
+# -- generate ------------------------------------------------------------------------------------------------
+
+
+def generate(path: Path, prompt: str, length: int, temperature: float, seed: int) -> str:
+    """The prompt and the `length` bytes with which the model of the checkpoint at `path` goes on from it.
+
+    The same arguments give the same text. Raises CheckpointError.
+    """
+    torch.set_num_threads(1)  # more only get in each other's way at one byte at a time
+    checkpoint = load(found(path))
+    task, replica = _blank(checkpoint)
+    restore(replica, checkpoint)
+    chance = torch.Generator().manual_seed(seed)
+    return task.preview(replica.model, prompt, length, chance, temperature)
+
+
+# -- verify --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a checkpoint, the first, compares with another one or with a live peer, the second."""
+
+    verdict: Literal["equal", "contained", "different"]
+    """`equal`: the same state, bit for bit. `contained`: the live peer went on from exactly that state."""
+    explanation: str
+    first: Position
+    second: Position
+
+
+def verify(a: Path, b: Path) -> Verdict:
+    """Compare two checkpoints bit for bit. Raises CheckpointError if one of them is not whole."""
+    a, b = found(a), found(b)
+    comparison = compare(a, b)
+    runs = difference(load(a).run, load(b).run)
+    if comparison.equal:
+        word: Literal["equal", "different"] = "equal"
+        where = f"both are at {_shown(comparison.a)}, and equal bit for bit"
+    elif runs:
+        word, where = "different", f"they are of different runs ({'; '.join(runs[:3])})"
+    else:
+        word, where = "different", f"they first differ in {comparison.difference}"
+    return Verdict(word, where, comparison.a, comparison.b)
+
+
+async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
+    """Compare the checkpoint at `path` with that peer of the invite's swarm; if empty, with one that trains.
+
+    Raises CheckpointError, IncompatibleRun if the checkpoint is of another run, and PeerFault if no peer
+    answered, or none could tell.
+    """
+    checkpoint = load(found(path))
+    if (digest := run_digest(checkpoint.run)) != invite.run_digest:
+        raise IncompatibleRun(
+            f"the checkpoint {checkpoint.path} is of run {checkpoint.run.run_id} with digest {digest[:8]}, "
+            f"but the invite leads to {invite.run_id} with digest {invite.run_digest[:8]}"
+        )
+    _, replica = _blank(checkpoint)
+    from p2ptrain.swarm.libp2p import Libp2pSwarm  # takes seconds
+
+    with tempfile.TemporaryDirectory(prefix="p2ptrain-") as folder:
+        swarm = Libp2pSwarm(
+            Path(folder) / "identity.key",  # of a guest, for this question only
+            invite.run_id,
+            replica.fingerprint,
+            initial_peers=invite.addresses,
+            listen=("/ip4/127.0.0.1/tcp/0",),  # nobody needs to reach us
+        )
+        async with swarm:
+            asked = [PeerId(peer)] if peer else await _training(swarm)
+            if not asked:
+                raise Unreachable(
+                    f"nobody trains {invite.run_id} at the moment, as far as the invite's peers know; try "
+                    "again when a peer has joined"
+                )
+            return await _first_verdict(swarm, asked, checkpoint.snapshot)
+
+
+async def _training(swarm: Swarm) -> list[PeerId]:
+    records = await swarm.lookup("presence")
+    return sorted(
+        record.peer for record in records if isinstance(record, Presence) and record.role == "train"
+    )
+
+
+async def _first_verdict(swarm: Swarm, peers: Sequence[PeerId], ours: Snapshot) -> Verdict:
+    """Of the first of these that can tell. Raises the last one's PeerFault if none can."""
+    for peer in peers[:-1]:
+        try:
+            return await against(swarm, peer, ours)
+        except PeerFault:
+            continue
+    return await against(swarm, peers[-1], ours)
+
+
+async def against(swarm: Swarm, peer: PeerId, ours: Snapshot) -> Verdict:
+    """Compare our snapshot with a live peer, by its own snapshot and, where they stand apart, by its log.
+
+    Raises Refused if that log does not reach to our step, or not back to it, and other PeerFaults.
+    """
+    manifest, _ = await swarm.request(peer, GetManifest(), timeout_seconds=ASK_SECONDS, max_bytes=0)
+    if not isinstance(manifest, Manifest):
+        raise BadMessage(f"{short(peer)} answered a request for a manifest with {manifest.kind}")
+    here, there, name = ours.position, manifest.position, short(peer)
+
+    if here == there:
+        if ours.state_digest == manifest.state_digest:
+            return Verdict("equal", f"{name} has the same state at {_shown(here)}, bit for bit", here, there)
+        digests = f"{ours.state_digest[:8]} here, {manifest.state_digest[:8]} there"
+        where = f"{name} has another state at {_shown(here)}: digest {digests}"
+        return Verdict("different", where, here, there)
+
+    match await _in_log(swarm, peer, ours):
+        case True:
+            where = (
+                f"{name} went on from exactly this state, {_shown(here)}; its snapshot is of {_shown(there)}"
+            )
+            return Verdict("contained", where, here, there)
+        case False:
+            where = (
+                f"{name} was not at lineage {here.lineage[:8]} at step {here.step}; it is at {_shown(there)}"
+            )
+            return Verdict("different", where, here, there)
+        case None:
+            raise Refused(
+                f"{name} cannot tell about step {here.step}: it is not in its log, and its snapshot is of "
+                f"{_shown(there)}; ask again with a newer checkpoint, or when that peer is past this one"
+            )
+
+
+async def _in_log(swarm: Swarm, peer: PeerId, ours: Snapshot) -> bool | None:
+    """Whether the peer's log led to our lineage; None if it does not say."""
+    step = ours.position.step
+    if ours.last is not None and (header := await _entry(swarm, peer, step - 1)) is not None:
+        return header == ours.last
+    # Its log may begin at our step, or ours be step 0.
+    if (header := await _entry(swarm, peer, step)) is not None:
+        return header.parent == ours.position.lineage
+    return None
+
+
+async def _entry(swarm: Swarm, peer: PeerId, step: int) -> EntryHeader | None:
+    request = GetEntry(step=step, with_payload=False)
+    try:
+        reply, _ = await swarm.request(peer, request, timeout_seconds=ASK_SECONDS, max_bytes=0)
+    except Refused:
+        return None
+    if not isinstance(reply, EntryReply) or reply.header.step != step:
+        raise BadMessage(f"{short(peer)} answered a request for entry {step} with {reply.kind}")
+    return reply.header
+
+
+def _shown(position: Position) -> str:
+    return f"step {position.step} of lineage {position.lineage[:8]}"
