@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from p2ptrain.config import RunConfig
+from p2ptrain.errors import CorpusError
+from p2ptrain.tasks.bytes import BytesTask
 
 
 class Task(Protocol):
     """Model, data and loss of a run. Built from the run file alone, so it is the same on every peer.
 
-    Which sample is which is a pure function of (run seed, step, peer, number): there is no data state to save, a
-    sample that was never committed is drawn again, and none can be counted twice (I4).
+    Which sample is which is a pure function of (run seed, step, peer, number): there is no data state to
+    save, a sample that was never committed is drawn again, and none can be counted twice (I4).
     """
 
     @property
@@ -43,11 +45,16 @@ class Task(Protocol):
         ...
 
 
-def build_task(run: RunConfig, corpus: str = "") -> Task:
-    """The task of a run. `corpus` is where this peer has the text, if the run does not name the standard library.
+def build_task(run: RunConfig, corpus_override: str = "") -> Task:
+    """The task of a run, on the text at `corpus_override` (from the peer file) or else on the run's own.
 
-    Raises CorpusError if that text is missing, empty or too small.
+    A run's corpus other than `stdlib` is only a name, never opened as a path: the run may come from a
+    stranger, and a trained model can repeat what it has read.
+    Raises CorpusError if the text is missing, empty or too small.
     """
-    from p2ptrain.tasks.bytes import BytesTask
-
-    return BytesTask(run.task, run.seed, corpus or run.task.corpus)
+    if not corpus_override and run.task.corpus != "stdlib":
+        raise CorpusError(
+            f"run {run.run_id} trains on the text {run.task.corpus!r}, which is only a name; "
+            "set `corpus` in the peer file to the file or folder where you have that text"
+        )
+    return BytesTask(run.task, run.seed, corpus_override or "stdlib")

@@ -1,11 +1,11 @@
 """Text on this machine as bytes: found, read, split into training and held-out text, and named by a digest.
 
-A corpus is `stdlib` (the running Python's own top-level modules: always there, and everyone recognises what a model
-trained on them writes), a text file, or a folder of text files. The same files give the same split and the same
-digest everywhere, whatever order the file system lists them in.
+A corpus is `stdlib` (the running Python's own top-level modules: always there, and everyone recognises what
+a model trained on them writes), a text file, or a folder of text files. The same files give the same split
+and the same digest everywhere, whatever order the file system lists them in.
 
-Not covered: downloads, streaming, text larger than memory (loading takes about three times its size), and one text
-under two names (a copy may be trained on while the other is held out).
+Not covered: downloads, streaming, text larger than memory (loading takes about three times its size), and one
+text under two names (a copy may be trained on while the other is held out).
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ def load_corpus(source: str, *, holdout: float, context: int) -> Corpus:
     """
     documents, skipped = _read(source, _find(source))
     if not documents:
-        seen = f"all {len(skipped)} files were left out, the first is {skipped[0]}" if skipped else "it is empty"
-        raise CorpusError(f"corpus {source} holds no text: {seen}; choose a text file, a folder of them, or `stdlib`")
+        seen = f"{len(skipped)} files were left out, the first is {skipped[0]}" if skipped else "it is empty"
+        raise CorpusError(
+            f"corpus {source} holds no text: {seen}; choose a text file or a folder of them "
+            "in the peer file, or `stdlib` in the run file"
+        )
     if skipped:
         logger.warning("corpus %s: %d files left out, the first is %s", source, len(skipped), skipped[0])
 
@@ -72,8 +75,8 @@ def load_corpus(source: str, *, holdout: float, context: int) -> Corpus:
     for part, text in (("training", train), ("held-out", heldout)):
         if len(text) <= context:
             raise CorpusError(
-                f"corpus {source} leaves {len(text)} bytes of {part} text (holdout {holdout:g}), but one window of "
-                f"context {context} takes {context + 1}; choose a larger corpus, such as `stdlib`, or a smaller context"
+                f"corpus {source} leaves {len(text)} bytes of {part} text (task.holdout is {holdout:g}), "
+                f"but a sample of task.context {context} takes {context + 1}; choose more text"
             )
     digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(heldout).digest()).hexdigest()
     return Corpus(_as_tensor(train), _as_tensor(heldout), digest, tuple(skipped))
@@ -81,18 +84,18 @@ def load_corpus(source: str, *, holdout: float, context: int) -> Corpus:
 
 def zlib_bits_per_byte(text: Tensor) -> float:
     """What `zlib -9` takes for this uint8 text: the yardstick for a model's bits per byte."""
-    sample = text[:ZLIB_BYTES].numpy()
+    sample = text[:ZLIB_BYTES].numpy().tobytes()
     return 8 * len(zlib.compress(sample, 9)) / len(sample)
 
 
-# -- finding and reading -----------------------------------------------------------------------------------------
+# -- finding and reading -------------------------------------------------------------------------------------
 
 
 def _find(source: str) -> Sequence[tuple[str, Path]]:
     """The source's files as (name in the corpus, path), in the order of their names."""
     if source == "stdlib":
         modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
-        # `_sysconfigdata…` holds how one machine's Python was built: nobody's prose, and different everywhere.
+        # `_sysconfigdata…` holds how one machine's Python was built: nobody's prose, different everywhere.
         return sorted((path.name, path) for path in modules if not path.name.startswith("_sysconfigdata"))
     path = Path(source).expanduser()
     if path.is_dir():
@@ -100,8 +103,8 @@ def _find(source: str) -> Sequence[tuple[str, Path]]:
     if path.is_file():
         return [(path.name, path)]
     raise CorpusError(
-        f"corpus must be `stdlib`, a text file or a folder of text files, but there is none at {path.absolute()}; "
-        "correct `corpus` in the run file, or in the peer file, which overrides it"
+        f"corpus must be `stdlib`, a text file or a folder of them, but there is none at {path.absolute()}; "
+        "correct `corpus` in the peer file"
     )
 
 
@@ -114,7 +117,9 @@ def _walk(folder: Path) -> Iterable[tuple[str, Path]]:
             if path.is_file():
                 count += 1
                 if count > MAX_CORPUS_FILES:
-                    raise CorpusError(f"corpus {folder} has more than {MAX_CORPUS_FILES:,} files; choose a part of it")
+                    raise CorpusError(
+                        f"corpus {folder} has more than {MAX_CORPUS_FILES:,} files; choose a part of it"
+                    )
                 yield path.relative_to(folder).as_posix(), path
 
 
@@ -136,21 +141,22 @@ def _read(source: str, files: Iterable[tuple[str, Path]]) -> tuple[list[Document
             continue
         room -= len(text)
         if room < 0:
-            raise CorpusError(f"corpus {source} is larger than {MAX_CORPUS_BYTES:,} bytes; choose a part of it")
+            raise CorpusError(
+                f"corpus {source} is larger than {MAX_CORPUS_BYTES:,} bytes; choose a part of it"
+            )
         if text:
             documents.append(Document(name, text))
     return documents, skipped
 
 
-# -- splitting ---------------------------------------------------------------------------------------------------
+# -- splitting -----------------------------------------------------------------------------------------------
 
 
 def _split(documents: Sequence[Document], holdout: float) -> tuple[bytearray, bytearray]:
     """Training and held-out text.
 
-    Of many files some are held out whole, chosen by the hash of their names alone, so that a file of the same name
-    falls on the same side for peers whose texts differ a little. A file that would take more than its fraction is
-    passed over.
+    Of many files some are held out whole, in the order of their names' hashes, so that peers whose files
+    differ a little still hold out nearly the same ones. A file that no longer fits is passed over.
     """
     total = sum(len(document.text) for document in documents)
     if len(documents) < FILES_TO_SPLIT:
