@@ -1,0 +1,318 @@
+"""What happens to a swarm of whole trainers: peers come late, die, are cut off, and come back.
+
+Three peers of uneven pace train on a network with 10 to 50 ms of latency; time is virtual. See `training`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from training import Regression, Trainer, Training, check_replicas, largest_pause, small_run
+
+from p2ptrain import events
+from p2ptrain.config import RunConfig
+from p2ptrain.events import CatchUpBy, WasteCause
+from p2ptrain.protocol.member import Stage
+from p2ptrain.swarm import clock
+from p2ptrain.swarm.memory import MemoryHub
+
+pytestmark = pytest.mark.swarm
+
+PACES = {"anna": (3, 0.1), "bert": (5, 0.17), "carl": (2, 0.05)}
+"""(samples, virtual seconds) of each peer's micro-batches."""
+
+
+def play(
+    story: Callable[[Training], Awaitable[None]],
+    run: RunConfig | None = None,
+    folder: Path | None = None,
+    loss: float = 0.0,
+) -> None:
+    """Tell the story to a swarm that is at step 5; in the end, all that ever lived must agree (I2, I3)."""
+
+    async def whole() -> None:
+        async with Training(MemoryHub(seed=1, loss=loss), run, folder) as training:
+            for name in PACES:
+                start(training, name)
+            await training.until_step(5)
+            await story(training)
+            assert check_replicas(training.lives)
+
+    clock.run(whole())
+
+
+def start(training: Training, name: str) -> Trainer:
+    samples, seconds = PACES.get(name, (2, 0.1))
+    every = 5 if training.folder is not None else 0
+    return training.start(
+        name, micro_batch_size=samples, batch_seconds=seconds, checkpoint_every_steps=every, log_megabytes=1
+    )
+
+
+async def agree(training: Training, step: int) -> None:
+    """All that are online get to that step, and have the same log behind them."""
+    await training.until_step(step)
+    lineages = {life.lineage_at(step) for life in training.peers.values()}
+    assert len(lineages) == 1
+    assert None not in lineages
+
+
+# -- peers come late -----------------------------------------------------------------------------------------
+
+
+def test_late_peer_gets_the_swarms_state_from_the_log_when_it_missed_a_few_steps() -> None:
+    async def story(training: Training) -> None:
+        began = training.now
+        dora = start(training, "dora")
+        await training.until(lambda: dora.of(events.RoundCommitted))
+        await agree(training, dora.step + 3)
+        caught_up = dora.of(events.CaughtUp)[0]
+        assert (caught_up.how, caught_up.from_step) == (CatchUpBy.LOG, 0)
+        assert dora.headers()[-1].roster == ("anna", "bert", "carl", "dora")
+        others_go_on(training, began, except_for=dora)
+
+    play(story)
+
+
+def test_late_peer_gets_the_swarms_state_as_a_snapshot_when_the_log_is_too_short() -> None:
+    async def story(training: Training) -> None:
+        await training.until_step(80, seconds=300)  # a log of 1 MB holds 62 entries
+        began = training.now
+        dora = start(training, "dora")
+        await training.until(lambda: dora.of(events.RoundCommitted))
+        await agree(training, dora.step + 3)
+        caught_up = dora.of(events.CaughtUp)[0]
+        assert (caught_up.how, caught_up.from_step) == (CatchUpBy.SNAPSHOT, 0)
+        assert not dora.of(events.RolledBack)
+        others_go_on(training, began, except_for=dora)
+
+    play(story)
+
+
+def others_go_on(training: Training, began: float, except_for: Trainer) -> None:
+    """None of the others waited longer for a step than it used to, but for one heartbeat for the newcomer."""
+    for life in training.peers.values():
+        if life is not except_for:
+            usual = largest_pause(life, 2.0, began)
+            assert largest_pause(life, began, training.now) <= usual + training.run.heartbeat_seconds
+
+
+# -- peers die -----------------------------------------------------------------------------------------------
+
+
+async def a_freeze(training: Training, *, leads: bool) -> Trainer:
+    """Wait until a peer of that role has just begun an attempt."""
+    while True:
+        for life in training.peers.values():
+            assert life.peer is not None
+            member = life.peer.rounds.member
+            if member.stage is Stage.REDUCING and (member.leader is not None) == leads:
+                return life
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("silently", [False, True], ids=["and the others hear of it", "silently"])
+@pytest.mark.parametrize("leads", [True, False], ids=["leader", "member"])
+@pytest.mark.parametrize("milliseconds", range(0, 300, 30))
+def test_survivors_share_one_state_and_lose_no_sample_when_a_peer_dies_in_a_round(
+    milliseconds: int, leads: bool, silently: bool
+) -> None:
+    async def story(training: Training) -> None:
+        victim = await a_freeze(training, leads=leads)
+        step = victim.step
+        await asyncio.sleep(milliseconds / 1000)
+        brought = {
+            life.name: life.contributed()
+            for life in training.lives
+            if life is not victim and life.step == step
+        }
+        if silently:
+            training.hub.partition([[victim.name]])
+        await training.kill(victim.name)
+
+        await agree(training, step + 2)
+        header = next(iter(training.peers.values())).headers()[step]
+        counted = dict(zip(header.roster, header.samples, strict=True))
+        for name, samples in brought.items():
+            assert counted[name] >= samples
+
+    play(story)
+
+
+def test_last_peer_trains_on_when_all_others_die() -> None:
+    async def story(training: Training) -> None:
+        await training.kill("anna")
+        await training.kill("bert")
+        await agree(training, 10)
+
+    play(story)
+
+
+def test_peers_wait_when_too_few_are_left_and_go_on_when_one_comes() -> None:
+    async def story(training: Training) -> None:
+        await training.kill("anna")
+        await training.kill("bert")
+        carl = training.peers["carl"]
+        await training.until(lambda: carl.of(events.WaitingChanged))
+        stood = carl.step
+        await asyncio.sleep(20)
+        assert carl.step == stood
+        start(training, "dora")
+        await agree(training, stood + 3)
+
+    play(story, small_run(min_peers=2))
+
+
+# -- the network parts ---------------------------------------------------------------------------------------
+
+
+def test_two_halves_become_one_lineage_when_the_network_is_whole_again() -> None:
+    async def story(training: Training) -> None:
+        start(training, "dora")
+        await agree(training, 8)
+        training.hub.partition([["anna", "bert"], ["carl", "dora"]])
+        await asyncio.sleep(8)
+        before = {str(life.name): life.replica.position for life in training.lives}
+        heavy, light = before["anna"], before["carl"]
+        assert heavy.weight > light.weight > 200
+        training.hub.heal()
+
+        await agree(training, max(position.step for position in before.values()) + 5)
+        anna = training.peers["anna"]
+        for name in ("anna", "bert"):
+            assert not training.peers[name].of(events.RolledBack)
+        for name in ("carl", "dora"):
+            life = training.peers[name]
+            (rolled_back,) = life.of(events.RolledBack)
+            left = next(at for at in life.positions if at.step == rolled_back.from_step)
+            common = [at for at in life.positions[: life.positions.index(left)] if at in anna.positions]
+            assert rolled_back.samples_lost == left.weight - common[-1].weight > 0
+
+    play(story)
+
+
+def test_minority_waits_and_nothing_is_rolled_back_when_min_peers_is_a_majority() -> None:
+    async def story(training: Training) -> None:
+        training.hub.partition([["anna", "bert"], ["carl"]])
+        stood = training.peers["carl"].step
+        await asyncio.sleep(10)
+        assert training.peers["carl"].step <= stood + 1
+        assert training.peers["anna"].step > stood + 5
+        training.hub.heal()
+        await agree(training, training.peers["anna"].step + 3)
+        assert not any(life.of(events.RolledBack) for life in training.lives)
+
+    play(story, small_run(min_peers=2))
+
+
+def test_training_goes_on_when_streams_are_reset_all_the_time() -> None:
+    async def story(training: Training) -> None:
+        await agree(training, 30)
+
+    play(story, loss=0.01)
+
+
+def test_no_sample_counts_twice_when_a_peer_stays_behind_because_its_donor_dies() -> None:
+    async def story(training: Training) -> None:
+        await training.kill("carl")
+        bert = training.peers["bert"]
+        training.hub.partition([["anna"], ["bert"]])
+        await training.until(lambda: training.peers["anna"].step > bert.step)
+        training.hub.heal()
+        await training.until(lambda: bert.outside())
+        await training.kill("anna")
+        await training.until(lambda: bert.of(events.CatchUpFailed))
+        await agree(training, bert.step + 2)
+
+    play(story)
+
+
+# -- peers come back -----------------------------------------------------------------------------------------
+
+
+def test_peer_is_back_in_rounds_when_it_restarts_from_its_checkpoint(tmp_path: Path) -> None:
+    async def story(training: Training) -> None:
+        await training.until(lambda: training.peers["bert"].of(events.CheckpointSaved))
+        killed = await training.kill("bert")
+        await asyncio.sleep(1)
+        back = start(training, "bert")
+        assert back.replica.position in killed.positions
+        assert back.step == killed.of(events.CheckpointSaved)[-1].step
+        await training.until(lambda: back.of(events.RoundCommitted))
+        await agree(training, back.step + 3)
+        assert {event.how for event in back.of(events.CaughtUp)} == {CatchUpBy.LOG}
+
+    play(story, folder=tmp_path)
+
+
+def test_peer_that_lost_its_disk_is_back_when_it_starts_from_nothing() -> None:
+    async def story(training: Training) -> None:
+        await training.kill("bert")
+        back = start(training, "bert")
+        await training.until(lambda: back.of(events.RoundCommitted))
+        await agree(training, back.step + 3)
+
+    play(story)
+
+
+def test_swarm_goes_on_where_it_was_when_all_peers_restart_from_checkpoints(tmp_path: Path) -> None:
+    async def story(training: Training) -> None:
+        await training.until_step(12)
+        await training.until(lambda: all(life.of(events.CheckpointSaved) for life in training.lives))
+        killed = [await training.kill(name) for name in PACES]
+        await asyncio.sleep(60)
+        back = [start(training, name) for name in PACES]
+        newest = max((life.replica.position for life in back), key=lambda position: position.weight)
+        saved = {life.name: life.replica.compute_state_digest() for life in back}
+        for life, dead in zip(back, killed, strict=True):
+            assert saved[life.name] == dead.state_digests()[life.replica.position.lineage]
+        await agree(training, newest.step + 5)
+        for life in back:
+            assert life.lineage_at(newest.step) == newest.lineage
+            assert not life.of(events.RolledBack)
+
+    play(story, folder=tmp_path)
+
+
+# -- replicas and gradients that are damaged -----------------------------------------------------------------
+
+
+def test_damaged_replica_is_replaced_when_its_digest_is_not_the_others() -> None:
+    async def story(training: Training) -> None:
+        bert = training.peers["bert"]
+        committed = len(bert.of(events.RoundCommitted))
+        await training.until(lambda: len(bert.of(events.RoundCommitted)) > committed)
+        bert.replica.parameters[7] += 1.0  # a bit flips in memory
+        bert.parameters.clear()
+        await training.until(lambda: bert.of(events.ReplicaDiverged))
+        bert.forget()
+        await training.until(lambda: bert.of(events.RoundCommitted))
+        await agree(training, bert.step + 5)
+
+    play(story)
+
+
+class SometimesBroken(Regression):
+    """One sample in twenty has a target that is not a number."""
+
+    def loss_sum(self, model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        broken = (inputs[:, :1] > 1.6).float()
+        return super().loss_sum(model, (inputs, targets / (1 - broken)))
+
+
+def test_micro_batch_is_left_out_and_training_goes_on_when_its_gradient_is_not_finite() -> None:
+    async def story(training: Training) -> None:
+        training.task = SometimesBroken()
+        again = start(training, "dora")
+        await agree(training, 20)
+        wasted = [event for event in again.of(events.SamplesWasted) if event.cause is WasteCause.NONFINITE]
+        assert wasted
+        assert all(bool(torch.isfinite(life.replica.parameters).all()) for life in training.lives)
+
+    play(story)
