@@ -214,6 +214,6 @@ def group_rows(text: Tensor) -> Tensor:
     packed = text
     for length in GROUP_LENGTHS:
         before = length - 1
-        packed = packed + (F.pad(text, (before, -before)) << 8 * before)
+        packed = packed + (F.pad(text, (before, 0))[:, : text.shape[1]] << 8 * before)
         rows.append(packed * HASH_FACTOR % HASH_PRIME % GROUP_ROWS)
     return torch.stack(rows, dim=-1)

@@ -233,6 +233,11 @@ def test_preview_begins_with_the_prompt_and_repeats_when_the_seed_does(tiny):
     assert text != written(tiny, "def ", 40, seed=1)
 
 
+@pytest.mark.parametrize("prompt", ["", "x", "xy", "xyz"])
+def test_preview_goes_on_when_the_prompt_is_shorter_than_the_longest_group(tiny, prompt):
+    assert written(tiny, prompt, 5).startswith(prompt or "\n")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.7])
 def test_preview_writes_what_the_model_favours(tiny, temperature):
     text = tiny.preview(Favours(ord("x"), 100.0), "a" * 50, 60, torch.Generator(), temperature)
