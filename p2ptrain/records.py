@@ -257,6 +257,8 @@ class GetManifest(Record):
     """The snapshot you would give me."""
 
     kind: Literal["get_manifest"] = "get_manifest"
+    weight: Count = 0
+    """One with fewer samples behind it is of no use to me."""
 
 
 class GetPiece(Record):

@@ -71,8 +71,8 @@ class Donor:
                 if entry is None:
                     return Refusal(reason=f"entry {step} is not in my log"), b""
                 return EntryReply(header=entry.header), entry.payload if with_payload else b""
-            case GetManifest():
-                return (await self._snapshot()).manifest(), b""
+            case GetManifest(weight=weight):
+                return (await self._snapshot(weight)).manifest(), b""
             case GetPiece(state_digest=digest, number=number):
                 for snapshot in self._snapshots:
                     if snapshot.state_digest == digest and number < len(snapshot.manifest().pieces):
@@ -94,7 +94,8 @@ class Donor:
                 return None
         return self._log.get(step)
 
-    async def _snapshot(self) -> Snapshot:
+    async def _snapshot(self, weight: int) -> Snapshot:
+        """The newest one if it will do, else a fresh one; as heavy as asked for, if this replica is."""
         async with self._renewing:
             newest = self._snapshots[-1] if self._snapshots else None
             here = self._replica.position
@@ -102,7 +103,8 @@ class Donor:
                 replayable = self._log.get(newest.position.step) is not None or newest.position == here
                 recent = here.step - newest.position.step <= SNAPSHOT_STEPS
                 same = self._log.lineage_at(newest.position.step) == newest.position.lineage
-                if replayable and recent and same:
+                enough = newest.position.weight >= weight or newest.position == here
+                if replayable and recent and same and enough:
                     return newest
             fresh: Snapshot = await self._compute(self._replica.snapshot)
             self._snapshots = [*self._snapshots[-1:], fresh]
@@ -220,9 +222,8 @@ class CatchUp:
         return sum(entry.header.total_samples for entry in own if entry is not None)
 
     async def _load_snapshot(self, donor: PeerId, afresh: bool) -> None:
-        manifest, _ = await self._swarm.request(
-            donor, GetManifest(), timeout_seconds=REQUEST_SECONDS, max_bytes=0
-        )
+        wanted = GetManifest(weight=self._replica.position.weight + (0 if afresh else 1))
+        manifest, _ = await self._swarm.request(donor, wanted, timeout_seconds=REQUEST_SECONDS, max_bytes=0)
         if not isinstance(manifest, Manifest):
             raise BadMessage(f"{donor[-8:]} answered a request for a manifest with {manifest.kind}")
         same = afresh and manifest.position == self._replica.position

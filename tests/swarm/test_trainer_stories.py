@@ -196,6 +196,21 @@ def test_two_halves_become_one_lineage_when_the_network_is_whole_again() -> None
     play(story)
 
 
+def test_peer_is_back_soon_when_it_is_cut_off_twice_and_its_only_donor_has_an_older_snapshot() -> None:
+    async def story(training: Training) -> None:
+        await training.kill("anna")
+        bert, carl = training.peers["bert"], training.peers["carl"]
+        for times in (1, 2):
+            training.hub.partition([["bert"], ["carl"]])
+            await asyncio.sleep(6)
+            assert bert.replica.position.weight < carl.replica.position.weight
+            training.hub.heal()
+            await training.until(lambda times=times: len(bert.of(events.RolledBack)) == times, seconds=10)
+            await agree(training, carl.step + 3)
+
+    play(story)
+
+
 def test_minority_waits_and_nothing_is_rolled_back_when_min_peers_is_a_majority() -> None:
     async def story(training: Training) -> None:
         training.hub.partition([["anna", "bert"], ["carl"]])
