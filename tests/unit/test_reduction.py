@@ -25,9 +25,7 @@ def chunk(number: int, samples: int = 4) -> Chunk:
 
 
 def mean(number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4)) -> Averaged:
-    return Averaged(
-        step=3, ballot=BALLOT, number=number, samples=samples, squared_norm=2.0 if last else None
-    )
+    return Averaged(step=3, ballot=BALLOT, number=number, samples=samples, squared_norm=2.0 if last else None)
 
 
 def fresh() -> Reduction:
