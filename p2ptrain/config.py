@@ -60,8 +60,8 @@ class BytesTask(Section):
     """Transformer blocks. Memory, computing time and bytes per round grow in proportion."""
 
     width: Annotated[int, Field(ge=8, le=4096)] = 128
-    """Values per position between blocks; must be divisible by twice `heads`. Parameters, and with them the bytes
-    of every round, grow with its square."""
+    """Values per position between blocks; must be divisible by twice `heads`. Parameters, and with them the
+    bytes of every round, grow with its square."""
 
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     """Attention heads per block, each of width / heads values. Setting it high will leave each head too
@@ -89,8 +89,8 @@ class BytesTask(Section):
     def _heads_share_the_width(self) -> Self:
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"task.width ({self.width}) must be divisible by twice task.heads ({self.heads}), because each "
-                "head turns its values in pairs; the nearest width that is: "
+                f"task.width ({self.width}) must be divisible by twice task.heads ({self.heads}), because "
+                "each head turns its values in pairs; the nearest width that is: "
                 f"{max(1, round(self.width / (2 * self.heads))) * 2 * self.heads}"
             )
         return self

@@ -192,8 +192,8 @@ class Leader:
             self._expect({*self.expected, newcomer}, now)
 
     def _expect(self, peers: Iterable[PeerId], now: float) -> None:
-        """These will report within a few round trips: hold the freeze for them, but not for long. Without it a
-        leader that could fill the batch by itself would do so, and what the others have would be lost."""
+        """These will report within a few round trips: hold the freeze for them, but not for long. Without it,
+        a leader that could fill the batch by itself would do so, and what the others have would be lost."""
         self.expected = set(peers)
         self._hold_until = now + self.rules.heartbeat_seconds
 

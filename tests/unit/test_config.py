@@ -186,8 +186,8 @@ WRONG_RUNS = {
     ),
     # fields that do not fit together
     "[task]\nwidth = 100\nheads = 3": (
-        "FILE: task.width (100) must be divisible by twice task.heads (3), because each head turns its values "
-        "in pairs; the nearest width that is: 102"
+        "FILE: task.width (100) must be divisible by twice task.heads (3), because each head turns its "
+        "values in pairs; the nearest width that is: 102"
     ),
     "min_peers = 9\nmax_peers = 8": (
         "FILE: min_peers (9) must be at most max_peers (8), or no round could ever begin; "
