@@ -160,7 +160,10 @@ class Chronicle:
             case {"event": "leader_took_over", "step": step}:
                 self.note(at, f"{name} took the lead at step {step}")
             case {"event": "caught_up", "from_step": start, "to_step": end, "how": how, "seconds": seconds}:
-                self.note(at, f"{name} caught up from step {start} to {end} by {how} in {duration(seconds)}")
+                # While it trains, to be a few entries behind for a moment is nothing.
+                if peer.doing != "training" or seconds >= 1:
+                    way = f"by {how} in {duration(seconds)}"
+                    self.note(at, f"{name} caught up from step {start} to {end} {way}")
             case {"event": "catch_up_failed", "reason": reason}:
                 self.note(at, f"{name} could not catch up: {clean(reason)}")
             case {"event": "rolled_back", "from_step": start, "to_step": end}:

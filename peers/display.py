@@ -88,7 +88,8 @@ class Screen:
 
     def show(self) -> None:
         """Draw the panel as things are."""
-        passed = f"{clock(time.time() - self._started_at)} of {clock(self._seconds)}"
+        now = time.time() - self._started_at
+        passed = f"{clock(now)} of {clock(self._seconds)}" if now < self._seconds else "time is over"
         title = Text.assemble((self._title, "bold"), f"  {passed}")
         panel = Panel(body(self._chronicle, self._started_at), title=title, title_align="left")
         self._live.update(panel, refresh=True)
@@ -115,6 +116,9 @@ def body(chronicle: Chronicle, started_at: float) -> RenderableType:
         parts.append(Text(f"{clock(at - started_at):>5}  {text}"))
     if chronicle.preview:
         parts += ["", *(Text(line, "green") for line in sample_lines(chronicle.preview, SAMPLE_SHOWN))]
+    for part in parts:
+        if isinstance(part, Text):
+            part.no_wrap, part.overflow = True, "ellipsis"  # or the panel would outgrow the terminal
     return Group(*parts)
 
 

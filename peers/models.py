@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +13,16 @@ from typing import Literal
 import torch
 
 from p2ptrain.config import difference, fingerprint, run_digest
-from p2ptrain.errors import BadMessage, CheckpointError, IncompatibleRun, PeerFault, Refused, Unreachable
-from p2ptrain.events import short
+from p2ptrain.errors import (
+    BadMessage,
+    CheckpointError,
+    ConfigError,
+    IncompatibleRun,
+    PeerFault,
+    Refused,
+    Unreachable,
+)
+from p2ptrain.events import clean, short
 from p2ptrain.records import (
     EntryHeader,
     EntryReply,
@@ -31,6 +41,8 @@ from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks.bytes import BytesTask
 
 ASK_SECONDS = 20.0
+PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
+"""Of an Ed25519 key, as all of ours are."""
 
 
 def found(path: Path) -> Path:
@@ -108,9 +120,11 @@ def verify(a: Path, b: Path) -> Verdict:
 async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
     """Compare the checkpoint at `path` with that peer of the invite's swarm; if empty, with one that trains.
 
-    Raises CheckpointError, IncompatibleRun if the checkpoint is of another run, and PeerFault if no peer
-    answered, or none could tell.
+    Raises CheckpointError, IncompatibleRun if the checkpoint is of another run, ConfigError for a peer id
+    that is none, and PeerFault if no peer answered, or none could tell.
     """
+    if peer and not PEER_ID.fullmatch(peer):
+        raise ConfigError(f"after INVITE# goes a peer id, such as 12D3KooW…, not {clean(repr(peer), 60)}")
     checkpoint = load(found(path))
     if (digest := run_digest(checkpoint.run)) != invite.run_digest:
         raise IncompatibleRun(
@@ -147,12 +161,14 @@ async def _training(swarm: Swarm) -> list[PeerId]:
 
 async def _first_verdict(swarm: Swarm, peers: Sequence[PeerId], ours: Snapshot) -> Verdict:
     """Of the first of these that can tell. Raises the last one's PeerFault if none can."""
-    for peer in peers[:-1]:
-        try:
+    *others, last = peers
+    for peer in others:
+        with suppress(PeerFault):
             return await against(swarm, peer, ours)
-        except PeerFault:
-            continue
-    return await against(swarm, peers[-1], ours)
+    try:
+        return await against(swarm, last, ours)
+    except Unreachable as fault:
+        raise Unreachable(f"{short(last)} could not be asked ({fault}); does it still train?") from fault
 
 
 async def against(swarm: Swarm, peer: PeerId, ours: Snapshot) -> Verdict:
@@ -160,7 +176,8 @@ async def against(swarm: Swarm, peer: PeerId, ours: Snapshot) -> Verdict:
 
     Raises Refused if that log does not reach to our step, or not back to it, and other PeerFaults.
     """
-    manifest, _ = await swarm.request(peer, GetManifest(), timeout_seconds=ASK_SECONDS, max_bytes=0)
+    wanted = GetManifest(weight=ours.position.weight)
+    manifest, _ = await swarm.request(peer, wanted, timeout_seconds=ASK_SECONDS, max_bytes=0)
     if not isinstance(manifest, Manifest):
         raise BadMessage(f"{short(peer)} answered a request for a manifest with {manifest.kind}")
     here, there, name = ours.position, manifest.position, short(peer)

@@ -14,8 +14,8 @@ import torch
 from replicas import next_entry, small_replica, small_run
 
 from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint, run_digest
-from p2ptrain.errors import CheckpointError, IncompatibleRun, InviteError, Refused
-from p2ptrain.records import Averaged, Chunk, Message, PeerId, Reply, Request
+from p2ptrain.errors import CheckpointError, ConfigError, IncompatibleRun, InviteError, Refused
+from p2ptrain.records import Averaged, Chunk, GetEntry, GetManifest, Message, PeerId, Reply, Request
 from p2ptrain.replica.checkpoint import MANIFEST, STATE, save
 from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.replica import Replica, parameter_table
@@ -214,12 +214,9 @@ def test_live_peer_cannot_tell_when_it_is_behind_or_its_log_is_too_short() -> No
 
 
 def test_no_tensors_are_fetched_when_a_live_peer_is_compared() -> None:
-    live = LivePeer().step(5)
-    compared(advanced(small_replica(), 2).snapshot(), live)
-    assert [request.model_dump(exclude_none=True) for request in live.asked] == [
-        {"kind": "get_manifest"},
-        {"kind": "get_entry", "step": 1, "with_payload": False},
-    ]
+    live, ours = LivePeer().step(5), advanced(small_replica(), 2).snapshot()
+    compared(ours, live)
+    assert live.asked == [GetManifest(weight=ours.position.weight), GetEntry(step=1, with_payload=False)]
 
 
 def test_verify_refuses_when_the_invite_is_of_another_run(tmp_path: Path) -> None:
@@ -228,6 +225,14 @@ def test_verify_refuses_when_the_invite_is_of_another_run(tmp_path: Path) -> Non
     other = Invite(run_id="other", run_digest=run_digest(small_run(seed=9)), addresses=(address,))
     with pytest.raises(IncompatibleRun, match="but the invite leads to other with digest"):
         asyncio.run(models.verify_live(a, other, ""))
+
+
+def test_verify_refuses_when_what_follows_the_invite_is_no_peer_id(tmp_path: Path) -> None:
+    a = saved(tmp_path, small_replica())
+    address = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDRAuVxfdkKXnhTaLaf9Eh8fxMMPwoD9GrebiGxDbfMqg"
+    same = Invite(run_id="same", run_digest=run_digest(small_run()), addresses=(address,))
+    with pytest.raises(ConfigError, match=r"after INVITE# goes a peer id, such as .*, not 'xyz'"):
+        asyncio.run(models.verify_live(a, same, "xyz"))
 
 
 def test_verify_refuses_when_the_invite_is_damaged(
