@@ -82,17 +82,10 @@ class PeerStory:
     checkpoint_step: int = -1
     lineages: dict[int, str] = field(default_factory=dict)
     """Step → lineage wherever it hashed its state, on the log that it has now."""
-    rounds: dict[int, int] = field(default_factory=dict)
-    """Step → samples of the whole roster, for each round it committed on the log that it has now."""
     restarted_at: float | None = None
     """Unix time of its last restart."""
     rejoin_seconds: float | None = None
     """From then until it had committed a round again."""
-
-    def forget_log(self) -> None:
-        """It goes on from another state than the one that its log led to."""
-        self.lineages.clear()
-        self.rounds.clear()
 
 
 @dataclass(frozen=True)
@@ -123,6 +116,7 @@ class Chronicle:
         """What a person should hear of, oldest first: (Unix time, a few words)."""
         self.last_rounds: deque[str] = deque(maxlen=8)
         """The last few committed rounds, a line each."""
+        self._rounds: dict[int, dict[str, int]] = {}  # step → lineage after it → samples of the whole roster
         self._losses: dict[int, tuple[float, int]] = {}
         self._digests: dict[str, tuple[str, str]] = {}  # lineage → digest, and who hashed it first
         self._compared: set[str] = set()
@@ -139,7 +133,7 @@ class Chronicle:
         """That peer's process was started again at this Unix time."""
         peer = self.peers[name]
         peer.doing, peer.restarted_at, peer.rejoin_seconds = "starting again", at, None
-        peer.forget_log()  # what it had not saved is lost; what others have too is in theirs
+        peer.lineages.clear()  # what it had not saved is lost
 
     def observe(self, name: str, record: Record) -> None:
         """The next line of that peer's journal."""
@@ -160,14 +154,14 @@ class Chronicle:
             case {"event": "leader_took_over", "step": step}:
                 self.note(at, f"{name} took the lead at step {step}")
             case {"event": "caught_up", "from_step": start, "to_step": end, "how": how, "seconds": seconds}:
-                # While it trains, to be a few entries behind for a moment is nothing.
-                if peer.doing != "training" or seconds >= 1:
+                # To be a few entries behind for a moment is nothing.
+                if seconds >= 1 or (peer.doing != "training" and end - start >= 10):
                     way = f"by {how} in {duration(seconds)}"
                     self.note(at, f"{name} caught up from step {start} to {end} {way}")
             case {"event": "catch_up_failed", "reason": reason}:
                 self.note(at, f"{name} could not catch up: {clean(reason)}")
             case {"event": "rolled_back", "from_step": start, "to_step": end}:
-                peer.forget_log()
+                peer.lineages.clear()
                 self.note(at, f"{name} rolled back from step {start} to {end}, onto the heavier lineage")
             case {"event": "replica_diverged", "step": step}:
                 self.faults.append(f"{name} was told at step {step} that its state differs")
@@ -196,11 +190,11 @@ class Chronicle:
             peer.rejoin_seconds = at - peer.restarted_at
             back = f"{peer.name} is back in a round, {duration(peer.rejoin_seconds)} after its restart"
             self.note(at, back)
-        if all(step not in each.rounds for each in self.peers.values()):
+        if step not in self._rounds:
             costs = duration(record["reduce_seconds"] + record["commit_seconds"] + record["apply_seconds"])
             averaged = f"{record['samples']} samples of {record['peers']} averaged in {costs}"
             self.last_rounds.append(f"step {step}: {averaged}")
-        peer.rounds[step] = record["samples"]
+        self._rounds.setdefault(step, {})[record["lineage"]] = record["samples"]
         if record["loss"] is not None:
             total, count = self._losses.get(step, (0.0, 0))
             self._losses[step] = (total + mine * record["loss"], count + mine)
@@ -224,10 +218,13 @@ class Chronicle:
 
     def rounds(self) -> dict[int, int]:
         """Step → samples of the whole roster, for each committed round with one of these peers in it."""
-        rounds: dict[int, int] = {}
-        for peer in self.peers.values():
-            rounds |= peer.rounds
-        return rounds
+        held = {lineage for peer in self.peers.values() for lineage in peer.lineages.values()}
+        return {
+            # Where logs had parted, the round that somebody still has, if one of these peers knows.
+            step: next((found[lineage] for lineage in found if lineage in held), max(found.values()))
+            for step, found in self._rounds.items()
+            if step < self.steps
+        }
 
     @property
     def compared(self) -> int:

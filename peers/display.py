@@ -163,7 +163,8 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 
 def sample_lines(text: str, most: int) -> list[str]:
     """What a model wrote as printable lines: it may have learned to write anything."""
-    return [clean(line.expandtabs(4).rstrip(), 100) for line in text.strip("\n").split("\n")[:most]]
+    lines = [line.expandtabs(4).rstrip() for line in text.split("\n") if line.strip()]
+    return [clean(line, 100) for line in lines[:most]]
 
 
 def clock(seconds: float) -> str:

@@ -125,12 +125,10 @@ def test_difference_is_told_when_two_peers_hold_different_logs_at_the_end(two: C
 def test_replicas_are_equal_when_the_lighter_log_was_rolled_back(two: Chronicle) -> None:
     two.observe("peer-1", hashed(1, "a", "1"))
     two.observe("peer-2", hashed(1, "b", "2"))
-    two.observe("peer-2", committed(0, mine=16))
     two.observe("peer-2", record(ROLLED_BACK))
     two.observe("peer-2", hashed(2, "c", "3"))
     two.observe("peer-1", hashed(2, "c", "3"))
     assert two.differences() == []
-    assert two.rounds() == {}
 
 
 def test_replicas_are_equal_when_a_killed_peer_had_stepped_alone(two: Chronicle) -> None:
@@ -151,6 +149,16 @@ def test_rounds_and_attempts_are_counted_once_when_both_peers_tell_of_them(two: 
     assert [peer.samples for peer in two.peers.values()] == [16, 16]
     assert len(two.last_rounds) == 2
     assert two.steps == 2
+
+
+def test_round_that_counted_is_chosen_when_logs_had_parted(two: Chronicle) -> None:
+    for name, lineage, samples in (("peer-1", "a", 8), ("peer-2", "b", 24)):
+        alone = dataclasses.replace(COMMITTED, step=0, mine=8, samples=samples, lineage=lineage * 64)
+        two.observe(name, record(alone))
+        two.observe(name, hashed(1, lineage, lineage))
+    two.observe("peer-2", record(ROLLED_BACK))
+    two.observe("peer-2", hashed(1, "a", "a"))
+    assert two.rounds() == {0: 8}
 
 
 def test_training_loss_of_a_round_is_weighted_when_peers_gave_unequal_samples(two: Chronicle) -> None:
