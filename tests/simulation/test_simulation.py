@@ -1,4 +1,4 @@
-"""The round holds its invariants in two thousand seeded stories, and the harness notices when it would not."""
+"""The round holds its invariants in two thousand seeded stories; the harness notices when it would not."""
 
 from __future__ import annotations
 
