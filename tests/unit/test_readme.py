@@ -1,4 +1,4 @@
-"""The README says what is true: its commands are the ones that exist, and CI runs exactly its test command."""
+"""The README says what is true: its commands exist, and CI runs exactly its test command."""
 
 from __future__ import annotations
 

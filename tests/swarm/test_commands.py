@@ -1,0 +1,208 @@
+"""What users meet when something is wrong: one sentence, its exit code, and a swarm that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.swarm.access import Invite, decode, encode
+from tests.swarm.processes import Crew, Process, crew, run_file, until
+from tests.unit.external_tools import run_tool
+
+pytestmark = pytest.mark.swarm
+
+NOBODY = "12D3KooWQpq3ogFstGJRSqBZ3GGPh186RaAYFtQnPpRKWs6ZLJtQ"
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Iterator[Crew]:
+    with crew(tmp_path) as started:
+        yield started
+
+
+def complaint(process: Process, code: int, *words: str, seconds: float = 30.0) -> None:
+    """It ended with that exit code and one sentence that holds these words."""
+    ended = process.end(seconds)
+    errors = process.errors.read_text()
+    assert ended == code, process
+    assert "Traceback" not in errors, errors
+    sentences = [line for line in errors.splitlines() if line.startswith("p2ptrain: ")]
+    assert len(sentences) == 1, errors
+    for word in words:
+        assert word in sentences[0], sentences[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def invite_to(address: str, run: RunConfig | None = None) -> str:
+    run = run or RunConfig()
+    return encode(Invite(run_id=run.run_id, run_digest=run_digest(run), addresses=(address,)))
+
+
+def test_join_says_who_cannot_be_reached_when_the_bootstrap_is_not_there(people: Crew) -> None:
+    address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{NOBODY}"
+    complaint(people.join(invite_to(address), "peer"), 4, address, seconds=20)
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[:-5], lambda _: "hello", lambda text: text.upper()])
+def test_join_refuses_an_invite_when_it_is_damaged_or_foreign(people: Crew, spoil) -> None:  # type: ignore[no-untyped-def]
+    invite = invite_to(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
+    complaint(people.join(spoil(invite), "peer"), 2, "invite")
+
+
+def test_bootstrap_names_the_address_when_its_port_is_taken(people: Crew, tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        listen = f"/ip4/127.0.0.1/tcp/{port}"
+        run = str(run_file(tmp_path, "busy", 10))
+        complaint(people.start("bootstrap", run, "--listen", listen), 8, str(port))
+
+
+def test_unknown_key_is_refused_with_the_nearest_one(people: Crew, tmp_path: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text("target_batchsize = 8\n")
+    complaint(people.start("bootstrap", str(run)), 2, "target_batchsize", "target_batch_size")
+    invite = invite_to(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
+    complaint(people.join(invite, "peer", microbatch_size=8), 2, "microbatch_size", "micro_batch_size")
+
+
+def test_join_names_the_corpus_when_it_is_missing_or_too_small(people: Crew, tmp_path: Path) -> None:
+    bootstrap, invite = people.bootstrap(run_file(tmp_path, "corpus", 10))
+    (tmp_path / "tiny.txt").write_text("too little")
+    (tmp_path / "nothing").mkdir()
+    for corpus in ("tiny.txt", "nothing", "absent"):
+        complaint(people.join(invite, f"peer-{corpus}", corpus=str(tmp_path / corpus)), 5, corpus)
+    assert bootstrap.process.poll() is None
+
+
+def test_join_names_the_field_when_the_swarm_trains_another_run(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "mine", 10))
+    other = tmp_path / "other.toml"
+    other.write_text((tmp_path / "mine.toml").read_text() + "\n[optimizer]\nlr = 0.5\n")
+    complaint(people.join(invite, "peer", "--run", str(other)), 3, "optimizer.lr", "0.5")
+
+
+@contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    assert mounted.returncode == 0, f"needs root, to make a small disk: {mounted.stderr}"
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_join_names_the_folder_when_nothing_can_be_written_there(people: Crew, tmp_path: Path) -> None:
+    invite = invite_to(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
+    with tmpfs(tmp_path / "full", "4k") as full:
+        (full / "filler").write_bytes(b"x" * 4096)
+        complaint(people.join(invite, "full"), 6, "full")
+        subprocess.run(["mount", "-o", "remount,ro", str(full)], check=True)
+        complaint(people.join(invite, "full/read-only"), 6, "read-only")
+
+
+def test_training_goes_on_when_the_disk_is_too_small_for_checkpoints(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "small-disk", 12))
+    with tmpfs(tmp_path / "peer", "256k"):
+        peer = people.join(invite, "peer", checkpoint_every_steps=4)
+        assert peer.end(60) == 0, peer
+        assert peer.result()["step"] == 12
+        assert peer.result()["checkpoint"] is None
+        assert "checkpoint not saved, training goes on" in peer.errors.read_text()
+
+
+def test_damaged_checkpoint_is_named_when_resumed_from_or_verified(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "damage", 6))
+    peer = people.join(invite, "peer")
+    assert peer.end(60) == 0, peer
+    good = Path(peer.result()["checkpoint"])
+    written = people.start("generate", str(good), "--prompt", "def ", "--length", "20")
+    assert written.end() == 0
+    assert written.output.read_text().startswith("def ")
+    assert people.start("verify", str(good), str(good)).end() == 0
+    state = good / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    for process in (
+        people.start("verify", str(good), str(good)),
+        people.start("generate", str(good), "--prompt", "def "),
+        people.join(invite, "peer"),
+    ):
+        complaint(process, 7, "state.safetensors")
+
+
+def metrics_port(peer: Process) -> int:
+    found = until(
+        lambda: re.search(r"metrics: http://127\.0\.0\.1:(\d+)", peer.errors.read_text()), lambda: str(peer)
+    )
+    return int(found[1])
+
+
+def listening_port(peer: Process) -> int:
+    daemon = until(peer.daemons, "its p2pd")[0]
+    return next(c.laddr.port for c in daemon.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+
+
+def test_swarm_loses_nothing_when_strangers_talk_garbage_and_pages_are_read(
+    people: Crew, tmp_path: Path
+) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "garbage", 120))
+    peers = [people.join(invite, name, checkpoint_every_steps=0) for name in ("one", "two")]
+    for peer in peers:
+        until(lambda peer=peer: peer.said("averaged"), lambda peer=peer: f"a round: {peer}")
+    for address in [listening_port(peer) for peer in peers]:
+        with socket.create_connection(("127.0.0.1", address), timeout=5) as stranger:
+            stranger.sendall(os.urandom(64 * 1024))
+    page = f"http://127.0.0.1:{metrics_port(peers[0])}"
+    for path in ("/livez", "/readyz"):
+        with urllib.request.urlopen(page + path, timeout=5) as answer:
+            assert answer.status == 200
+    with urllib.request.urlopen(page + "/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    checked = run_tool("promtool", "check", "metrics", debian_package="prometheus", stdin=text)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "p2ptrain_global_step" in text
+    for peer in peers:
+        assert peer.end(90) == 0, peer
+    one, two = (peer.result() for peer in peers)
+    assert one["step"] == two["step"] == 120
+    assert (one["lineage"], one["state_digest"]) == (two["lineage"], two["state_digest"])
+
+
+def test_ctrl_c_once_leaves_cleanly_and_kill_leaves_no_daemon(people: Crew, tmp_path: Path) -> None:
+    bootstrap, invite = people.bootstrap(run_file(tmp_path, "leaving", 100_000))
+    polite, killed = (people.join(invite, name) for name in ("polite", "killed"))
+    for peer in (polite, killed):
+        until(lambda peer=peer: peer.said("averaged"), lambda peer=peer: f"a round: {peer}")
+    daemons = [*polite.daemons(), *killed.daemons(), *bootstrap.daemons()]
+    assert len(daemons) == 3
+    os.kill(killed.process.pid, signal.SIGKILL)
+    polite.interrupt()
+    assert polite.end(10) == 0, polite
+    assert polite.result()["checkpoint"] is not None
+    bootstrap.interrupt()
+    assert bootstrap.end(10) == 0, bootstrap
+    assert decode(json.loads(bootstrap.output.read_text().splitlines()[-1])["invite"]).run_id == "leaving"
+    until(lambda: not any(daemon.is_running() for daemon in daemons), "the end of every p2pd", 10)
