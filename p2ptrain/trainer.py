@@ -285,6 +285,16 @@ class Peer:
         if self.config.checkpoint_every_steps and step % self.config.checkpoint_every_steps == 0:
             self._spawn(self._save_beside())
 
+    async def see_off(self, seconds: float) -> None:
+        """Stay for those who are behind and may need an entry from here, until they are not, but no longer."""
+        member, deadline = self.rounds.member, self._now() + seconds
+        while self._now() < deadline and any(
+            at.step < self.replica.position.step
+            for peer, at in member.known.items()
+            if peer not in member.lost
+        ):
+            await asyncio.sleep(min(0.05, seconds))
+
     # -- beside the loop -------------------------------------------------------------------------------------
 
     async def evaluate(self) -> dict[str, float]:

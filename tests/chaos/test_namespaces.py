@@ -95,17 +95,17 @@ def agree(peers: list[Process], step: int) -> None:
 def test_two_volunteers_in_networks_of_their_own_train_one_model(
     network: Network, people: Crew, tmp_path: Path
 ) -> None:
-    peers = swarm(network, people, run_file(tmp_path, "two-networks", 60))
+    peers = swarm(network, people, run_file(tmp_path, "two-networks", 400, batch=16))
     for peer in peers:
         assert peer.end(90) == 0, peer
-    agree(peers, 60)
+    agree(peers, 400)
     assert all(peer.result()["rounds"] >= 20 for peer in peers)
 
 
 def test_halves_of_a_cut_network_end_on_one_lineage_when_it_is_mended(
     network: Network, people: Crew, tmp_path: Path
 ) -> None:
-    peers = swarm(network, people, run_file(tmp_path, "cut", 100_000))
+    peers = swarm(network, people, run_file(tmp_path, "cut", 100_000, batch=16))
     anna, bert = peers
 
     def events(name: str) -> list[dict[str, object]]:

@@ -20,7 +20,7 @@ COMMAND = Path(sys.executable).parent / "p2ptrain"
 RUN = """
 run_id = "{run_id}"
 total_steps = {steps}
-target_batch_size = 8
+target_batch_size = {batch}
 codec = "fp16"
 chunk_values = 4096
 heartbeat_seconds = 0.5
@@ -148,7 +148,7 @@ def crew(folder: Path) -> Iterator[Crew]:
             process.kill()
 
 
-def run_file(folder: Path, run_id: str, steps: int) -> Path:
+def run_file(folder: Path, run_id: str, steps: int, batch: int = 8) -> Path:
     path = folder / f"{run_id}.toml"
-    path.write_text(RUN.format(run_id=run_id, steps=steps))
+    path.write_text(RUN.format(run_id=run_id, steps=steps, batch=batch))
     return path
