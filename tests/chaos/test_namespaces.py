@@ -95,10 +95,10 @@ def agree(peers: list[Process], step: int) -> None:
 def test_two_volunteers_in_networks_of_their_own_train_one_model(
     network: Network, people: Crew, tmp_path: Path
 ) -> None:
-    peers = swarm(network, people, run_file(tmp_path, "two-networks", 400, batch=16))
+    peers = swarm(network, people, run_file(tmp_path, "two-networks", 200, batch=16))
     for peer in peers:
         assert peer.end(90) == 0, peer
-    agree(peers, 400)
+    agree(peers, 200)
     assert all(peer.result()["rounds"] >= 20 for peer in peers)
 
 

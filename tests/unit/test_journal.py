@@ -128,7 +128,7 @@ def test_outage_is_counted_and_told_once_when_the_folder_is_gone(
         path.parent.unlink()
         journal.write(COMMITTED)
         assert journal.lost == 5
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
     assert str(path) in caplog.messages[0]
     assert "5 events are lost" in caplog.messages[1]
     assert [record["event"] for record in read_journal(path)] == ["round_committed"]
