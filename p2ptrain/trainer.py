@@ -46,6 +46,8 @@ from p2ptrain.replica.transfer import CatchUp, Compute, Donor, Progress
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import Task
 
+SEE_OFF_SECONDS = 0.05
+"""How often a peer that is about to leave looks whether all are where it is."""
 PRESENCE_SECONDS = 3.0
 """How often a peer renews its presence record and looks who else is there; the record lives five times as
 long."""
@@ -286,14 +288,13 @@ class Peer:
             self._spawn(self._save_beside())
 
     async def see_off(self, seconds: float) -> None:
-        """Stay for those who are behind and may need an entry from here, until they are not, but no longer."""
+        """Stay for those who are behind and may need an entry from here, but no longer than that."""
         member, deadline = self.rounds.member, self._now() + seconds
-        while self._now() < deadline and any(
-            at.step < self.replica.position.step
-            for peer, at in member.known.items()
-            if peer not in member.lost
-        ):
-            await asyncio.sleep(min(0.05, seconds))
+        while self._now() < deadline:
+            there = (at for peer, at in member.known.items() if peer not in member.lost)
+            if all(at.step >= self.replica.position.step for at in there):
+                return
+            await self.rounds.changed(SEE_OFF_SECONDS)
 
     # -- beside the loop -------------------------------------------------------------------------------------
 
