@@ -58,8 +58,9 @@ class Lines:
             self._print(now, headline)
         if chronicle.preview != self._preview:
             self._preview = chronicle.preview
-            self._print(now, "the model writes:")
-            for line in sample_lines(self._preview, SAMPLE_SHOWN):
+            if lines := sample_lines(self._preview, SAMPLE_SHOWN):
+                self._print(now, "the model writes:")
+            for line in lines:
                 self._console.print(Text(f"          | {line}"), soft_wrap=True)
 
     def _print(self, at: float, text: str) -> None:
