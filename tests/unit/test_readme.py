@@ -13,6 +13,7 @@ from peers.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+ROOMS = ("p2ptrain", "peers", "configs", "tests", "docker")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
 
 
@@ -53,3 +54,21 @@ def test_every_exit_code_is_in_the_readme_s_table() -> None:
         if isinstance(each, type) and issubclass(each, errors.P2PTrainError)
     }
     assert table == codes | {0}
+
+
+def shown_paths() -> list[tuple[str, str]]:
+    """(README, path in backticks), relative to the repository or to the README's own folder."""
+    readmes = [
+        ROOT / "README.md",
+        *(path for room in ROOMS for path in sorted((ROOT / room).rglob("README.md"))),
+    ]
+    return [
+        (str(readme.relative_to(ROOT)), path)
+        for readme in readmes
+        for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.py|\.md|\.toml))`", readme.read_text())
+    ]
+
+
+@pytest.mark.parametrize(("readme", "path"), shown_paths())
+def test_path_shown_in_a_readme_exists(readme: str, path: str) -> None:
+    assert (ROOT / path).exists() or ((ROOT / readme).parent / path).exists()
