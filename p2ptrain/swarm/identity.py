@@ -77,8 +77,12 @@ def _create(path: Path) -> Identity:
     path.parent.mkdir(parents=True, exist_ok=True)
     # O_EXCL: of two peers that start at once, one makes the file and the other reads it or fails.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(_PRIVATE_HEAD + key.private_bytes_raw() + key.public_key().public_bytes_raw())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_PRIVATE_HEAD + key.private_bytes_raw() + key.public_key().public_bytes_raw())
+    except OSError:
+        path.unlink()  # on a full disk: half a key would be refused for ever
+        raise
     return _identity(key)
 
 
