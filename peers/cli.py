@@ -100,7 +100,8 @@ def demo(
 ) -> None:
     """Watch real peers train one model together on this machine, one of them being killed and coming back.
 
-    Exit status 1: a process broke, or the peers did not end up identical.
+    Exit status 1: a process broke, or the peers did not end up identical; above that: that of a process that
+    could not begin.
     """
     from rich.console import Console
 

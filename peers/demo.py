@@ -47,11 +47,18 @@ SAMPLE_SECONDS = 60.0
 SAMPLE_LENGTH = 300
 EVAL_EVERY_STEPS = 50
 
+COMPLAINT = "p2ptrain: "
+"""How a command begins the one sentence about what is wrong."""
+
 _LISTEN = re.compile(r"(/ip[46]/[0-9A-Fa-f.:]+/tcp/)\d{1,5}")
 
 
 class DemoFailed(P2PTrainError):
     """Something in the demo did not go as it must."""
+
+    def __init__(self, message: str, exit_code: int = P2PTrainError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class Receipt:
 def demo(options: Options, console: Console) -> Receipt:
     """Play it from the first process to the last, and show it on the console meanwhile.
 
-    Raises DemoFailed if a process broke or no step was committed, ConfigError for an address that is none.
+    Raises DemoFailed if a process broke or no step was committed, ConfigError for an address that is none or a
+    text that is not named.
     """
     # The command's own imports are part of the wait, and were all computing.
     started_at = time.time() - time.process_time()
@@ -112,6 +120,11 @@ def demo(options: Options, console: Console) -> Receipt:
         raise ConfigError(
             "--listen must be an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337, "
             f"not {options.listen!r}"
+        )
+    if options.run.task.corpus != "stdlib" and not options.corpus:
+        raise ConfigError(
+            f"run {options.run.run_id} trains on the text {options.run.task.corpus!r}; "
+            "say with --corpus which file or folder that is"
         )
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(tempfile.mkdtemp(prefix=f"demo-{stamp}-", dir=made(user_data())))
@@ -170,10 +183,16 @@ class Child:
             self._process.kill()
             self._process.wait()
 
+    def fault(self) -> DemoFailed:
+        """Why it ended, now that it has."""
+        last, status = "".join(self._last_lines(1)), self.status or 0
+        if status > 0 and last.startswith(COMPLAINT):
+            return DemoFailed(f"{self.name}: {last.removeprefix(COMPLAINT)}", status)
+        return DemoFailed(f"{self.name} ended by itself: {self.last_words()}")
+
     def last_words(self) -> str:
         """How it ended, and what it said last."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        words = clean(" / ".join(lines[-3:]), 600) or "it said nothing"
+        words = clean(" / ".join(self._last_lines(3)), 600) or "it said nothing"
         match self.status:
             case None:
                 how = "it runs"
@@ -182,6 +201,10 @@ class Child:
             case status:
                 how = f"exit status {status}"
         return f"{how}; {words} (all of it is in {self.log})"
+
+    def _last_lines(self, count: int) -> list[str]:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-count:]
 
 
 class Interrupts:
@@ -279,6 +302,7 @@ class _Demo:
             self._problem = f"there was no round with all {everyone} peers, so none of them was killed"
             return
         victim.kill()
+        self._look()  # at its last lines
         self._kills += 1
         story.doing = "killed"
         self._note(f"{victim.name} was killed (SIGKILL) at step {story.step}; the others go on")
@@ -358,7 +382,7 @@ class _Demo:
                 if child.status == 0 and child is not self._bootstrap:
                     self._note(f"{child.name} has completed the run")
                     raise _Over
-                raise DemoFailed(f"{child.name} ended by itself: {child.last_words()}")
+                raise child.fault()
             if time.monotonic() >= deadline:
                 return False
             time.sleep(LOOK_SECONDS)
@@ -399,7 +423,7 @@ class _Demo:
             micro_batch_size=min(
                 PeerConfig().micro_batch_size, -(-run.target_batch_size // self._options.peers)
             ),
-            corpus=self._options.corpus,
+            corpus=self._options.corpus and str(Path(self._options.corpus).expanduser().absolute()),
             listen=(_LISTEN.sub(r"\g<1>0", self._options.listen),),
             # One is enough to know how good the model is: it is the same on all.
             eval_every_steps=EVAL_EVERY_STEPS if not self._peers else 0,
@@ -473,6 +497,8 @@ def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
             f"  here as well     p2ptrain join INVITE --data-dir {shlex.quote(peer)}",
             "  there            p2ptrain join INVITE",
         ]
+        if options.corpus:
+            lines.append("  (all of them with a peer file that says where that machine has the text)")
         if "/127." in options.listen or "/::1/" in options.listen:
             lines.append("  (the demo itself listened on this machine only, so nobody else could join it)")
     return lines
@@ -491,6 +517,8 @@ def _loss_words(receipt: Receipt) -> str:
 def _replica_words(receipt: Receipt) -> str:
     if not receipt.digests_equal:
         return "digests equal at every step on every peer: NO"
+    if not receipt.states_compared:
+        return "not compared: no state was reached by more than one peer"
     return f"digests equal at every step on every peer: yes ({receipt.states_compared:,} states compared)"
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from p2ptrain.errors import PortBusy
 
 pytestmark = pytest.mark.swarm
 
@@ -175,6 +178,20 @@ def test_demo_ends_in_a_sentence_when_a_process_breaks(start: Callable[..., Star
     demo.child("bootstrap").kill()
     assert demo.ends(20) == 1
     assert demo.errors.read_text().startswith("p2ptrain: bootstrap ended by itself: ended by SIGKILL; ")
+    assert demo.left() == []
+
+
+def test_demo_ends_in_that_sentence_and_status_when_a_process_cannot_begin(
+    start: Callable[..., Started],
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        demo = start("--listen", f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}")
+        assert demo.ends(30) == PortBusy.exit_code
+    complaint = demo.errors.read_text()
+    assert complaint.startswith("p2ptrain: bootstrap: /ip4/127.0.0.1/tcp/")
+    assert complaint.count("\n") == 1
     assert demo.left() == []
 
 
