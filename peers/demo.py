@@ -111,8 +111,8 @@ class Receipt:
 def demo(options: Options, console: Console) -> Receipt:
     """Play it from the first process to the last, and show it on the console meanwhile.
 
-    Raises DemoFailed if a process broke or no step was committed, ConfigError for an address that is none or a
-    text that is not named.
+    Raises DemoFailed if a process broke or no step was committed, ConfigError for an address that is none or
+    a text that is not named.
     """
     # The command's own imports are part of the wait, and were all computing.
     started_at = time.time() - time.process_time()

