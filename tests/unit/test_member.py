@@ -574,6 +574,12 @@ def test_round_goes_on_without_the_odd_one_when_averages_differ() -> None:
           → c: abort 1/a (digest_mismatch) without c
         b ← a
           cancels 1/a (digest_mismatch) without c
+        # it may knock as it likes
+        c ← a
+          cancels 1/a (digest_mismatch) without c
+        c did 4
+          → a: report 4
+        a ← c
         # kept contributions are reported again, and the next attempt needs nobody else
         a did 4
         b did 4
@@ -704,6 +710,8 @@ def test_damaged_replica_takes_the_others_state_when_its_digest_is_odd() -> None
         # One broken link between b and c costs one of them, not two.
         ({B: (C,), C: (B,)}, [C]),
         ({A: (C, D), B: (C, D), E: (C,)}, [C, D]),
+        # Two may be wrong, or have a bad link to one and the same peer: it takes more than half.
+        ({A: (C,), B: (C, E), C: (E,), D: (C,), E: (C,)}, [C]),
         # Nobody is dropped for a single grudge when others accuse somebody else more.
         ({A: (C,), B: (C,), D: (E,)}, [C]),
         # The judge does not drop itself.
