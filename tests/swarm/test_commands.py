@@ -57,7 +57,21 @@ def invite_to(address: str, run: RunConfig | None = None) -> str:
 
 def test_join_says_who_cannot_be_reached_when_the_bootstrap_is_not_there(people: Crew) -> None:
     address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{NOBODY}"
-    complaint(people.join(invite_to(address), "peer"), 4, address, seconds=20)
+    complaint(people.join(invite_to(address), "peer"), 4, address)
+
+
+def test_join_gives_up_when_the_bootstrap_takes_connections_and_says_nothing(people: Crew) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{NOBODY}"
+        complaint(people.join(invite_to(address), "peer"), 4, address, "firewall")
+
+
+def test_join_asks_for_a_new_invite_when_its_run_is_no_longer_the_bootstraps(
+    people: Crew, tmp_path: Path
+) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "changed", 10))
+    before = encode(decode(invite).model_copy(update={"run_digest": "0" * 64}))
+    complaint(people.join(before, "peer"), 4, "not 00000000", "ask the organizer for a new invite")
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text[:-5], lambda _: "hello", lambda text: text.upper()])
@@ -102,7 +116,7 @@ def test_join_names_the_field_when_the_swarm_trains_another_run(people: Crew, tm
 
 @contextmanager
 def tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
     )
@@ -117,14 +131,19 @@ def test_join_names_the_folder_when_nothing_can_be_written_there(people: Crew, t
     invite = invite_to(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
     with tmpfs(tmp_path / "full", "4k") as full:
         (full / "filler").write_bytes(b"x" * 4096)
-        complaint(people.join(invite, "full"), 6, "full")
+        complaint(people.join(invite, "full"), 6, "full", "No space left", "free space")
+        (full / "filler").unlink()
+        complaint(people.join(invite, "full"), 4)  # no half-written key stands in the way
         subprocess.run(["mount", "-o", "remount,ro", str(full)], check=True)
         complaint(people.join(invite, "full/read-only"), 6, "read-only")
 
 
-def test_training_goes_on_when_the_disk_is_too_small_for_checkpoints(people: Crew, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "disk"), [("peer", "256k"), ("peer/checkpoints", "256k,ro")])
+def test_training_goes_on_when_the_disk_is_too_small_for_checkpoints_or_read_only(
+    people: Crew, tmp_path: Path, folder: str, disk: str
+) -> None:
     _, invite = people.bootstrap(run_file(tmp_path, "small-disk", 12))
-    with tmpfs(tmp_path / "peer", "256k"):
+    with tmpfs(tmp_path / folder, disk):
         peer = people.join(invite, "peer", checkpoint_every_steps=4)
         assert peer.end(60) == 0, peer
         assert peer.result()["step"] == 12
