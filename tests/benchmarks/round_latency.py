@@ -353,6 +353,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended, too
 
     report: dict[str, Any] = {"peers": chosen.peers, "values": VALUES, "batch_ms": chosen.batch_ms}
     report["load_before"] = round(os.getloadavg()[0], 1)
