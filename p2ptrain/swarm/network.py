@@ -206,7 +206,7 @@ class Network:
     # -- faults ----------------------------------------------------------------------------------------------
 
     def reachable(self, a: PeerId, b: PeerId) -> bool:
-        """No partition and no cut lies between them; whether they are attached is another matter."""
+        """Neither a partition nor a cut keeps `a` from `b`; whether they are attached is another matter."""
         return self._group.get(a) == self._group.get(b) and (a, b) not in self._cuts
 
     def partition(self, groups: Iterable[Iterable[PeerId]]) -> None:
@@ -217,10 +217,11 @@ class Network:
         self._group = {peer: number for number, group in enumerate(groups) for peer in group}
         self._note("partition %s", sorted(self._group.items()))
 
-    def cut(self, a: PeerId, b: PeerId) -> None:
-        """These two do not reach each other, though others may reach both."""
-        self._cuts |= {(a, b), (b, a)}
-        self._note("cut between %s and %s", a, b)
+    def cut(self, a: PeerId, b: PeerId, *, one_way: bool = False) -> None:
+        """These two do not reach each other, though others may reach both. `one_way`: what `a` sends is lost,
+        and `b` reaches `a` as before."""
+        self._cuts |= {(a, b)} if one_way else {(a, b), (b, a)}
+        self._note("cut from %s to %s" if one_way else "cut between %s and %s", a, b)
 
     def heal(self) -> None:
         """End the partition and all cuts."""

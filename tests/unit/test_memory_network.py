@@ -274,6 +274,15 @@ def test_a_cut_parts_one_pair_only_and_ends_when_healed() -> None:
     assert network.reachable(ALICE, BOB)
 
 
+def test_a_one_way_cut_parts_one_direction_only() -> None:
+    network = Network(1)
+    network.cut(ALICE, BOB, one_way=True)
+    assert not network.reachable(ALICE, BOB)
+    assert network.reachable(BOB, ALICE)
+    network.heal()
+    assert network.reachable(ALICE, BOB)
+
+
 def test_peer_across_a_partition_learns_of_a_crash_only_when_it_sends() -> None:
     network = Network(1, latency=(0.1, 0.1))
     alice = Ear(network, ALICE)
@@ -321,6 +330,7 @@ def test_peer_hears_nothing_of_the_lanes_it_had_when_it_comes_back() -> None:
 FAULTS: dict[str, Callable[[Network, PeerId, PeerId], None]] = {
     "partition": lambda network, a, b: network.partition([[a], [b]]),
     "cut": lambda network, a, b: network.cut(a, b),
+    "one-way cut": lambda network, a, b: network.cut(a, b, one_way=True),
     "heal": lambda network, a, b: network.heal(),
     "slow": lambda network, a, b: network.slow(a, 3.0),
 }
