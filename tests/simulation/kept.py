@@ -1,0 +1,46 @@
+"""Stories that once broke an invariant, each with its seed; a story that breaks prints the line to add.
+
+A story is kept whole, not only its seed, so that it stays itself when the mix in `story.py` changes. A change
+of the protocol may still turn it into another tale; what a bug was is written down as a transcript in
+`tests/unit`.
+"""
+
+from __future__ import annotations
+
+from tests.simulation.story import Story
+
+KEPT: tuple[tuple[int, Story], ...] = (
+    # A donor that cannot help makes a member forget which attempt it has left: it joins it a second time.
+    (
+        4539,
+        Story(
+            peers=3,
+            target=30,
+            latency=(0.001, 0.002),
+            loss=0.02,
+            duplicates=0.05,
+            restarts=True,
+            forgets=False,
+            slow=True,
+            liars=("boast",),
+            quorum="majority",
+            chunk_values=2,
+        ),
+    ),
+    # After a fork, a frame of the lineage that lost is taken for one of the winner's: same step and ballot.
+    (
+        9233,
+        Story(
+            peers=3,
+            target=4,
+            latency=(0.005, 0.05),
+            loss=0.02,
+            leader_falls=("collecting", "asking"),
+            leader_pauses=True,
+            restarts=True,
+            joins=1,
+            slow=True,
+            slow_link=True,
+        ),
+    ),
+)

@@ -1,0 +1,502 @@
+"""The rim around one production machine: fake work, fake sums, a log in memory, and its own misfortune.
+
+A contribution is a tuple of sample ids, the "averaged bytes" are the text that lists which contributions went
+in. Everything that decides is `p2ptrain.protocol`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.events import AbortCause
+from p2ptrain.protocol.leader import Phase
+from p2ptrain.protocol.lineage import digest_of, heavier
+from p2ptrain.protocol.member import Stage
+from p2ptrain.protocol.reduction import Reduction
+from p2ptrain.protocol.round import Apply, Begin, Cancel, CatchUp, Effect, Send
+from p2ptrain.records import (
+    Answer,
+    Ask,
+    Averaged,
+    Ballot,
+    Chunk,
+    Commit,
+    Done,
+    EntryHeader,
+    Failed,
+    Freeze,
+    Message,
+    PeerId,
+    Position,
+    Report,
+)
+from tests.simulation import lies
+from tests.simulation.invariants import Violation, computed_at
+
+if TYPE_CHECKING:
+    from tests.simulation.sim import Simulation
+
+Log = list[tuple[EntryHeader, str]]
+
+PRESENCE_SECONDS = 2.0
+PRESENCE_LASTS_SECONDS = 15.0
+FETCH_SECONDS = 1.0
+DATA, REQUESTS = "data", "requests"
+MAX_EARLY = 200
+
+
+class Stopped(Exception):
+    """The process ends at this point of its program."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A peer that catches up asks a donor for everything."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Fetched:
+    number: int
+    log: tuple[tuple[EntryHeader, str], ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What travels on the data lane; `lie` says how it breaks the contract, if it does."""
+
+    header: Chunk | Averaged
+    payload: tuple[str, ...] | str
+    lie: str = ""
+
+
+@dataclass
+class Attempt:
+    freeze: Freeze
+    reduction: Reduction
+    sealed: bool = False
+    contributions: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
+    averaged: dict[tuple[int, int], str] = field(default_factory=dict)
+    sent: dict[PeerId, list[Frame]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Peer:
+    """One incarnation of a peer. Whatever happens to it comes through `do`."""
+
+    def __init__(self, sim: Simulation, name: PeerId, incarnation: int, log: Log) -> None:
+        self.sim, self.name, self.incarnation = sim, name, str(incarnation)
+        self.alive, self.paused, self.hung = True, False, False
+        self.born = sim.network.now
+        self.inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        """What happens while the process stands still; its timers are among it."""
+        self.log = list(log)
+        self.position = sim.positions(self.log)
+        self.machine = sim.machine(name, self.incarnation, sim.rules)
+        self.samples: list[str] = []
+        self.late: list[str] = []
+        self.promised: tuple[str, Ballot] | None = None
+        """The lineage and ballot of the last promise to a successor that this peer gave without holding."""
+        self.batch_at: Position | None = None
+        """Where the micro-batch in flight began; None while there is none."""
+        self.drawn = 0
+        self.attempt: Attempt | None = None
+        self.applying = False
+        self.early: deque[tuple[PeerId, Frame]] = deque(maxlen=MAX_EARLY)
+        self.fetching = 0
+        self.left = -1.0
+        """When it last went outside: whatever it held then, it has dropped."""
+        self.alarm = float("inf")
+        self.batch = sim.chance.choice([2, 4, 4, 8])
+        self.pace = sim.chance.choice([0.1, 0.2, 0.3]) * (10 if sim.story.slow and name == "p0" else 1)
+        self.lies: list[str] = []
+        """What it will say that is not so, each once, at the first occasion."""
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def do(self, act: Callable[..., None], *args: Any) -> None:
+        """One event of this process: it waits while the process stands still, and may be its last."""
+        if not self.alive or self.hung:
+            return
+        if self.paused:
+            self.inbox.append((act, args))
+            return
+        try:
+            act(*args)
+        except Stopped:
+            self.sim.fell(self)
+            return
+        self.sim.invariants.after(self)
+
+    def later(self, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        self.sim.network.after(seconds, partial(self.do, act, *args))
+
+    def start(self) -> None:
+        net = self.sim.network
+        net.attach(
+            self.name, lambda *mail: self.do(self.take, *mail), lambda *link: self.do(self.on_link, *link)
+        )
+        self.machine.informed(self.sim.present(self), net.now)
+        self.carry_out(self.machine.advance(self.position, self.last, net.now, settled=False))
+        self.work()
+        self.publish()
+
+    @property
+    def last(self) -> EntryHeader | None:
+        return self.log[-1][0] if self.log else None
+
+    def publish(self) -> None:
+        shown = self.boast(self.position)
+        self.sim.presence[self.name] = (shown, self.sim.network.now + PRESENCE_LASTS_SECONDS)
+        self.carry_out(self.machine.informed(self.sim.present(self), self.sim.network.now))
+        self.later(PRESENCE_SECONDS, self.publish)
+
+    def die(self) -> None:
+        self.alive = False
+        self.sim.network.detach(self.name)
+
+    def resume(self) -> None:
+        if not self.paused:
+            return
+        self.sim.note(self.name, "goes on")
+        self.paused = False
+        while self.inbox and not self.paused:
+            act, args = self.inbox.popleft()
+            self.do(act, *args)
+
+    # -- work ------------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Start a micro-batch, unless one runs or an attempt goes on; say how far this peer is."""
+        if self.batch_at is None and self.attempt is None and self.machine.stage is not Stage.OUTSIDE:
+            self.batch_at = self.position
+            self.later(self.pace * self.sim.chance.uniform(0.9, 1.2), self.worked)
+        in_flight = self.batch if self.batch_at == self.position else 0
+        now = self.sim.network.now
+        self.carry_out(self.machine.progressed(len(self.samples), in_flight, self.pace, self.pace, None, now))
+
+    def worked(self) -> None:
+        began, self.batch_at = self.batch_at, None
+        if began is not None and began == self.position:
+            origin = f"{computed_at(began.step, began.lineage)}/{self.name}/{self.incarnation}"
+            ids = [f"{origin}/{self.drawn + i}" for i in range(self.batch)]
+            self.drawn += self.batch
+            if self.attempt is None or not self.attempt.sealed:
+                self.samples += ids
+            else:
+                self.late += ids
+        if self.attempt is not None:
+            self.seal(self.attempt)
+        self.work()
+
+    # -- one attempt -----------------------------------------------------------------------------------------
+
+    def begin(self, freeze: Freeze) -> None:
+        attempt = Attempt(freeze, Reduction(freeze, self.name, self.sim.story.chunk_values))
+        self.attempt = attempt
+        self.sim.invariants.frozen.setdefault((freeze.parent, freeze.ballot), self.sim.network.now)
+        self.later(freeze.deadline_seconds, self.give_up, attempt, AbortCause.DEADLINE)
+        if self.name in freeze.finishing and self.batch_at == self.position:
+            self.later(freeze.cutoff_seconds, self.seal, attempt)
+        else:
+            self.seal(attempt)
+        early, self.early = self.early, deque(maxlen=MAX_EARLY)
+        for sender, frame in early:
+            self.sim.happened["frame before its freeze"] += 1
+            self.on_data(sender, frame)
+
+    def give_up(self, attempt: Attempt, cause: AbortCause, suspects: list[PeerId] | None = None) -> None:
+        if self.attempt is attempt and not attempt.reduction.complete:
+            blamed = attempt.reduction.suspects() if suspects is None else suspects
+            self.carry_out(self.machine.failed(attempt.freeze.ballot, blamed, cause, self.sim.network.now))
+
+    def seal(self, attempt: Attempt) -> None:
+        if self.attempt is not attempt or attempt.sealed:
+            return
+        attempt.sealed = True
+        freeze, mine = attempt.freeze, tuple(self.samples)
+        self.sim.invariants.sealed[(freeze.parent, freeze.ballot), self.name] = len(mine)
+        for chunks, reducer in zip(attempt.reduction.chunks, freeze.roster, strict=True):
+            for number in range(chunks if mine else min(1, chunks)):
+                header = Chunk(step=freeze.step, ballot=freeze.ballot, number=number, samples=len(mine))
+                self.send_data(attempt, reducer, Frame(header, mine))
+
+    def send_data(self, attempt: Attempt, to: PeerId, frame: Frame) -> None:
+        if to == self.name:
+            self.on_data(self.name, frame)
+            return
+        if self.lies:
+            frame = self.bend(frame, attempt.sent[to])
+        attempt.sent[to].append(frame)
+        self.send(to, frame, DATA)
+
+    def on_data(self, sender: PeerId, frame: Frame) -> None:
+        attempt, header = self.attempt, frame.header
+        if attempt is None or header.ballot != attempt.freeze.ballot or header.step != attempt.freeze.step:
+            if header.step in (self.position.step, self.position.step + 1):
+                self.early.append((sender, frame))
+            return
+        reduction, freeze = attempt.reduction, attempt.freeze
+        try:
+            if isinstance(header, Chunk):
+                taken = reduction.accept(sender, header)
+            else:
+                taken = reduction.receive(sender, header)
+        except BadMessage as fault:
+            # Only who restarts inside an attempt, or lies, contradicts what it said before.
+            if not frame.lie and not self.sim.invariants.reborn(
+                freeze.roster, (freeze.parent, freeze.ballot)
+            ):
+                raise Violation(f"I5: {self.name} refuses what an honest peer sent: {fault}") from fault
+            self.sim.happened[f"refused {frame.lie or 'a stranger'}"] += 1
+            self.give_up(attempt, AbortCause.BAD_CHUNK, [sender])
+            return
+        if taken and frame.lie not in ("", "two faces"):
+            raise Violation(f"I5: {self.name} took {header}, a lie about {frame.lie}, from {sender}")
+        if isinstance(header, Chunk):
+            if taken:
+                attempt.contributions[sender] = frame.payload  # type: ignore[assignment]
+            for number in reduction.ready():
+                self.average(attempt, number)
+            return
+        if taken:
+            attempt.averaged[(freeze.roster.index(sender), header.number)] = str(frame.payload)
+            if reduction.complete:
+                self.hold(attempt)
+
+    def hold(self, attempt: Attempt) -> None:
+        content = [attempt.averaged[key] for key in sorted(attempt.averaged)]
+        header = attempt.reduction.header(digest_of(text.encode() for text in content))
+        if len({text.rstrip("!") for text in content}) != 1:
+            raise Violation(f"I4: the spans of one attempt hold different contributions: {content}")
+        self.sim.invariants.contents[header.digest] = max(content, key=len)
+        self.sim.invariants.held(self, header)
+        self.carry_out(self.machine.held(header, self.sim.network.now))
+
+    def average(self, attempt: Attempt, number: int) -> None:
+        roster, reduction = attempt.freeze.roster, attempt.reduction
+        if not reduction.contributors():
+            self.give_up(attempt, AbortCause.BAD_CHUNK, [])
+            return
+        content = ";".join(",".join(attempt.contributions[roster[rank]]) for rank in reduction.contributors())
+        header = Averaged(
+            step=attempt.freeze.step,
+            ballot=attempt.freeze.ballot,
+            number=number,
+            samples=reduction.samples,
+            squared_norm=1.0 if number == reduction.chunks[reduction.rank] - 1 else None,
+        )
+        frame = Frame(header, content)
+        for peer in roster:
+            if peer != self.name:
+                self.send_data(attempt, peer, frame)
+        self.send_data(attempt, self.name, frame)
+
+    # -- effects and events ----------------------------------------------------------------------------------
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            self.sim.note(self.name, effect)
+            match effect:
+                case Send(to, message):
+                    self.speak(to, message)
+                case Begin(freeze):
+                    self.begin(freeze)
+                case Cancel(ballot, cause, _):
+                    self.sim.happened[f"abort {cause.value}"] += 1
+                    if self.attempt is not None and self.attempt.freeze.ballot == ballot:
+                        self.attempt = None
+                    self.samples += self.late
+                    self.late = []
+                    self.later(0.0, self.work)
+                case Apply(header, newcomers):
+                    self.sim.invariants.declared(self, header)
+                    self.attempt, self.applying = None, True
+                    self.later(self.sim.chance.uniform(0.001, 0.02), self.apply, header, newcomers)
+                case CatchUp(donor, _):
+                    self.attempt, self.left = None, self.sim.network.now
+                    self.fetch(donor)
+                case _:
+                    self.sim.happened[type(effect).__name__] += 1
+        due = self.machine.deadline()
+        if due < self.alarm:
+            self.alarm = due
+            self.sim.network.at(max(due, self.sim.network.now), partial(self.do, self.wake))
+
+    def speak(self, to: PeerId, message: Message) -> None:
+        """Send a control message: where a leader may fall, and where a liar boasts."""
+        sim = self.sim
+        if sim.falls:
+            match message:
+                case Ask(ballot=Ballot()) if sim.falls_now(self, "asking", 0.3):
+                    raise Stopped
+                case Commit(header=header) if header.ballot.leader == self.name:
+                    if not sim.told(header) and sim.falls_now(self, "all done"):
+                        raise Stopped
+                    if sim.told(header) and sim.falls_now(self, "half told"):
+                        raise Stopped
+                case _:
+                    pass
+        if self.lies and isinstance(message, Answer) and message.question is None:
+            message = message.model_copy(update={"position": self.boast(message.position)})
+        sim.invariants.said(self, message)
+        self.send(to, message)
+        if sim.story.duplicates and sim.chance.random() < sim.story.duplicates:
+            sim.happened["fault duplicate"] += 1
+            self.later(sim.chance.choice([0.0, sim.chance.random()]), self.send, to, message)
+
+    def send(self, to: PeerId, message: object, lane: str = "control") -> None:
+        self.sim.cross(self)
+        self.sim.network.send(self.name, to, message, lane)
+        self.sim.cross(self)
+
+    def take(self, sender: PeerId, message: object) -> None:
+        """Something has arrived."""
+        self.sim.cross(self)
+        match message:
+            case Frame():
+                self.on_data(sender, message)
+            case Fetch(number):
+                if self.sim.donor_dies(self):
+                    raise Stopped
+                self.send(sender, Fetched(number, self.donated()), REQUESTS)
+            case Fetched(number, log):
+                if number == self.fetching:
+                    self.fetched(sender, log)
+            case _:
+                if self.sim.falls and self.machine.leader is not None and self.falls_before(message):
+                    return
+                self.carry_out(self.machine.received(sender, message, self.sim.network.now))  # type: ignore[arg-type]
+        self.sim.cross(self)
+
+    def falls_before(self, message: object) -> bool:
+        """Whether this leader falls before it reads the message. It stands still and reads it later, or it
+        dies of it."""
+        leader = self.machine.leader
+        assert leader is not None
+        match leader.phase, message:
+            case Phase.ASKING, Answer(question=Ballot()):
+                phase = "asking"
+            case Phase.COLLECTING, Report():
+                phase = "collecting"
+            case Phase.REDUCING, Done() | Failed():
+                phase = "reducing"
+            case _:
+                return False
+        if not self.sim.falls_now(self, phase):
+            return False
+        if not self.sim.story.leader_pauses:
+            raise Stopped
+        self.sim.pause(self)
+        return False
+
+    def wake(self) -> None:
+        self.alarm = float("inf")
+        self.carry_out(self.machine.tick(self.sim.network.now))
+
+    def on_link(self, peer: PeerId, up: bool) -> None:
+        self.sim.note(self.name, f"link to {peer} {'reset' if up else 'lost'}")
+        self.sim.happened["link reset" if up else "link lost"] += 1
+        self.carry_out(self.machine.linked(peer, up, self.sim.network.now))
+        if up and self.attempt is not None:
+            for frame in list(self.attempt.sent.get(peer, ())):
+                self.send(peer, frame, DATA)
+
+    # -- the log ---------------------------------------------------------------------------------------------
+
+    def apply(self, header: EntryHeader, newcomers: tuple[PeerId, ...]) -> None:
+        self.applying = False
+        self.adopt([*self.log, (header, self.sim.invariants.contents[header.digest])])
+        now = self.sim.network.now
+        self.carry_out(self.machine.advance(self.position, self.last, now, newcomers=newcomers, settled=True))
+        self.work()
+
+    def adopt(self, log: Log) -> None:
+        before = self.position
+        shared = min(len(log), len(self.log))
+        while shared and log[shared - 1] != self.log[shared - 1]:
+            shared -= 1  # equal entries have equal parents, so the newest common one settles it
+        if shared < len(self.log):
+            self.sim.happened["rollbacks"] += 1
+        after = self.sim.positions(log)
+        self.sim.invariants.rose(self, before, after)
+        for index in range(shared, len(log)):
+            self.sim.invariants.applied(log[: index + 1])
+        self.log, self.position = log, after
+        self.samples, self.late = [], []
+
+    def fetch(self, donor: PeerId) -> None:
+        """State transfer: one message there, one back, with a deadline."""
+        self.fetching = self.sim.serial()
+        self.send(donor, Fetch(self.fetching), REQUESTS)
+        self.later(FETCH_SECONDS, self.fetch_overdue, donor, self.fetching)
+
+    def fetch_overdue(self, donor: PeerId, number: int) -> None:
+        if self.fetching == number:
+            self.no_help(donor)
+
+    def fetched(self, donor: PeerId, log: tuple[tuple[EntryHeader, str], ...]) -> None:
+        theirs = self.sim.verified(log)
+        if theirs is None:
+            self.sim.happened["refused a donor's log"] += 1
+            self.no_help(donor)
+        elif not heavier(theirs, self.position):
+            self.machine.known[donor] = theirs
+            self.no_help(donor)
+        else:
+            self.machine.known[donor] = theirs
+            self.adopt(list(log))
+            self.back_in()
+
+    def no_help(self, donor: PeerId) -> None:
+        self.machine.unhelpful(donor)
+        self.back_in()
+
+    def back_in(self) -> None:
+        self.fetching = 0
+        self.carry_out(self.machine.advance(self.position, self.last, self.sim.network.now, settled=False))
+        self.work()
+
+    # -- lies ------------------------------------------------------------------------------------------------
+
+    def bend(self, frame: Frame, before: list[Frame]) -> Frame:
+        """The frame, or one that breaks the contract; `before` went to the same peer."""
+        header = frame.header
+        if isinstance(header, Chunk):
+            if not self.tell("chunk"):
+                return frame
+            committed = any(isinstance(one.header, Chunk) and not one.lie for one in before)
+            ways = lies.about_a_chunk(header, already_counted=committed)
+        elif self.tell("two faces"):
+            return Frame(header, f"{frame.payload}!", "two faces")
+        elif self.tell("mean"):
+            ways = lies.about_a_mean(header)
+        else:
+            return frame
+        lie = self.sim.chance.choice(sorted(ways))
+        return Frame(header.model_copy(update=ways[lie]), frame.payload, lie)
+
+    def boast(self, position: Position) -> Position:
+        if not self.lies or not self.tell("boast"):
+            return position
+        return position.model_copy(update={"weight": position.weight + 1000, "step": position.step + 5})
+
+    def donated(self) -> tuple[tuple[EntryHeader, str], ...]:
+        """The log, or one that does not hold."""
+        log = tuple(self.log)
+        if not log or not self.lies or not self.tell("donor"):
+            return log
+        return self.sim.chance.choice(lies.about_a_log(log))
+
+    def tell(self, lie: str) -> bool:
+        if lie not in self.lies:
+            return False
+        self.lies.remove(lie)
+        self.sim.happened[f"lie {lie}"] += 1
+        self.sim.note(self.name, f"lies: {lie}")
+        return True
