@@ -86,6 +86,20 @@ class Attempt:
     sent: dict[PeerId, list[Frame]] = field(default_factory=lambda: defaultdict(list))
 
 
+HAS_PARENT = "parent" in Chunk.model_fields
+
+
+def named(freeze: Freeze) -> dict[str, Any]:
+    """The fields by which a frame says to which attempt it belongs."""
+    name = {"step": freeze.step, "ballot": freeze.ballot}
+    return {**name, "parent": freeze.parent} if HAS_PARENT else name
+
+
+def belongs(header: Chunk | Averaged, freeze: Freeze) -> bool:
+    same = header.ballot == freeze.ballot and header.step == freeze.step
+    return same and getattr(header, "parent", freeze.parent) == freeze.parent
+
+
 class Peer:
     """One incarnation of a peer. Whatever happens to it comes through `do`."""
 
@@ -223,7 +237,7 @@ class Peer:
         self.sim.invariants.sealed[(freeze.parent, freeze.ballot), self.name] = len(mine)
         for chunks, reducer in zip(attempt.reduction.chunks, freeze.roster, strict=True):
             for number in range(chunks if mine else min(1, chunks)):
-                header = Chunk(step=freeze.step, ballot=freeze.ballot, number=number, samples=len(mine))
+                header = Chunk(**named(freeze), number=number, samples=len(mine))
                 self.send_data(attempt, reducer, Frame(header, mine))
 
     def send_data(self, attempt: Attempt, to: PeerId, frame: Frame) -> None:
@@ -237,7 +251,7 @@ class Peer:
 
     def on_data(self, sender: PeerId, frame: Frame) -> None:
         attempt, header = self.attempt, frame.header
-        if attempt is None or header.ballot != attempt.freeze.ballot or header.step != attempt.freeze.step:
+        if attempt is None or not belongs(header, attempt.freeze):
             if header.step in (self.position.step, self.position.step + 1):
                 self.early.append((sender, frame))
             return
@@ -285,8 +299,7 @@ class Peer:
             return
         content = ";".join(",".join(attempt.contributions[roster[rank]]) for rank in reduction.contributors())
         header = Averaged(
-            step=attempt.freeze.step,
-            ballot=attempt.freeze.ballot,
+            **named(attempt.freeze),
             number=number,
             samples=reduction.samples,
             squared_norm=1.0 if number == reduction.chunks[reduction.rank] - 1 else None,
