@@ -43,4 +43,9 @@ KEPT: tuple[tuple[int, Story], ...] = (
             slow_link=True,
         ),
     ),
+    # Who restarts within an attempt is sent its freeze again, and brings other samples to it than before.
+    (
+        21002,
+        Story(peers=3, target=8, crashes=3, restarts=True, forgets=False, quorum="majority"),
+    ),
 )
