@@ -23,6 +23,11 @@ Record = Mapping[str, Any]
 """One line of a journal: `time`, `event`, and that event's fields."""
 
 
+def moment(record: Record) -> float:
+    """When it was written, in Unix time."""
+    return datetime.fromisoformat(record["time"]).timestamp()
+
+
 class Tail:
     """Gives each line of a growing journal once, also when it is rotated meanwhile."""
 
@@ -125,6 +130,10 @@ class Chronicle:
 
     # -- listening -------------------------------------------------------------------------------------------
 
+    def arrived(self, name: str) -> None:
+        """There is another peer; nothing happens if it was there."""
+        self.peers.setdefault(name, PeerStory(name))
+
     def note(self, at: float, text: str) -> None:
         """Something happened that no journal tells."""
         self.notes.append((at, text))
@@ -137,7 +146,7 @@ class Chronicle:
 
     def observe(self, name: str, record: Record) -> None:
         """The next line of that peer's journal."""
-        peer, at = self.peers[name], datetime.fromisoformat(record["time"]).timestamp()
+        peer, at = self.peers[name], moment(record)
         match record:
             case {"event": "joined"}:
                 peer.doing = "looking for the others"
@@ -154,6 +163,8 @@ class Chronicle:
             case {"event": "leader_took_over", "step": step}:
                 self.note(at, f"{name} took the lead at step {step}")
             case {"event": "caught_up", "from_step": start, "to_step": end, "how": how, "seconds": seconds}:
+                if how == "snapshot":
+                    peer.lineages.clear()  # nothing tells whether its log led through them
                 # To be a few entries behind for a moment is nothing.
                 if seconds >= 1 or (peer.doing != "training" and end - start >= 10):
                     way = f"by {how} in {duration(seconds)}"

@@ -107,6 +107,7 @@ def demo(
 
     from p2ptrain.config import RunConfig, load_run
     from peers import demo as role
+    from peers.rehearsal import RehearsalFailed
 
     settings = load_run(run) if run else RunConfig()
     options = role.Options(settings, peers, seconds, listen, not no_kill, corpus)
@@ -115,7 +116,75 @@ def demo(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     if receipt.problem:
-        raise role.DemoFailed(receipt.problem)
+        raise RehearsalFailed(receipt.problem)
+
+
+@app.command()
+def chaos(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN.toml", help="Run file; the default is a small model.")
+    ] = None,
+    peers: Annotated[int, typer.Option(min=2, max=16, help="How many peers train.")] = 4,
+    faults: Annotated[
+        str,
+        typer.Option(
+            help="Any of kill, pause, leave, bootstrap, spawn, partition (needs root), with commas."
+        ),
+    ] = "kill,pause",
+    rate: Annotated[
+        str, typer.Option(help="Faults per h, min or s; the intervals are exponential, from the seed.")
+    ] = "60/h",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="How long, from the first round with all peers in it.")
+    ] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Draws when, what and whom.")] = 0,
+    exempt: Annotated[str, typer.Option(help="Who is spared; only `none` is known.")] = "none",
+    absence: Annotated[
+        float, typer.Option(min=0, help="Seconds until a peer that was killed or left is started again.")
+    ] = 2,
+    max_peers: Annotated[int, typer.Option(min=2, max=32, help="Spawn no more than these in all.")] = 8,
+    log_megabytes: Annotated[
+        int, typer.Option(min=1, help="What each peer keeps for those who were away; little: by snapshot.")
+    ] = 64,
+    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Put a rehearsal swarm on this machine through faults, and print how it fared.
+
+    Whoever is killed comes back. Ctrl-C ends it with the receipt so far. Exit status 1: replicas differed,
+    nobody trained after the last fault, or something was left over.
+    """
+    from rich.console import Console
+
+    from p2ptrain.config import RunConfig, load_run
+    from p2ptrain.errors import ConfigError
+    from peers import chaos as role
+    from peers.faults import parse_kinds, parse_rate
+    from peers.rehearsal import RehearsalFailed
+
+    if exempt != "none":
+        raise ConfigError(f"--exempt takes only `none`, not {exempt!r}: no peer is spared")
+    if max_peers < peers:
+        raise ConfigError(f"--max-peers ({max_peers}) is less than --peers ({peers}); raise it")
+    settings = load_run(run) if run else RunConfig(run_id="rehearsal")
+    options = role.Options(
+        run=settings,
+        peers=peers,
+        max_peers=max_peers,
+        seconds=seconds,
+        kinds=parse_kinds(faults),
+        rate=parse_rate(rate),
+        seed=seed,
+        absence_seconds=absence,
+        log_megabytes=log_megabytes,
+        corpus=corpus,
+    )
+    receipt = role.chaos(options, Console(highlight=False))
+    typer.echo("\n" + "\n".join(role.receipt_lines(receipt)))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(receipt)))
+    if receipt.problem:
+        raise RehearsalFailed(receipt.problem)
 
 
 @app.command()

@@ -10,55 +10,36 @@ Not covered: anything but slowness when there are more peers than processor core
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 from rich.console import Console
 
-from p2ptrain.config import PeerConfig, RunConfig, commented_toml
-from p2ptrain.errors import ConfigError, P2PTrainError
-from p2ptrain.events import clean
-from peers.chronicle import Chronicle, Tail
+from p2ptrain.config import PeerConfig, RunConfig
+from p2ptrain.errors import ConfigError
 from peers.display import Lines, Screen, sample_lines
-from peers.places import made, user_data
+from peers.rehearsal import (
+    LOOK_SECONDS,
+    PATIENCE_SECONDS,
+    Child,
+    Rehearsal,
+    RehearsalFailed,
+    check_corpus,
+    new_folder,
+)
 
-LOOK_SECONDS = 0.1
-"""Between two looks at the journals and the processes."""
 ABSENCE_SECONDS = 1.5
 """How long the killed peer stays away."""
-PATIENCE_SECONDS = 60.0
-"""For each thing that a demo must show; on a slow machine it lasts longer for that than asked for."""
-LEAVE_SECONDS = 20.0
-"""For the peers to finish a round, save a checkpoint and leave; what is left then is killed."""
 SAMPLE_SECONDS = 60.0
 SAMPLE_LENGTH = 300
 EVAL_EVERY_STEPS = 50
 
-COMPLAINT = "p2ptrain: "
-"""How a command begins the one sentence about what is wrong."""
-
 _LISTEN = re.compile(r"(/ip[46]/[0-9A-Fa-f.:]+/tcp/)\d{1,5}")
-
-
-class DemoFailed(P2PTrainError):
-    """Something in the demo did not go as it must."""
-
-    def __init__(self, message: str, exit_code: int = P2PTrainError.exit_code) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -111,8 +92,8 @@ class Receipt:
 def demo(options: Options, console: Console) -> Receipt:
     """Play it from the first process to the last, and show it on the console meanwhile.
 
-    Raises DemoFailed if a process broke or no step was committed, ConfigError for an address that is none or
-    a text that is not named.
+    Raises RehearsalFailed if a process broke or no step was committed, ConfigError for an address that is
+    none or a text that is not named.
     """
     # The command's own imports are part of the wait, and were all computing.
     started_at = time.time() - time.process_time()
@@ -121,110 +102,8 @@ def demo(options: Options, console: Console) -> Receipt:
             "--listen must be an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337, "
             f"not {options.listen!r}"
         )
-    if options.run.task.corpus != "stdlib" and not options.corpus:
-        raise ConfigError(
-            f"run {options.run.run_id} trains on the text {options.run.task.corpus!r}; "
-            "say with --corpus which file or folder that is"
-        )
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(tempfile.mkdtemp(prefix=f"demo-{stamp}-", dir=made(user_data())))
-    return _Demo(options, folder, started_at, console).play()
-
-
-# -- one process ---------------------------------------------------------------------------------------------
-
-
-class Child:
-    """One command of ours as a process with a folder of its own; it can be started again after its end."""
-
-    def __init__(self, name: str, folder: Path, *arguments: str) -> None:
-        """The folder is made; what the process prints is kept in it, in `output` and `log`."""
-        self.name, self.folder = name, made(folder)
-        self.output, self.log = folder / "output", folder / "log"
-        self.awaited = False
-        """Whether it is supposed to end."""
-        self._arguments = arguments
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the process; it must not be running."""
-        self.awaited = False
-        # -P: nothing in the current folder may pass for one of our modules.
-        command = [sys.executable, "-P", "-m", "peers.offspring", str(os.getpid()), *self._arguments]
-        with self.output.open("ab") as output, self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-                start_new_session=True,  # the terminal's Ctrl-C is for the demo, which knows what to do first
-            )
-
-    @property
-    def status(self) -> int | None:
-        """The exit status, or minus the number of the signal that ended it; None if it runs or never did."""
-        return None if self._process is None else self._process.poll()
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def leave(self) -> None:
-        """Ask it to finish what it does and end."""
-        self.awaited = True
-        if self._process is not None:
-            self._process.terminate()
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.awaited = True
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    def fault(self) -> DemoFailed:
-        """Why it ended, now that it has."""
-        last, status = "".join(self._last_lines(1)), self.status or 0
-        if status > 0 and last.startswith(COMPLAINT):
-            return DemoFailed(f"{self.name}: {last.removeprefix(COMPLAINT)}", status)
-        return DemoFailed(f"{self.name} ended by itself: {self.last_words()}")
-
-    def last_words(self) -> str:
-        """How it ended, and what it said last."""
-        words = clean(" / ".join(self._last_lines(3)), 600) or "it said nothing"
-        match self.status:
-            case None:
-                how = "it runs"
-            case int(status) if status < 0:
-                how = f"ended by {signal.Signals(-status).name}"
-            case status:
-                how = f"exit status {status}"
-        return f"{how}; {words} (all of it is in {self.log})"
-
-    def _last_lines(self, count: int) -> list[str]:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-count:]
-
-
-class Interrupts:
-    """While entered, Ctrl-C and SIGTERM are counted and do nothing else."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._came)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _came(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+    check_corpus(options.run, options.corpus)
+    return _Demo(options, new_folder("demo"), started_at, console).play()
 
 
 # -- the story -----------------------------------------------------------------------------------------------
@@ -235,22 +114,20 @@ class _Over(Exception):
 
 
 class _Demo:
-    """The processes, what their journals tell, and the screen."""
+    """The rehearsal, and what is to be seen in it."""
 
     def __init__(self, options: Options, folder: Path, started_at: float, console: Console) -> None:
         """`started_at` is Unix time; `folder` gets the run file and a folder for each process."""
-        self._options, self._folder, self._started_at = options, folder, started_at
+        self._options, self._started_at = options, started_at
         self._end = time.monotonic() + (started_at + options.seconds - time.time())
-        (folder / "run.toml").write_text(commented_toml(options.run))
-        names = [f"peer-{number + 1}" for number in range(options.peers)]
-        self._chronicle = Chronicle(names)
-        self._tails = {name: Tail(folder / name / "journal.jsonl") for name in names}
-        self._bootstrap = self._make_bootstrap()
-        self._peers: list[Child] = []
-        self._sampler: Child | None = None
-        self._interrupts = Interrupts()
+        share = -(-options.run.target_batch_size // options.peers)
+        self._stage = Rehearsal(
+            options.run, folder, min(PeerConfig().micro_batch_size, share), options.corpus
+        )
+        self._chronicle = self._stage.chronicle
+        for number in range(options.peers):
+            self._chronicle.arrived(f"peer-{number + 1}")
         self._kills = 0
-        self._problem = ""
         if console.is_terminal and console.encoding.startswith("utf"):
             title = f"p2ptrain demo: {options.run.run_id}"
             self._screen: Lines | Screen = Screen(
@@ -261,57 +138,58 @@ class _Demo:
 
     def play(self) -> Receipt:
         """From the first process to the last; all have ended when it returns or raises."""
-        with ExitStack() as stack:
-            stack.callback(self._kill_all)
-            stack.enter_context(self._interrupts)
+        with self._stage as stage:
             with self._screen:
+                stage.display = self._screen
                 with suppress(_Over):
                     self._train()
-                self._leave()
+                stage.leave()
                 sample = self._sample()
             return self._receipt(sample)
 
     def _train(self) -> None:
         """Until the time is over; _Over if it is over sooner."""
-        self._bootstrap.start()
-        if not self._watch(lambda: self._invite() != "", self._patience()):
-            raise DemoFailed(
-                f"the bootstrap was not ready after {PATIENCE_SECONDS:.0f} s: {self._bootstrap.last_words()}"
+        stage = self._stage
+        bootstrap = stage.make_bootstrap(self._options.listen)
+        bootstrap.start()
+        if not self._watch(lambda: bool(stage.invites()), self._patience()):
+            raise RehearsalFailed(
+                f"the bootstrap was not ready after {PATIENCE_SECONDS:.0f} s: {bootstrap.last_words()}"
             )
-        self._note(f"the bootstrap is ready; everything is kept in {self._folder}")
-        for name in self._chronicle.peers:
-            peer = self._make_peer(name)
-            self._peers.append(peer)
-            peer.start()
+        stage.note(f"the bootstrap is ready; everything is kept in {stage.folder}")
+        for name in list(self._chronicle.peers):
+            # One is enough to know how good the model is: it is the same on all.
+            every = 0 if stage.peers else EVAL_EVERY_STEPS
+            stage.make_peer(name, self._options.listen, eval_every_steps=every).start()
         if not self._watch(lambda: self._chronicle.first_commit_at is not None, self._patience()):
-            raise DemoFailed(
+            raise RehearsalFailed(
                 f"no step was committed within {PATIENCE_SECONDS:.0f} s; is this machine overloaded? "
-                f"The logs are in {self._folder}"
+                f"The logs are in {stage.folder}"
             )
-        if self._options.kill and len(self._peers) > 1:
-            self._kill_and_bring_back(self._peers[-1])
+        if self._options.kill and len(stage.peers) > 1:
+            self._kill_and_bring_back(stage.peers[name])
         self._watch(lambda: False, self._end)
 
     def _kill_and_bring_back(self, victim: Child) -> None:
-        story = self._chronicle.peers[victim.name]
+        stage, story = self._stage, self._chronicle.peers[victim.name]
         half_way = self._end - self._options.seconds / 2
-        everyone = len(self._peers)
+        everyone = len(stage.peers)
         if not self._watch(
             lambda: time.monotonic() >= half_way and self._chronicle.roster_size == everyone, self._patience()
         ):
-            self._problem = f"there was no round with all {everyone} peers, so none of them was killed"
+            stage.problem = f"there was no round with all {everyone} peers, so none of them was killed"
             return
         victim.kill()
-        self._look()  # at its last lines
+        stage.look()  # at its last lines
         self._kills += 1
         story.doing = "killed"
-        self._note(f"{victim.name} was killed (SIGKILL) at step {story.step}; the others go on")
+        stage.note(f"{victim.name} was killed (SIGKILL) at step {story.step}; the others go on")
         self._watch(lambda: False, time.monotonic() + ABSENCE_SECONDS)
         self._chronicle.restarted(victim.name, time.time())
         victim.start()
-        self._note(f"{victim.name} is started again")
+        stage.note(f"{victim.name} is started again")
         if not self._watch(lambda: story.rejoin_seconds is not None, self._patience()):
-            self._problem = (
+            stage.problem = (
                 f"{victim.name} was not back in a round {PATIENCE_SECONDS:.0f} s after its restart: "
                 f"{victim.last_words()}"
             )
@@ -320,125 +198,42 @@ class _Demo:
         """Until when to wait for what must come: to the end of the demo, but never for too short a time."""
         return max(self._end, time.monotonic() + PATIENCE_SECONDS)
 
-    def _leave(self) -> None:
-        """The peers finish their round, save the model and go, then the bootstrap does."""
-        if self._peers:
-            self._note("the peers finish their round, save the model and leave")
-        self._dismiss(self._peers)
-        self._dismiss([self._bootstrap])
+    def _watch(self, until: Callable[[], bool], deadline: float) -> bool:
+        """Look on until a condition holds; False if the deadline, on the monotonic clock, is there before.
 
-    def _dismiss(self, children: Sequence[Child]) -> None:
-        """They leave, or are killed when their time is over or Ctrl-C comes."""
-        leaving = [child for child in children if child.running]
-        for child in leaving:
-            child.leave()
-        hurried = self._wait(lambda: not any(child.running for child in leaving), LEAVE_SECONDS)
-        for child in leaving:
-            if child.running:
-                child.kill()
-                if not hurried:
-                    self._problem = (
-                        f"{child.name} was killed: {LEAVE_SECONDS:.0f} s were not enough for it to leave"
-                    )
-            elif child.status not in (0, -signal.SIGTERM):  # the latter when it had hardly started
-                self._problem = f"{child.name} did not leave as it should: {child.last_words()}"
+        Raises _Over after Ctrl-C and when a peer's run is complete, RehearsalFailed if a process has broken.
+        """
+        stage = self._stage
+        while not until():
+            if stage.interrupts.count:
+                stage.note("Ctrl-C: once more to stop now")
+                raise _Over
+            for child in (stage.bootstrap, *stage.peers.values()):
+                if child.awaited or child.status is None:
+                    continue
+                if child.status == 0 and child is not stage.bootstrap:
+                    stage.note(f"{child.name} has completed the run")
+                    raise _Over
+                raise child.fault()
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(LOOK_SECONDS)
+            stage.look()
+        return True
 
     def _sample(self) -> str:
         """What the saved model writes, by the command that anybody would use; empty after another Ctrl-C."""
         if not (checkpoint := self._chronicle.checkpoint):
             return ""
         words = ("--prompt", prompt(self._options.run), "--length", str(SAMPLE_LENGTH), "--json")
-        self._sampler = Child("generate", self._folder / "generate", "generate", checkpoint, *words)
-        self._sampler.start()
-        sampler = self._sampler
-        hurried = self._wait(lambda: not sampler.running, SAMPLE_SECONDS)
+        sampler = self._stage.child("generate", "generate", checkpoint, *words)
+        sampler.start()
+        hurried = self._stage.wait(lambda: not sampler.running, SAMPLE_SECONDS)
         if sampler.status == 0:
             return str(json.loads(sampler.output.read_text().splitlines()[-1])["text"])
         if not hurried:
-            self._problem = f"the checkpoint gave no sample: {sampler.last_words()}"
+            self._stage.problem = f"the checkpoint gave no sample: {sampler.last_words()}"
         return ""
-
-    def _kill_all(self) -> None:
-        for child in (*self._peers, self._bootstrap, self._sampler):
-            if child is not None:
-                child.kill()
-        for tail in self._tails.values():
-            tail.close()
-
-    # -- watching --------------------------------------------------------------------------------------------
-
-    def _watch(self, until: Callable[[], bool], deadline: float) -> bool:
-        """Look on until a condition holds; False if the deadline, on the monotonic clock, is there before.
-
-        Raises _Over after Ctrl-C and when a peer's run is complete, DemoFailed if a process has broken.
-        """
-        while not until():
-            if self._interrupts.count:
-                self._note("Ctrl-C: once more to stop now")
-                raise _Over
-            for child in (self._bootstrap, *self._peers):
-                if child.awaited or child.status is None:
-                    continue
-                if child.status == 0 and child is not self._bootstrap:
-                    self._note(f"{child.name} has completed the run")
-                    raise _Over
-                raise child.fault()
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(LOOK_SECONDS)
-            self._look()
-        return True
-
-    def _wait(self, until: Callable[[], bool], seconds: float) -> bool:
-        """Look on until a condition holds or the time is over; True if it was cut short by Ctrl-C."""
-        before, deadline = self._interrupts.count, time.monotonic() + seconds
-        while not until() and time.monotonic() < deadline and self._interrupts.count == before:
-            time.sleep(LOOK_SECONDS)
-            self._look()
-        self._look()
-        return self._interrupts.count > before
-
-    def _look(self) -> None:
-        for name, tail in self._tails.items():
-            for record in tail.read():
-                self._chronicle.observe(name, record)
-        self._screen.show()
-
-    def _note(self, text: str) -> None:
-        self._chronicle.note(time.time(), text)
-        self._look()
-
-    # -- parts -----------------------------------------------------------------------------------------------
-
-    def _make_bootstrap(self) -> Child:
-        folder = self._folder / "bootstrap"
-        where = ("--listen", self._options.listen, "--data-dir", str(folder))
-        return Child("bootstrap", folder, "bootstrap", str(self._folder / "run.toml"), *where, "--json")
-
-    def _make_peer(self, name: str) -> Child:
-        run, folder = self._options.run, made(self._folder / name)
-        config = PeerConfig(
-            name=name,
-            data_dir=str(folder),
-            micro_batch_size=min(
-                PeerConfig().micro_batch_size, -(-run.target_batch_size // self._options.peers)
-            ),
-            corpus=self._options.corpus and str(Path(self._options.corpus).expanduser().absolute()),
-            listen=(_LISTEN.sub(r"\g<1>0", self._options.listen),),
-            # One is enough to know how good the model is: it is the same on all.
-            eval_every_steps=EVAL_EVERY_STEPS if not self._peers else 0,
-        )
-        peer_file = folder / "peer.toml"
-        peer_file.write_text(commented_toml(config))
-        return Child(name, folder, "join", self._invite(), "--peer", str(peer_file), "--json")
-
-    def _invite(self) -> str:
-        """The bootstrap's; empty until it is ready."""
-        try:
-            first, whole, _ = self._bootstrap.output.read_text().partition("\n")
-        except FileNotFoundError:
-            return ""
-        return str(json.loads(first)["invite"]) if whole else ""
 
     def _receipt(self, sample: str) -> Receipt:
         chronicle, heldout = self._chronicle, self._chronicle.heldout
@@ -458,11 +253,11 @@ class _Demo:
             digests_equal=not differences,
             states_compared=chronicle.compared,
             kills=self._kills,
-            rejoin_seconds=_rounded(self._chronicle.peers[f"peer-{self._options.peers}"].rejoin_seconds),
+            rejoin_seconds=_rounded(chronicle.peers[f"peer-{self._options.peers}"].rejoin_seconds),
             checkpoint=chronicle.checkpoint,
             sample=sample,
-            folder=str(self._folder),
-            problem="; ".join([*differences[:3], *filter(None, [self._problem])]),
+            folder=str(self._stage.folder),
+            problem="; ".join([*differences[:3], *filter(None, [self._stage.problem])]),
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from event_examples import ABORTED, ANNA, CAUGHT_UP, COMMITTED, ONE_OF_EACH, ROLLED_BACK, SAVED
 from rich.console import Console
 
-from p2ptrain.events import Evaluated, Event, Joined, Previewed, ReplicaDiverged, StateHashed
+from p2ptrain.events import CatchUpBy, Evaluated, Event, Joined, Previewed, ReplicaDiverged, StateHashed
 from p2ptrain.telemetry.journal import Journal, older
 from peers.chronicle import Chronicle, Record, Tail
 from peers.display import BARS, Lines, body, progress, quality, sample_lines, sparkline
@@ -128,6 +128,15 @@ def test_replicas_are_equal_when_the_lighter_log_was_rolled_back(two: Chronicle)
     two.observe("peer-2", record(ROLLED_BACK))
     two.observe("peer-2", hashed(2, "c", "3"))
     two.observe("peer-1", hashed(2, "c", "3"))
+    assert two.differences() == []
+
+
+def test_replicas_are_equal_when_a_log_was_left_for_a_snapshot(two: Chronicle) -> None:
+    two.observe("peer-1", hashed(1, "a", "1"))
+    two.observe("peer-2", hashed(1, "b", "2"))
+    two.observe("peer-2", record(dataclasses.replace(CAUGHT_UP, how=CatchUpBy.LOG)))
+    assert two.differences() == ["from step 1 on peer-1 and peer-2 hold different logs"]
+    two.observe("peer-2", record(CAUGHT_UP))
     assert two.differences() == []
 
 

@@ -1,0 +1,340 @@
+"""A swarm on this machine to look at: a bootstrap and volunteers as real processes, and what they tell.
+
+`demo` and `chaos` play on it. It starts the commands that anybody else would type and reads the journals that
+they write. Whatever it started ends with it, also when it is killed itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from datetime import datetime
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import psutil  # type: ignore[import-untyped]
+
+from p2ptrain.config import PeerConfig, RunConfig, commented_toml
+from p2ptrain.errors import ConfigError, P2PTrainError
+from p2ptrain.events import clean
+from peers.chronicle import Chronicle, Record, Tail
+from peers.places import made, user_data
+
+LOOK_SECONDS = 0.1
+"""Between two looks at the journals and the processes."""
+PATIENCE_SECONDS = 60.0
+"""For each thing that must happen; on a slow machine a rehearsal lasts longer for that than asked for."""
+LEAVE_SECONDS = 20.0
+"""For the peers to finish a round, save a checkpoint and leave; what is left then is killed."""
+
+COMPLAINT = "p2ptrain: "
+"""How a command begins the one sentence about what is wrong."""
+
+_PORT = re.compile(r"(?<=/tcp/)\d{1,5}$")
+
+
+class RehearsalFailed(P2PTrainError):
+    """Something did not go as it must."""
+
+    def __init__(self, message: str, exit_code: int = P2PTrainError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Display(Protocol):
+    """What `display.Lines` and `display.Screen` are."""
+
+    def show(self) -> None: ...
+
+
+def new_folder(kind: str) -> Path:
+    """A fresh folder for all that one rehearsal keeps."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(tempfile.mkdtemp(prefix=f"{kind}-{stamp}-", dir=made(user_data())))
+
+
+def check_corpus(run: RunConfig, corpus: str) -> None:
+    """Raises ConfigError if the run's text is not on every machine and nobody said where it is."""
+    if run.task.corpus != "stdlib" and not corpus:
+        raise ConfigError(
+            f"run {run.run_id} trains on the text {run.task.corpus!r}; "
+            "say with --corpus which file or folder that is"
+        )
+
+
+# -- one process ---------------------------------------------------------------------------------------------
+
+
+class Child:
+    """One command of ours as a process with a folder of its own; it can be started again after its end."""
+
+    def __init__(self, name: str, folder: Path, *arguments: str, inside: Sequence[str] = ()) -> None:
+        """The folder is made; what the process prints is kept in it, in `output` and `log`.
+
+        `inside`: words before the command that put it somewhere else, such as `ip netns exec NAME`.
+        """
+        self.name, self.folder = name, made(folder)
+        self.output, self.log = folder / "output", folder / "log"
+        self.awaited = False
+        """Whether it is supposed to end."""
+        self._arguments, self._inside = arguments, inside
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; it must not be running."""
+        self.awaited = False
+        # -P: nothing in the current folder may pass for one of our modules.
+        command = [sys.executable, "-P", "-m", "peers.offspring", str(os.getpid()), *self._arguments]
+        with self.output.open("ab") as output, self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._inside, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                start_new_session=True,  # the terminal's Ctrl-C is for the rehearsal, which knows what to do
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs, or did last."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, or minus the number of the signal that ended it; None if it runs or never did."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def family(self) -> list[psutil.Process]:
+        """The process and its libp2p daemon, those that are there."""
+        with suppress(psutil.NoSuchProcess):
+            if self._process is not None and self.running:
+                process = psutil.Process(self._process.pid)
+                return [process, *process.children(recursive=True)]
+        return []
+
+    def leave(self) -> None:
+        """Ask it to finish what it does and end."""
+        self.awaited = True
+        if self._process is not None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.awaited = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """Stop it and its daemon where they are, as a suspended machine would."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Undo `stop`; nothing happens if it was not stopped."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def fault(self) -> RehearsalFailed:
+        """Why it ended, now that it has."""
+        last, status = "".join(self._last_lines(1)), self.status or 0
+        if status > 0 and last.startswith(COMPLAINT):
+            return RehearsalFailed(f"{self.name}: {last.removeprefix(COMPLAINT)}", status)
+        return RehearsalFailed(f"{self.name} ended by itself: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """How it ended, and what it said last."""
+        words = clean(" / ".join(self._last_lines(3)), 600) or "it said nothing"
+        match self.status:
+            case None:
+                how = "it runs"
+            case int(status) if status < 0:
+                how = f"ended by {signal.Signals(-status).name}"
+            case status:
+                how = f"exit status {status}"
+        return f"{how}; {words} (all of it is in {self.log})"
+
+    def _last_lines(self, count: int) -> list[str]:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-count:]
+
+
+class Interrupts:
+    """While entered, Ctrl-C and SIGTERM are counted and do nothing else."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._came)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+# -- all of them ---------------------------------------------------------------------------------------------
+
+
+class Rehearsal:
+    """A bootstrap and peers, and the chronicle of what they tell. A context manager: all ends with it."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: Path,
+        micro_batch_size: int,
+        corpus: str = "",
+        log_megabytes: int = PeerConfig().log_megabytes,
+        heard: Callable[[str, Record], None] = lambda name, record: None,
+    ) -> None:
+        """`folder` gets the run file and a folder for each process; `corpus` and the numbers are as in
+        a peer file; `heard` is given each line of a peer's journal once."""
+        self.run, self.folder = run, folder
+        self.chronicle = Chronicle(())
+        self.peers: dict[str, Child] = {}
+        self.interrupts = Interrupts()
+        self.problem = ""
+        """What did not go as it must, as a sentence; empty if all did."""
+        self.display: Display | None = None
+        self._micro_batch_size = micro_batch_size
+        self._corpus = corpus and str(Path(corpus).expanduser().absolute())
+        self._log_megabytes = log_megabytes
+        self._heard = heard
+        self._tails: dict[str, Tail] = {}
+        self._children: list[Child] = []
+        self._stack = ExitStack()
+        self.bootstrap = Child("bootstrap", folder / "bootstrap")
+        (folder / "run.toml").write_text(commented_toml(run))
+
+    def __enter__(self) -> Self:
+        self._stack.callback(self._end_all)
+        self._stack.enter_context(self.interrupts)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _end_all(self) -> None:
+        for child in self._children:
+            child.kill()
+        for tail in self._tails.values():
+            tail.close()
+
+    # -- making ----------------------------------------------------------------------------------------------
+
+    def child(self, name: str, *arguments: str, inside: Sequence[str] = ()) -> Child:
+        """A process that ends with the rehearsal; it is not started."""
+        made_child = Child(name, self.folder / name, *arguments, inside=inside)
+        self._children.append(made_child)
+        return made_child
+
+    def make_bootstrap(self, listen: str, inside: Sequence[str] = ()) -> Child:
+        """The bootstrap, not started."""
+        where = ("--listen", listen, "--data-dir", str(self.folder / "bootstrap"))
+        words = ("bootstrap", str(self.folder / "run.toml"), *where, "--json")
+        self.bootstrap = self.child("bootstrap", *words, inside=inside)
+        return self.bootstrap
+
+    def make_peer(
+        self, name: str, listen: str, *, eval_every_steps: int, inside: Sequence[str] = ()
+    ) -> Child:
+        """A volunteer, not started; the bootstrap must be ready. It takes any free port of that address."""
+        folder = made(self.folder / name)
+        config = PeerConfig(
+            name=name,
+            data_dir=str(folder),
+            micro_batch_size=self._micro_batch_size,
+            corpus=self._corpus,
+            listen=(_PORT.sub("0", listen),),
+            log_megabytes=self._log_megabytes,
+            eval_every_steps=eval_every_steps,
+        )
+        peer_file = folder / "peer.toml"
+        peer_file.write_text(commented_toml(config))
+        words = ("join", self.invites()[0], "--peer", str(peer_file), "--json")
+        self.peers[name] = self.child(name, *words, inside=inside)
+        self.chronicle.arrived(name)
+        self._tails[name] = Tail(folder / "journal.jsonl")
+        return self.peers[name]
+
+    def invites(self) -> list[str]:
+        """The bootstrap's: one for each time that it was ready."""
+        if not self.bootstrap.output.exists():
+            return []
+        *whole, _ = self.bootstrap.output.read_text().split("\n")
+        told = [json.loads(line) for line in whole]
+        return [str(line["invite"]) for line in told if line.get("event") == "ready"]
+
+    # -- watching --------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Say something that no journal tells."""
+        self.chronicle.note(time.time(), text)
+        self.look()
+
+    def look(self) -> None:
+        """Read what the peers have written since, and show it."""
+        for name, tail in self._tails.items():
+            for record in tail.read():
+                self.chronicle.observe(name, record)
+                self._heard(name, record)
+        if self.display is not None:
+            self.display.show()
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Look on until a condition holds or the time is over; True if it was cut short by Ctrl-C."""
+        before, deadline = self.interrupts.count, time.monotonic() + seconds
+        while not until() and time.monotonic() < deadline and self.interrupts.count == before:
+            time.sleep(LOOK_SECONDS)
+            self.look()
+        self.look()
+        return self.interrupts.count > before
+
+    def leave(self) -> None:
+        """The peers finish their round, save the model and go, then the bootstrap does."""
+        if any(child.running for child in self.peers.values()):
+            self.note("the peers finish their round, save the model and leave")
+        self._dismiss(self.peers.values())
+        self._dismiss([self.bootstrap])
+
+    def _dismiss(self, children: Iterable[Child]) -> None:
+        """They leave, or are killed when their time is over or Ctrl-C comes."""
+        leaving = [child for child in children if child.running]
+        for child in leaving:
+            child.leave()
+        hurried = self.wait(lambda: not any(child.running for child in leaving), LEAVE_SECONDS)
+        for child in leaving:
+            if child.running:
+                child.kill()
+                if not hurried:
+                    self.problem = (
+                        f"{child.name} was killed: {LEAVE_SECONDS:.0f} s were not enough for it to leave"
+                    )
+            elif child.status not in (0, -signal.SIGTERM):  # the latter when it had hardly started
+                self.problem = f"{child.name} did not leave as it should: {child.last_words()}"

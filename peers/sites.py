@@ -1,0 +1,143 @@
+"""Where the processes of a rehearsal are: on this machine's loopback, or each on a host of its own.
+
+A host is a network namespace on a bridge. To part the network, the cables of one side are put into a second
+bridge. Addresses are seen on that bridge only, so several rehearsals can use the same ones.
+
+Not covered: systems other than Linux, and without root, for anything but loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from p2ptrain.errors import ConfigError, LocalFault
+
+PORT = 31337
+_OURS = re.compile(r"\b(p2pc(\d+)([hvb])\d+)")
+"""Names of hosts, cables and bridges, with the number of the process that made them."""
+
+
+class Site(Protocol):
+    """A network that the rehearsal's processes share."""
+
+    def place(self, name: str) -> tuple[str, Sequence[str]]:
+        """(address to listen on, words before a command that put it there), a new place for this name."""
+        ...
+
+    def part(self, side: Sequence[str]) -> None:
+        """Cut the network between these and all others, also those that get a place later."""
+        ...
+
+    def heal(self) -> None:
+        """Make it whole again; nothing happens if it is."""
+        ...
+
+
+class Loopback:
+    """All share one host, so nothing can be cut."""
+
+    def place(self, name: str) -> tuple[str, Sequence[str]]:
+        # A fixed port, so that a process that is started again has it again.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}", ()
+
+    def part(self, side: Sequence[str]) -> None:
+        raise AssertionError("loopback cannot be cut")
+
+    def heal(self) -> None:
+        """It is whole."""
+
+
+class Hosts:
+    """Each name on a host of its own. A host's processes must have ended before `close`."""
+
+    def __init__(self) -> None:
+        self._prefix = f"p2pc{os.getpid()}"
+        self._whole, self._cut = f"{self._prefix}b0", f"{self._prefix}b1"
+        self._cables: dict[str, str] = {}
+
+    def open(self) -> None:
+        """Make the bridges. Raises LocalFault where the kernel refuses; `close` takes away what is there."""
+        _sweep()
+        for bridge in (self._whole, self._cut):
+            _ip("link", "add", bridge, "type", "bridge")
+            _ip("link", "set", bridge, "up")
+
+    def place(self, name: str) -> tuple[str, Sequence[str]]:
+        number = len(self._cables) + 1
+        host, cable, address = f"{self._prefix}h{number}", f"{self._prefix}v{number}", f"10.83.0.{number}"
+        self._cables[name] = cable
+        _ip("netns", "add", host)
+        _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host)
+        _ip("link", "set", cable, "master", self._whole, "up")
+        _ip("-n", host, "addr", "add", f"{address}/24", "dev", "eth0")
+        _ip("-n", host, "link", "set", "lo", "up")
+        _ip("-n", host, "link", "set", "eth0", "up")
+        return f"/ip4/{address}/tcp/{PORT}", ("ip", "netns", "exec", host)
+
+    def part(self, side: Sequence[str]) -> None:
+        for name in side:
+            _ip("link", "set", self._cables[name], "master", self._cut)
+
+    def heal(self) -> None:
+        for cable in self._cables.values():
+            _ip("link", "set", cable, "master", self._whole)
+
+    def close(self) -> None:
+        """Take all of it away, as far as it is there."""
+        for cable in self._cables.values():
+            # First: a namespace goes only after its last process, and its devices after that.
+            _try_ip("link", "delete", cable)
+            _try_ip("netns", "delete", cable.replace(f"{self._prefix}v", f"{self._prefix}h"))
+        for bridge in (self._whole, self._cut):
+            _try_ip("link", "delete", bridge)
+
+
+@contextmanager
+def site(*, apart: bool) -> Iterator[Site]:
+    """A site; `apart`: each process on a host of its own, which needs root and the program `ip`.
+
+    Raises ConfigError without them, LocalFault where the kernel refuses.
+    """
+    if not apart:
+        yield Loopback()
+        return
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        raise ConfigError(
+            "partition gives each process a network namespace of its own: run it as root, with iproute2 "
+            "(apt-get install iproute2), or leave partition out of --faults"
+        )
+    hosts = Hosts()
+    try:
+        hosts.open()
+        yield hosts
+    finally:
+        hosts.close()
+
+
+def _sweep() -> None:
+    """Take away what rehearsals left that were killed, and so could not."""
+    for name, pid, kind in _OURS.findall(_try_ip("-o", "link") + _try_ip("netns")):
+        if not os.path.exists(f"/proc/{pid}"):
+            _try_ip("netns" if kind == "h" else "link", "delete", name)
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LocalFault(
+            f"`ip {' '.join(words)}` failed: {done.stderr.strip()}; partition needs a kernel and a container "
+            "that allow network namespaces and bridges, or leave partition out of --faults"
+        )
+
+
+def _try_ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False).stdout

@@ -1,0 +1,122 @@
+"""`p2ptrain chaos` as an organizer has it: processes that are killed, stopped and cut off, and a receipt."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from p2ptrain.errors import ConfigError
+from tests.swarm.rehearsals import SMALL_RUN, Started
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Starts a rehearsal of small peers with these options."""
+    rehearsals: list[Started] = []
+
+    def started(*options: str) -> Started:
+        (tmp_path / "run.toml").write_text(SMALL_RUN)
+        rehearsals.append(Started(tmp_path, "chaos", str(tmp_path / "run.toml"), *options))
+        return rehearsals[-1]
+
+    yield started
+    for rehearsal in rehearsals:
+        rehearsal.clear()
+
+
+def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_struck(
+    start: Callable[..., Started],
+) -> None:
+    kinds = "kill,pause,leave,bootstrap,spawn"
+    options = ("--peers", "3", "--max-peers", "4", "--absence", "0.5", "--seed", "5")
+    chaos = start(*options, "--faults", kinds, "--rate", "30/min", "--seconds", "20")
+    assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
+    receipt, told = chaos.receipt(), chaos.output.read_text()
+    assert receipt["problem"] == ""
+    assert list(receipt["faults"]) == kinds.split(",")
+    assert sum(receipt["faults"].values()) >= 3
+    for kind, words in {
+        "kill": "is killed (SIGKILL)",
+        "pause": "is stopped (SIGSTOP)",
+        "leave": "is asked to leave (SIGTERM)",
+        "spawn": "peer-4 comes",
+    }.items():
+        count = receipt["faults"][kind] + (receipt["faults"]["bootstrap"] if kind == "kill" else 0)
+        assert told.count(words) == count, kind
+    assert receipt["peers"] == 3 + receipt["faults"]["spawn"]
+    assert receipt["digests_equal"] is True
+    assert receipt["states_compared"] > 1
+    assert receipt["rounds_attempted"] >= receipt["rounds_committed"] > 1
+    samples = receipt["samples"]
+    assert samples["computed"] == samples["used"] + sum(samples["wasted"].values()) + samples["lost"]
+    assert samples["used"] >= 48 * receipt["steps"] * 0.5
+    assert 0 < receipt["participation"] <= 1
+    assert receipt["resume_seconds"]["count"] <= receipt["faults"]["kill"] + receipt["faults"]["bootstrap"]
+    assert receipt["longest_gap_seconds"] < receipt["seconds"]
+    assert receipt["lineages"] == 1, "nobody was cut off, but a pause may look like it"
+    assert receipt["left_over"] == 0
+    assert chaos.left() == []
+
+
+def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_peer_is_stopped(
+    start: Callable[..., Started],
+) -> None:
+    chaos = start("--peers", "2", "--faults", "pause", "--rate", "2/s", "--seconds", "600")
+    chaos.until("is stopped (SIGSTOP)", 120)
+    os.killpg(chaos.process.pid, signal.SIGINT)
+    assert chaos.ends(60) == 0, chaos.errors.read_text()
+    receipt = chaos.receipt()
+    assert (receipt["problem"], receipt["interrupted"], receipt["left_over"]) == ("", True, 0)
+    assert receipt["faults"]["pause"] >= 1
+    assert chaos.left() == []
+
+
+def test_both_sides_end_on_one_lineage_when_the_network_was_cut(start: Callable[..., Started]) -> None:
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.fail("this test parts a network: run it as root, with iproute2 (apt-get install iproute2)")
+    chaos = start("--peers", "3", "--faults", "partition", "--rate", "2/s", "--seconds", "8", "--seed", "2")
+    assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
+    receipt, told = chaos.receipt(), chaos.output.read_text()
+    assert receipt["faults"]["partition"] >= 1
+    assert told.count("the network is cut: ") == receipt["faults"]["partition"]
+    assert "both sides were in one round, " in told
+    assert receipt["digests_equal"] is True
+    assert chaos.left() == []
+    for words in (("netns",), ("-o", "link")):
+        shown = subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+        assert f"p2pc{chaos.process.pid}" not in shown
+
+
+def test_nothing_is_left_when_the_rehearsal_itself_is_killed(start: Callable[..., Started]) -> None:
+    chaos = start("--peers", "2", "--faults", "pause", "--rate", "2/s", "--seconds", "600")
+    chaos.until("is stopped (SIGSTOP)", 120)
+    chaos.process.kill()
+    chaos.process.wait()
+    assert chaos.left() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--faults", "boom"), "there is no fault 'boom'; --faults takes kill, "),
+        (("--rate", "often"), "--rate must be a number of faults per h, min or s, such as 60/h"),
+        (("--exempt", "leader"), "--exempt takes only `none`, not 'leader'"),
+        (("--max-peers", "3"), "--max-peers (3) is less than --peers (4)"),
+    ],
+)
+def test_mistake_is_one_sentence_before_anything_is_started(
+    start: Callable[..., Started], options: tuple[str, ...], said: str
+) -> None:
+    chaos = start(*options)
+    assert chaos.ends(30) == ConfigError.exit_code
+    assert chaos.errors.read_text().startswith(f"p2ptrain: {said}")
+    assert chaos.errors.read_text().count("\n") == 1
+    assert chaos.seen("p2pd") == 0
