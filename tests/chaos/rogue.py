@@ -1,10 +1,12 @@
 """A volunteer that does one thing wrong: what `p2ptrain join` runs, and one deviation at a named point.
 
-    python -m tests.chaos.rogue --die reducing --number 1 --when FILE join INVITE --peer peer.toml
+    python -m tests.chaos.rogue --die reducing --number 1 join INVITE --peer peer.toml
+    python -m tests.chaos.rogue --orders FILE join INVITE --peer peer.toml
 
 It is the production process, with its own p2pd: the deviation is put around the production objects from
-outside, and the product knows nothing of it. A death is SIGKILL to itself. It tells on stderr what it did and
-when, in a line that begins with `rogue: `.
+outside, and the product knows nothing of it. With `--orders` it behaves until that file is there and says, in
+the same words, what it is to do: `--die reducing --number 1`. A death is SIGKILL to itself. It tells on
+stderr what it did and when, in a line that begins with `rogue: `.
 
 Not covered: liars that speak another protocol altogether, and several liars that know of each other.
 """
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import hashlib
 import json
 import os
@@ -37,34 +38,30 @@ from p2ptrain.protocol.round import Apply, Begin, Effect, Send
 from p2ptrain.records import Averaged, Chunk, Commit, Done, Freeze, GetEntry, GetPiece, PeerId
 from p2ptrain.replica import checkpoint
 from p2ptrain.replica.snapshot import Assembly
-from p2ptrain.replica.transfer import Donor
 from p2ptrain.swarm import lanes
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.trainer import Peer
+from peers import cli, offspring, volunteer
 
 SAYS = "rogue: "
 """How a line of it on stderr begins; JSON follows: `did`, `time` in Unix seconds, and details."""
 FLUSH_SECONDS = 0.05
 """For what was said before a death to leave p2pd, which dies with the process."""
-PR_SET_PDEATHSIG = 1
+ORDER_SECONDS = 0.01
+"""Between two looks for an order. Orders are renamed into place, so one that is there is whole."""
+OFFSPRING = "peers.offspring"
 
 
 @dataclass
 class Rogue:
-    """When to deviate, and what became of it."""
+    """How to deviate, and what became of it."""
 
     what: str
     number: int | None = None
     """Which one of several: chunks, pieces, messages, bytes. What it counts is said by the deviation."""
-    when: Path | None = None
-    """Not before this file is there; at once if None."""
     dying: bool = False
     """It decides and begins nothing more; what it has said is on its way."""
     _told: bool = False
-
-    def due(self) -> bool:
-        """Whether it may deviate by now."""
-        return not self.dying and (self.when is None or self.when.exists())
 
     def tell(self, **details: Any) -> None:
         """Say once that it deviates from here on."""
@@ -114,7 +111,7 @@ def accumulating(rogue: Rogue) -> None:
 
     def computed(self: Peer, step: int, first: int, count: int) -> float:
         loss = gradients(self, step, first, count)
-        if first // count + 1 >= nth and rogue.due():
+        if first // count + 1 >= nth:
             rogue.die(step=step, samples=first)
         return loss
 
@@ -132,7 +129,7 @@ def at_effect(
         for effect in effects:
             if rogue.dying:
                 return
-            fit = fits(rounds, effect) and rogue.due()
+            fit = fits(rounds, effect)
             if not fit or fitting < passed:
                 yield effect
             fitting += fit
@@ -174,7 +171,7 @@ def sending(rogue: Rogue) -> None:
         if rogue.dying:
             await asyncio.Event().wait()
         await send_chunk(self, to, header, payload)
-        if isinstance(header, Chunk) and rogue.due():
+        if isinstance(header, Chunk):
             attempt = (header.step, header.ballot)
             sent[attempt] = sent.get(attempt, 0) + 1
             if sent[attempt] == nth:
@@ -192,7 +189,7 @@ def reducing(rogue: Rogue) -> None:
     def averaging(self: Attempt, number: int) -> None:
         if rogue.dying:
             return
-        if number >= after and rogue.due():
+        if number >= after:
             rogue.die_behind(step=self.freeze.step, averaged=number)
         else:
             average(self, number)
@@ -235,7 +232,7 @@ def saving(rogue: Rogue) -> None:
         nonlocal written
         if path.name == checkpoint.MODEL:
             written = 0
-        if rogue.due() and at < written + len(content):
+        if at < written + len(content):
             write(path, content[: at - written])
             rogue.die(file=path.name, byte=at)
         write(path, content)
@@ -243,7 +240,7 @@ def saving(rogue: Rogue) -> None:
 
     def flushing(folder: Path) -> None:
         nonlocal written
-        if rogue.due() and at <= written:
+        if at <= written:
             rogue.die(flush=folder.name, byte=at)
         flush(folder)
         written += 1
@@ -254,18 +251,18 @@ def saving(rogue: Rogue) -> None:
 @death
 def giving(rogue: Rogue) -> None:
     """As donor that was asked for its piece number N (1)."""
-    nth, answer = rogue.number or 1, Donor.answer
+    nth, on_request = rogue.number or 1, Rounds.on_request
     asked = 0
 
-    async def answering(self: Donor, sender: PeerId, request: Any) -> Any:
+    async def answering(self: Rounds, sender: PeerId, request: Any) -> Any:
         nonlocal asked
-        if isinstance(request, GetPiece) and rogue.due():
+        if isinstance(request, GetPiece):
             asked += 1
             if asked >= nth:
                 rogue.die(piece=request.number, to=sender)
-        return await answer(self, sender, request)
+        return await on_request(self, sender, request)
 
-    Donor.answer = answering
+    Rounds.on_request = answering
 
 
 @death
@@ -278,7 +275,7 @@ def joining(rogue: Rogue) -> None:
         nonlocal got
         add(self, number, data)
         got += 1
-        if got >= nth and rogue.due():
+        if got >= nth:
             rogue.die(pieces=got, of=len(self.manifest.pieces))
 
     Assembly.add = adding
@@ -296,7 +293,7 @@ def twisted(rogue: Rogue, twist: Callable[[Attempt, bytes, int], bytes]) -> None
         deliver = self._deliver
 
         def lying(to: PeerId, header: Any, payload: bytes) -> None:
-            if isinstance(header, Chunk) and to != self._me and payload and rogue.due():
+            if isinstance(header, Chunk) and to != self._me and payload:
                 start, stop = self._ranges[self.freeze.roster.index(to)][header.number]
                 payload = twist(self, payload, stop - start)
                 rogue.tell(step=header.step)
@@ -373,7 +370,7 @@ def samples(rogue: Rogue) -> None:
     claimed, contribute = rogue.number or 10**9, Attempt.contribute
 
     def contributing(self: Attempt, contribution: Contribution) -> None:
-        if contribution.samples and rogue.due():
+        if contribution.samples:
             rogue.tell(step=self.freeze.step, claimed=claimed, computed=contribution.samples)
             contribution = Contribution(contribution.total, claimed)
         contribute(self, contribution)
@@ -387,10 +384,8 @@ def progress(rogue: Rogue) -> None:
     claimed, progressed = rogue.number or 10**9, Member.progressed
 
     def reporting(self: Member, samples: int, *others: Any) -> list[Effect]:
-        if rogue.due():
-            rogue.tell(claimed=claimed, computed=samples)
-            samples = claimed
-        return progressed(self, samples, *others)
+        rogue.tell(claimed=claimed, computed=samples)
+        return progressed(self, claimed, *others)
 
     Member.progressed = reporting
 
@@ -411,7 +406,7 @@ def replay(rogue: Rogue) -> None:
                 again, chunks = said[:], sent[:]
                 said.clear()
                 sent.clear()
-                if rogue.due() and again:
+                if again:
                     rogue.tell(step=effect.freeze.step, messages=len(again), chunks=len(chunks))
                     yield from again
                     rounds._spawn(resend(rounds, chunks))
@@ -432,17 +427,17 @@ def replay(rogue: Rogue) -> None:
 
 
 def damaged(rogue: Rogue, kind: type) -> None:
-    answer = Donor.answer
+    on_request = Rounds.on_request
 
-    async def answering(self: Donor, sender: PeerId, request: Any) -> Any:
-        reply, payload = await answer(self, sender, request)
-        if isinstance(request, kind) and len(payload) and rogue.due():
+    async def answering(self: Rounds, sender: PeerId, request: Any) -> Any:
+        reply, payload = await on_request(self, sender, request)
+        if isinstance(request, kind) and len(payload):
             rogue.tell(to=sender, request=request.kind)
             payload = bytearray(payload)
             payload[len(payload) // 2] ^= 1
         return reply, payload
 
-    Donor.answer = answering
+    Rounds.on_request = answering
 
 
 @lie
@@ -483,8 +478,6 @@ def protocol(rogue: Rogue) -> None:
 @lie
 def config(rogue: Rogue) -> None:
     """It trains with twice the learning rate of the run file that it was given."""
-    from peers import volunteer
-
     fetch = volunteer._fetch_run
 
     async def fetching(*arguments: Any) -> RunConfig:
@@ -513,6 +506,28 @@ def stubborn(rogue: Rogue) -> None:
 # -- the command ---------------------------------------------------------------------------------------------
 
 
+def install(what: argparse.Namespace) -> None:
+    table, name = (DEATHS, what.die) if what.die else (LIES, what.lie)
+    table[name](Rogue(name, what.number))
+
+
+def deviations() -> argparse.ArgumentParser:
+    """What an order says."""
+    parser = argparse.ArgumentParser(add_help=False)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--die", choices=DEATHS, help="where it kills itself")
+    which.add_argument("--lie", choices=LIES, help="what is not true")
+    parser.add_argument("--number", type=int, help="the N of the deviation")
+    return parser
+
+
+def obey(orders: Path) -> None:
+    """Wait for an order, in a thread: what is patched is looked up at each call."""
+    while not orders.exists():
+        time.sleep(ORDER_SECONDS)
+    install(deviations().parse_args(orders.read_text().split()))
+
+
 def main() -> None:
     about = "\n".join(
         f"  --{option} {name:<14} {' '.join((install.__doc__ or '').split())}"
@@ -521,28 +536,24 @@ def main() -> None:
     )
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos.rogue",
+        parents=[deviations()],
         description=(__doc__ or "").partition("\n")[0],
         epilog=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--die", choices=DEATHS, help="where it kills itself")
-    which.add_argument("--lie", choices=LIES, help="what is not true")
-    parser.add_argument("--number", type=int, help="the N of the deviation")
-    parser.add_argument("--when", type=Path, help="only once this file is there")
-    parser.add_argument("--parent", type=int, help="die with this process (Linux)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what p2ptrain is told: join INVITE …")
+    parser.add_argument("--orders", type=Path, help="behave until this file says what to do")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="join INVITE …, or what a rehearsal runs")
     given = parser.parse_args()
-    if given.parent is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != given.parent:  # it died before the kernel was asked
-            return
-    table, what = (DEATHS, given.die) if given.die else (LIES, given.lie)
-    table[what](Rogue(what, given.number, given.when))
-    sys.argv = ["p2ptrain", *given.command]
-    from peers import cli
-
-    cli.main()
+    if given.orders is not None:
+        threading.Thread(target=obey, args=[given.orders], daemon=True).start()
+    elif given.die or given.lie:
+        install(given)
+    else:
+        parser.error("it needs --die, --lie or --orders")
+    # Put before the command of a rehearsal's child, this takes that command's place.
+    begins = given.command.index(OFFSPRING) if OFFSPRING in given.command else -1
+    sys.argv = ["p2ptrain", *given.command[begins + 1 :]]
+    (offspring if begins >= 0 else cli).main()
 
 
 if __name__ == "__main__":
