@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 import psutil  # type: ignore[import-untyped]
@@ -262,25 +262,34 @@ class Rehearsal:
         return self.bootstrap
 
     def make_peer(
-        self, name: str, listen: str, *, eval_every_steps: int, inside: Sequence[str] = ()
+        self,
+        name: str,
+        listen: str,
+        *,
+        eval_every_steps: int,
+        inside: Sequence[str] = (),
+        invite: str = "",
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> Child:
-        """A volunteer, not started; the bootstrap must be ready. It takes any free port of that address."""
+        """A volunteer, not started; the bootstrap must be ready unless there is another `invite`. It takes
+        any free port of that address. `settings`: fields of its peer file."""
         folder = made(self.folder / name)
-        config = PeerConfig(
-            name=name,
-            data_dir=str(folder),
-            micro_batch_size=self._micro_batch_size,
-            corpus=self._corpus,
-            listen=(_PORT.sub("0", listen),),
-            log_megabytes=self._log_megabytes,
-            eval_every_steps=eval_every_steps,
-        )
+        defaults = {
+            "name": name,
+            "data_dir": str(folder),
+            "micro_batch_size": self._micro_batch_size,
+            "corpus": self._corpus,
+            "listen": (_PORT.sub("0", listen),),
+            "log_megabytes": self._log_megabytes,
+            "eval_every_steps": eval_every_steps,
+        }
+        config = PeerConfig(**{**defaults, **settings})
         peer_file = folder / "peer.toml"
         peer_file.write_text(commented_toml(config))
-        words = ("join", self.invites()[0], "--peer", str(peer_file), "--json")
+        words = ("join", invite or self.invites()[0], "--peer", str(peer_file), "--json")
         self.peers[name] = self.child(name, *words, inside=inside)
         self.chronicle.arrived(name)
-        self._tails[name] = Tail(folder / "journal.jsonl")
+        self._tails[name] = Tail(Path(config.data_dir) / "journal.jsonl")
         return self.peers[name]
 
     def invites(self) -> list[str]:

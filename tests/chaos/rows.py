@@ -1,0 +1,162 @@
+"""The rows of the fault matrix: what a row is, how it is registered, and what it gets to work with.
+
+A row is a function that takes a `Trial`, does its fault to a swarm of its own, and returns the `Figures`
+that it measured, or raises `Failed` with what it saw instead. The rows are in `rows_*.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from p2ptrain.config import BytesTask, RunConfig, Schedule
+from tests.chaos.lab import Lab
+from tests.chaos.swarm import Failed, Swarm
+
+__all__ = ["ROWS", "Failed", "Figures", "Row", "Trial", "load_rows", "row"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a row measured."""
+
+    text: str
+    """A few words for the table."""
+    numbers: dict[str, float]
+    """The same for programs; units last in the names."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault and what must hold under it."""
+
+    number: int
+    fault: str
+    injected: str
+    criterion: str
+    """Beyond I1 to I6, which hold in every row."""
+    gate: bool
+    """Whether it must pass for a release; the others run nightly."""
+    ci: bool
+    """Whether its short form runs with every change."""
+    deadline_seconds: float
+    play: Callable[[Trial], Figures]
+
+
+ROWS: dict[int, Row] = {}
+
+
+def row(
+    number: int,
+    *,
+    fault: str,
+    injected: str,
+    criterion: str,
+    gate: bool = True,
+    ci: bool = False,
+    deadline_seconds: float = 240.0,
+) -> Callable[[Callable[[Trial], Figures]], Callable[[Trial], Figures]]:
+    """Register a function as that row."""
+
+    def register(play: Callable[[Trial], Figures]) -> Callable[[Trial], Figures]:
+        assert number not in ROWS, f"there are two rows {number}"
+        ROWS[number] = Row(number, fault, injected, criterion, gate, ci, deadline_seconds, play)
+        return play
+
+    return register
+
+
+def load_rows() -> dict[int, Row]:
+    """All rows, in order."""
+    for path in sorted(Path(__file__).parent.glob("rows_*.py")):
+        importlib.import_module(f"tests.chaos.{path.stem}")
+    return dict(sorted(ROWS.items()))
+
+
+# -- what a row works with -----------------------------------------------------------------------------------
+
+LARGE = BytesTask()
+"""0.82 M parameters."""
+SMALL = BytesTask(layers=1, width=32, heads=2, context=32)
+"""0.12 M: a step takes little more than its round."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One try at a row."""
+
+    folder: Path
+    seed: int
+    short: bool
+    """The form for CI: a small model, few peers, short waits; the same faults and demands."""
+
+    def pick(self, long: Any, short: Any) -> Any:
+        """The value for the form that is played."""
+        return short if self.short else long
+
+    def run(self, **changes: Any) -> RunConfig:
+        """The run file: steps of about 2 s in the long form, of about half a second in the short one."""
+        base: dict[str, Any] = {
+            "run_id": "matrix",
+            "total_steps": 1_000_000,
+            "target_batch_size": self.pick(192, 512),
+            "seed": self.seed,
+            "task": self.pick(LARGE, SMALL),
+            "schedule": Schedule(warmup_steps=2),
+            "chunk_values": self.pick(65_536, 4096),
+            "heartbeat_seconds": self.pick(1.0, 0.5),
+            "silence_seconds": self.pick(4.0, 3.0),
+        }
+        return RunConfig(**{**base, **changes})
+
+    @contextmanager
+    def swarm(
+        self,
+        *,
+        peers: int = 4,
+        tells: str | None = None,
+        forks: bool = False,
+        micro_batch_size: int = 8,
+        **changes: Any,
+    ) -> Iterator[Swarm]:
+        """A swarm in a lab of its own, training together; `changes`: of the run file. I1 to I6 are checked at
+        the end of the block. The lab's folder is kept if anything failed."""
+        folder = Path(tempfile.mkdtemp(prefix="lab-", dir=self.folder))
+        with (
+            Lab(folder) as lab,
+            Swarm(
+                lab,
+                self.run(**changes),
+                peers=peers,
+                micro_batch_size=micro_batch_size,
+                tells=tells,
+                forks=forks,
+            ) as swarm,
+        ):
+            swarm.together()
+            yield swarm
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises Failed in the block when it takes longer. For the main thread only."""
+
+    def over(number: int, frame: FrameType | None) -> None:
+        raise Failed(f"the row was not over after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
