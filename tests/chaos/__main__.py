@@ -41,7 +41,7 @@ class Played:
     seconds: float
 
 
-def play(row: Row, seeds: Sequence[int], *, short: bool) -> Played:
+def play(row: Row, seeds: Sequence[int], *, short: bool, patient: bool) -> Played:
     """The row with each seed, until one fails. Its processes and hosts are gone afterwards; what they wrote
     is kept if it failed."""
     began, figures = time.monotonic(), list[Figures]()
@@ -55,7 +55,7 @@ def play(row: Row, seeds: Sequence[int], *, short: bool) -> Played:
     for seed in seeds:
         try:
             with deadline(limit):
-                figures.append(row.play(Trial(folder, seed, short)))
+                figures.append(row.play(Trial(folder, seed, short, patient)))
         except NotHere as reason:
             return played(Result.NOT_RUN, str(reason))
         except (Failed, P2PTrainError, OSError) as reason:
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="the short form of the chosen rows; writes no table"
     )
+    parser.add_argument("--patient", action="store_true", help="also the faults that last minutes")
     parser.add_argument("--seeds", default="0", help="each row once with each, with commas")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> None:
         if results:
             left = f", about {duration((time.monotonic() - began) / number * (len(rows) - number))} left"
         print(f"[{number + 1}/{len(rows)}{left}] row {row.number}: {row.fault}", flush=True)
-        results.append(played := play(row, seeds, short=short))
+        results.append(played := play(row, seeds, short=short, patient=options.patient))
         print(f"    {played.result} in {duration(played.seconds)}: {played.measured}", flush=True)
         if not short:  # after each row: a run that is broken off has measured something, too
             today = datetime.now(UTC).date().isoformat()

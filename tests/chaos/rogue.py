@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain import allreduce, trainer
+from p2ptrain import config as config_module
 from p2ptrain.allreduce import Attempt, Contribution, Rounds
 from p2ptrain.config import RunConfig
 from p2ptrain.protocol.member import Member
@@ -472,7 +473,8 @@ def protocol(rogue: Rogue) -> None:
     """It speaks protocol N (the next one)."""
     other = rogue.number or lanes.PROTOCOL_VERSION + 1
     rogue.tell(protocol=other)
-    lanes.PROTOCOL_VERSION = trainer.PROTOCOL_VERSION = other
+    for module in (config_module, lanes, trainer, volunteer):
+        module.PROTOCOL_VERSION = other
 
 
 @lie

@@ -97,6 +97,8 @@ class Trial:
     seed: int
     short: bool
     """The form for CI: a small model, few peers, short waits; the same faults and demands."""
+    patient: bool = False
+    """Also the faults that last minutes."""
 
     def pick(self, long: Any, short: Any) -> Any:
         """The value for the form that is played."""

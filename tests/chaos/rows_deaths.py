@@ -1,4 +1,4 @@
-"""Rows 1 to 8: `kill -9` in each phase. Not covered: two that die at once, as in the storms (rows 36 to 38)."""
+"""Rows 1 to 8: `kill -9` in each phase. Not covered: two that die at once, as in a storm (rows 36 to 38)."""
 
 from __future__ import annotations
 

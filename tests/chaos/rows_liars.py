@@ -12,14 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from p2ptrain.config import BytesTask, commented_toml, run_digest
-from p2ptrain.events import duration
+from p2ptrain.config import BytesTask, commented_toml
 from p2ptrain.swarm.access import decode, encode
 from peers.rehearsal import COMPLAINT, Child
 from tests.chaos.rows import SMALL, Failed, Figures, Trial, row
 from tests.chaos.swarm import Swarm
 from tests.chaos.victims import ROOT, Victim, lies, lost_samples, rogue
 
+STRANGER = (sys.executable, "-m", "tests.chaos.stranger")
 BENCHED_AFTER = 5
 """Attempts that a liar may spoil before it is let in no more."""
 
@@ -160,8 +160,8 @@ def claimed(trial: Trial) -> Figures:
 
 
 def complaint(swarm: Swarm, child: Child, code: int, words: Sequence[str], seconds: float = 60) -> float:
-    """Start it, and wait until it has ended with that exit status and one sentence with these words in it; how
-    long that took."""
+    """Start it, and wait until it has ended with that exit status and one sentence with these words; how long
+    that took."""
     child.start()
     child.awaited = True
     took = swarm.wait(lambda: child.status is not None, f"{child.name} is refused", seconds)
@@ -176,18 +176,16 @@ def complaint(swarm: Swarm, child: Child, code: int, words: Sequence[str], secon
 
 def newcomer(swarm: Swarm, name: str, *words: str, invite: str = "", inside: Sequence[str] = ()) -> Child:
     """Not one of the swarm's peers: it is expected to be refused."""
-    listen, there = swarm.place(name)
-    folder = swarm.lab.folder / name
-    command = ("join", invite or swarm.stage.invites()[-1], "--data-dir", str(folder / "data"), "--json", *words)
-    return swarm.stage.child(name, *command, inside=(*there, *swarm._environment(), *inside))
+    _, there = swarm.place(name)
+    data = str(swarm.lab.folder / name / "data")
+    command = ("join", invite or swarm.stage.invites()[-1], "--data-dir", data, "--json", *words)
+    return swarm.stage.child(name, *command, inside=(*there, *swarm.environment(), *inside))
 
 
 def startup_seconds(swarm: Swarm) -> float:
     """What a process takes here until it knows that its invite is damaged, everything imported: not the
     network's doing."""
-    return complaint(
-        swarm, newcomer(swarm, "damaged", invite=swarm.stage.invites()[-1][:-3]), 2, ["invite"]
-    )
+    return complaint(swarm, newcomer(swarm, "damaged", invite=swarm.stage.invites()[-1][:-3]), 2, ["invite"])
 
 
 @row(
@@ -234,13 +232,13 @@ def other_run(trial: Trial) -> Figures:
         swarm.peers["model"].leave()
         swarm.wait(lambda: not swarm.peers["model"].running, "it has left", 30)
         rate = swarm.rate(since, time.time(), [name for name in swarm.peers if name != "model"])
-        begins = trial.startup_seconds()
+        begins = startup_seconds(swarm)
         late = {name: seconds for name, seconds in numbers.items() if seconds - begins > 5}
         if late:
             raise Failed(f"{late} after the start of the command; imports take {begins:.1f} s of that")
     worst = max(numbers.values()) - begins
     return Figures(
-        f"refused within {worst:.1f} s of being up, with the fields that differ; others at {rate / usual:.0%}",
+        f"refused within {worst:.1f} s of being up, by the fields that differ; others at {rate / usual:.0%}",
         {**numbers, "imports_seconds": begins, "rate_share": rate / usual},
     )
 
@@ -260,8 +258,7 @@ def no_token(trial: Trial) -> Figures:
         addresses = [decode(swarm.invite(name)).addresses[0] for name in others]
         _, there = swarm.place("stranger")
         asked = subprocess.run(
-            [*there, *swarm._environment(), sys.executable, "-m", "tests.chaos.stranger", swarm.run.run_id]
-            + addresses,
+            [*there, *swarm.environment(), *STRANGER, swarm.run.run_id, *addresses],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -357,7 +354,7 @@ def other_checkpoints(trial: Trial) -> Figures:
         stop(swarm, "foreign")
         strange = swarm.run.model_copy(update={"seed": swarm.run.seed + 1})
         for each in folder(swarm, "foreign").iterdir():
-            forge(each, strange.model_dump_json(indent=2), run_digest(strange))
+            forge(each, strange.model_dump_json(indent=2))
         refused = complaint(swarm, swarm.peers["foreign"], 3, ["checkpoint", "seed", "data_dir"])
         shutil.rmtree(folder(swarm, "foreign"))
         swarm.restart("foreign")
@@ -369,13 +366,15 @@ def other_checkpoints(trial: Trial) -> Figures:
     )
 
 
-def forge(path: Path, run_json: str, digest: str) -> None:
+def forge(path: Path, run_json: str) -> None:
     """Make a checkpoint of this folder's that says it is of another run; whole, by its own hashes."""
     from p2ptrain.replica import checkpoint
 
     manifest = checkpoint._read_manifest(path)
     (path / checkpoint.RUN).write_text(run_json)
-    note = checkpoint.FileNote(size_bytes=len(run_json.encode()), sha256=checkpoint._sha256(run_json.encode()))
+    note = checkpoint.FileNote(
+        size_bytes=len(run_json.encode()), sha256=checkpoint._sha256(run_json.encode())
+    )
     manifest = manifest.model_copy(update={"files": {**manifest.files, checkpoint.RUN: note}})
     manifest = manifest.model_copy(update={"digest": manifest.own_digest()})
     (path / checkpoint.MANIFEST).write_text(manifest.model_dump_json(indent=2))

@@ -1,9 +1,9 @@
-"""Somebody without an invite, who found a peer's address: asks for all that a peer gives, and tells what it got.
+"""Somebody without an invite who found a peer's address: asks for all that a peer gives, and tells what came.
 
     python -m tests.chaos.stranger RUN_ID ADDRESS…
 
-Each address ends in `/p2p/` and a peer id. It speaks the protocol with a fingerprint of its own making, prints
-one JSON object (`asked`, `refused`, `got_bytes`), and ends. Not covered: a stranger who knows the run file, for
+Each address ends in `/p2p/` and a peer id. It speaks the protocol with a fingerprint of its own making and
+prints one JSON object (`asked`, `refused`, `got_bytes`). Not covered: a stranger who knows the run file, for
 that is what an invite leads to.
 """
 
@@ -25,7 +25,9 @@ NOTHING = "0" * 64
 
 async def ask(run_id: str, addresses: list[str], folder: Path) -> dict[str, int]:
     told = {"asked": 0, "refused": 0, "got_bytes": 0}
-    swarm = Libp2pSwarm(folder / "key", run_id, "5" * 64, initial_peers=addresses, listen=["/ip4/0.0.0.0/tcp/0"])
+    swarm = Libp2pSwarm(
+        folder / "key", run_id, "5" * 64, initial_peers=addresses, listen=["/ip4/0.0.0.0/tcp/0"]
+    )
     questions: list[Request] = [
         GetManifest(),
         GetPiece(state_digest=NOTHING, number=0),

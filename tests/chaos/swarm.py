@@ -109,7 +109,7 @@ class Swarm:
         ready = len(self.stage.invites())
         if self.bootstrap.pid is None:
             listen, inside = self.lab.place("bootstrap")
-            self.stage.make_bootstrap(listen, (*inside, *self._environment()))
+            self.stage.make_bootstrap(listen, (*inside, *self.environment()))
         self.bootstrap.start()
         self.wait(lambda: len(self.stage.invites()) > ready, "the bootstrap is ready", START_SECONDS)
 
@@ -134,7 +134,7 @@ class Swarm:
             name,
             listen,
             eval_every_steps=0,
-            inside=(*there, *self._environment(), *inside),
+            inside=(*there, *self.environment(), *inside),
             invite=invite,
             settings={"listen": (listen,), "metrics_port": METRICS_PORT, **settings},
         )
@@ -170,8 +170,8 @@ class Swarm:
     def _child(self, name: str) -> Child:
         return self.bootstrap if name == "bootstrap" else self.peers[name]
 
-    def _environment(self) -> tuple[str, ...]:
-        """Words before a command: its temporary files are in a folder of this lab."""
+    def environment(self) -> tuple[str, ...]:
+        """Words before a command, behind those of its host: its temporary files are in this lab's folder."""
         folder = self.lab.folder / "t"
         folder.mkdir(exist_ok=True)
         return ("env", f"TMPDIR={folder}")

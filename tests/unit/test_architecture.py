@@ -64,6 +64,7 @@ ROOMS = {
     "p2ptrain.gradients": Room(WORDS, TORCH, PURE),
     # 2: rim, state, work, eyes
     "p2ptrain.swarm": Room(WORDS, names("base58 cryptography msgpack pydantic")),
+    "p2ptrain.swarm.holders": Room(frozenset(), names("psutil")),
     "p2ptrain.swarm.libp2p": Room(WORDS | {"p2ptrain.swarm"}, names("base58 hivemind pydantic")),
     "p2ptrain.replica": Room(
         WORDS | names("p2ptrain.protocol p2ptrain.gradients"),
