@@ -40,6 +40,7 @@ def honest(swarm: Swarm, victim: Victim) -> list[str]:
     fault="NaN, Inf, a gradient 1e6 times too large from one peer",
     injected="a lying volunteer",
     criterion="refused before averaging; counted; benched after a few",
+    deadline_seconds=400,
 )
 def not_finite(trial: Trial) -> Figures:
     told, numbers, wrong = [], {}, []
@@ -52,7 +53,7 @@ def not_finite(trial: Trial) -> Figures:
         for lie in ("nan", "inf", "huge"):
             since = time.time()
             liar.order("--lie", lie)
-            swarm.watch(trial.pick(30, 10))
+            swarm.watch(trial.pick(30, 8))
             until = time.time()
             rate = swarm.rate(since, until, others)
             spoiled = {

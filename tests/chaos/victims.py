@@ -129,14 +129,20 @@ def first_commits(swarm: Swarm, names: Sequence[str], at: float, seconds: float,
 
 
 def lost_samples(swarm: Swarm, names: Sequence[str], since: float) -> int:
-    """Samples that these peers had for a step and that no round of theirs counted, since that time. A
-    micro-batch that ends after the round it was for was never part of it."""
-    return sum(
-        record["samples"]
-        for name in names
-        for record in swarm.events(name, "samples_wasted", since)
-        if not any(each["step"] == record["step"] for each in swarm.commits(name))
-    )
+    """Samples that these peers had for the step where they stood and that no round counted, since that time.
+    A micro-batch that ends when its step is over was never part of it."""
+    lost = 0
+    for name in names:
+        at = 0
+        for record in swarm.told[name]:
+            match record:
+                case {"event": "round_committed", "step": step}:
+                    at = step + 1
+                case {"event": "caught_up", "to_step": step}:
+                    at = step
+                case {"event": "samples_wasted", "step": step, "samples": samples}:
+                    lost += samples if step == at and moment(record) >= since else 0
+    return lost
 
 
 def strike(swarm: Swarm, victim: Victim, *phase: str) -> Death:
