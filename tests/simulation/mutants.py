@@ -24,8 +24,8 @@ class CommitsTooSoon(Member):
 class StepsAlone(Member):
     """Applies what it holds, without waiting for the commit."""
 
-    def held(self, header: EntryHeader, now: float) -> list[Effect]:
-        effects = super().held(header, now)
+    def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
+        effects = super().held(header, reduce_seconds, now)
         if self.stage is Stage.HELD and not any(isinstance(effect, Apply) for effect in effects):
             self.stage = Stage.OUTSIDE
             effects.append(Apply(header, ()))

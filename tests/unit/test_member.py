@@ -466,12 +466,13 @@ def test_member_never_declares_done_when_it_has_promised_a_successor_otherwise()
         parent=standing_at(6, (A, B, C))[0].lineage,
         ballot=Ballot(number=1, leader=A),
         roster=(A, B, C),
+        incarnations=("1.0", "1.0", "1.0"),
         spans=(0, 4, 8, 12),
         finishing=(),
         cutoff_seconds=0.0,
         deadline_seconds=3.0,
     )
-    assert member.held(story.header(freeze, "m"), story.now) == []
+    assert member.held(story.header(freeze, "m"), 0.0, story.now) == []
     assert member.received(A, freeze, story.now) == [Send(A, member.answer())]
     assert member.answer().held is None
 
@@ -880,6 +881,7 @@ def test_freeze_is_not_obeyed_when_it_does_not_fit(change: dict[str, object]) ->
         parent=member.position.lineage,
         ballot=Ballot(number=9, leader=B),
         roster=(A, B, C),
+        incarnations=("1.0", "1.0", "1.0"),
         spans=(0, 4, 8, 12),
         finishing=(),
         cutoff_seconds=0.0,
