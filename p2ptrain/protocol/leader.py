@@ -166,9 +166,8 @@ class Leader:
         """
         if not self.quorate(here := {self.me, *self._answers}):
             self._ask_deadline = now + self._deadlines.silence_seconds(self.electorate)
-            self._asked |= self.electorate - {self.me}
-            question = Ask(position=self.position, ballot=self.ballot)
-            again = [Send(peer, question) for peer in sorted(self._asked - self._answers.keys())]
+            silent = (self._asked | self.electorate) - here
+            again = [effect for peer in sorted(silent) for effect in self.again(peer)]
             return [*again, *self._wait(self._short_of(here))]
         self.phase = Phase.COLLECTING
         self._asked = set()
@@ -377,7 +376,7 @@ class Leader:
         """The link to a member was reset: repeat what it may have missed."""
         if self.phase is Phase.REDUCING and self.attempt and peer in self.attempt.freeze.roster:
             return [Send(peer, self.attempt.freeze)]
-        if self.phase is Phase.ASKING and peer in self._asked and peer not in self._answers:
+        if self.phase is Phase.ASKING and peer in (self._asked | self.electorate) - self._answers.keys():
             return [Send(peer, Ask(position=self.position, ballot=self.ballot))]
         return []
 
