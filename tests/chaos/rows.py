@@ -157,7 +157,8 @@ class Trial:
                 forks=forks,
             ) as swarm,
         ):
-            swarm.together()
+            if peers:
+                swarm.together()
             yield swarm
         shutil.rmtree(folder)
 

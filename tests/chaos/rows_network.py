@@ -58,7 +58,7 @@ def bootstrap_killed(trial: Trial) -> Figures:
 )
 def bootstrap_absent(trial: Trial) -> Figures:
     took = {}
-    with trial.swarm(peers=2) as swarm:
+    with trial.swarm(peers=0) as swarm:
         address = f"/ip4/{swarm.lab.address('bootstrap')}/tcp/{PORT}"
         swarm.kill("bootstrap")
         for how in ("closed", "unplugged"):
