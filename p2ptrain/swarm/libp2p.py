@@ -72,8 +72,8 @@ logger = logging.getLogger(__name__)
 use_hivemind_log_handler("nowhere")
 logging.getLogger("hivemind").setLevel(logging.ERROR)
 
-CONNECT_SECONDS = 10.0
-"""At the start, for all initial peers together."""
+CONNECT_SECONDS = 5.0
+"""At the start, for all initial peers together: with the start itself, whoever waits hears within 10 s."""
 TWIN_SECONDS = 3.0
 """For finding out whether our identity is online elsewhere; if it takes longer, it is not."""
 RESTART_SECONDS = 30.0
@@ -85,7 +85,7 @@ UPKEEP_SECONDS = 2.0
 """Between two looks at our own daemon."""
 HANG_SECONDS = 15.0
 """A daemon that does not answer a simple question for so long is killed."""
-REENTER_SECONDS = 10.0
+REENTER_SECONDS = 3.0
 """Between two attempts to get back to initial peers that were lost."""
 
 READ_BUFFER_BYTES = 2**20

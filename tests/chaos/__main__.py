@@ -1,6 +1,7 @@
 """Play rows of the fault matrix and write what was measured into this folder's README.
 
-    python -m tests.chaos [--gate | --nightly | --ci | --all | --rows 1,2,5] [--seeds 0,1,2] [--json]
+    python -m tests.chaos [--gate | --nightly | --ci | --all | --rows 1,2,5]
+        [--short | --soak] [--seeds 0,1,2] [--json]
 
 Exit status 1 if a row failed, 3 if none did but one could not be run here.
 """
@@ -22,11 +23,11 @@ from pathlib import Path
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.events import duration
 from tests.chaos.lab import NotHere
-from tests.chaos.rows import Failed, Figures, Row, Trial, deadline, load_rows
+from tests.chaos.rows import Failed, Figures, Form, Row, Trial, deadline, load_rows
 from tests.chaos.table import Line, Result, update
 
-SHORT_SHARE = 0.5
-"""What a row's short form may take of its deadline."""
+DEADLINES = {Form.SHORT: 0.5, Form.GATE: 1.0, Form.SOAK: 20.0}
+"""How much of its deadline a row may take in each form."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Played:
     seconds: float
 
 
-def play(row: Row, seeds: Sequence[int], *, short: bool, patient: bool) -> Played:
+def play(row: Row, seeds: Sequence[int], form: Form) -> Played:
     """The row with each seed, until one fails. Its processes and hosts are gone afterwards; what they wrote
     is kept if it failed."""
     began, figures = time.monotonic(), list[Figures]()
     folder = Path(tempfile.mkdtemp(prefix=f"row{row.number}-"))
-    limit = row.deadline_seconds * (SHORT_SHARE if short else 1)
+    limit = row.deadline_seconds * DEADLINES[form]
 
     def played(result: Result, measured: str) -> Played:
         numbers = tuple(each.numbers for each in figures)
@@ -55,7 +56,7 @@ def play(row: Row, seeds: Sequence[int], *, short: bool, patient: bool) -> Playe
     for seed in seeds:
         try:
             with deadline(limit):
-                figures.append(row.play(Trial(folder, seed, short, patient)))
+                figures.append(row.play(Trial(folder, seed, form)))
         except NotHere as reason:
             return played(Result.NOT_RUN, str(reason))
         except (Failed, P2PTrainError, OSError) as reason:
@@ -103,21 +104,22 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="the short form of the chosen rows; writes no table"
     )
-    parser.add_argument("--patient", action="store_true", help="also the faults that last minutes")
+    parser.add_argument("--soak", action="store_true", help="the long form of the chosen rows")
     parser.add_argument("--seeds", default="0", help="each row once with each, with commas")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
     rows, seeds = chosen(load_rows(), options), [int(seed) for seed in options.seeds.split(",")]
-    short, began = options.ci or options.short, time.monotonic()
+    form = Form.SHORT if options.ci or options.short else Form.SOAK if options.soak else Form.GATE
+    began = time.monotonic()
     results: list[Played] = []
     for number, row in enumerate(rows):
         left = ""
         if results:
             left = f", about {duration((time.monotonic() - began) / number * (len(rows) - number))} left"
         print(f"[{number + 1}/{len(rows)}{left}] row {row.number}: {row.fault}", flush=True)
-        results.append(played := play(row, seeds, short=short, patient=options.patient))
+        results.append(played := play(row, seeds, form))
         print(f"    {played.result} in {duration(played.seconds)}: {played.measured}", flush=True)
-        if not short:  # after each row: a run that is broken off has measured something, too
+        if form is not Form.SHORT:  # after each row: a run that is broken off has measured something, too
             today = datetime.now(UTC).date().isoformat()
             line = Line(row.number, row.fault, row.injected, played.measured, played.result, commit(), today)
             update([line])
@@ -137,7 +139,7 @@ def main() -> None:
             }
             for played in results
         ]
-        print(json.dumps({"commit": commit(), "short": short, "seeds": seeds, "rows": report}))
+        print(json.dumps({"commit": commit(), "form": form.value, "seeds": seeds, "rows": report}))
     sys.exit(1 if failed else 3 if missing else 0)
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from p2ptrain.config import BytesTask, RunConfig, Schedule
 from tests.chaos.lab import Lab
 from tests.chaos.swarm import Failed, Swarm
 
-__all__ = ["ROWS", "Failed", "Figures", "Row", "Trial", "load_rows", "row"]
+__all__ = ["ROWS", "Failed", "Figures", "Form", "Row", "Trial", "load_rows", "must", "row"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def load_rows() -> dict[int, Row]:
     return dict(sorted(ROWS.items()))
 
 
+def must(holds: bool, told: str) -> None:
+    """Raises Failed with this unless it holds."""
+    if not holds:
+        raise Failed(told)
+
+
 # -- what a row works with -----------------------------------------------------------------------------------
 
 LARGE = BytesTask()
@@ -89,23 +96,30 @@ SMALL = BytesTask(layers=1, width=32, heads=2, context=32)
 """0.12 M: a step takes little more than its round."""
 
 
+class Form(Enum):
+    """How much of itself a row shows; the faults and demands are the same."""
+
+    SHORT = "short"
+    """For CI: a small model, few peers, short waits."""
+    GATE = "gate"
+    SOAK = "soak"
+    """As long as the row's fault asks for; the others are as in the gate."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One try at a row."""
 
     folder: Path
     seed: int
-    short: bool
-    """The form for CI: a small model, few peers, short waits; the same faults and demands."""
-    patient: bool = False
-    """Also the faults that last minutes."""
+    form: Form
 
-    def pick(self, long: Any, short: Any) -> Any:
-        """The value for the form that is played."""
-        return short if self.short else long
+    def pick(self, gate: Any, short: Any, soak: Any = None) -> Any:
+        """The value for the form that is played; with no `soak` the gate's holds there, too."""
+        return short if self.form is Form.SHORT else gate if self.form is Form.GATE or soak is None else soak
 
     def run(self, **changes: Any) -> RunConfig:
-        """The run file: steps of about 2 s in the long form, of about half a second in the short one."""
+        """The run file: steps of about 2 s, in the short form of about half a second."""
         base: dict[str, Any] = {
             "run_id": "matrix",
             "total_steps": 1_000_000,
@@ -143,7 +157,8 @@ class Trial:
                 forks=forks,
             ) as swarm,
         ):
-            swarm.together()
+            if peers:
+                swarm.together()
             yield swarm
         shutil.rmtree(folder)
 

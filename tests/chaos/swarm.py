@@ -8,10 +8,15 @@ they wrote, what they left, and what their metrics said. Not covered: the faults
 from __future__ import annotations
 
 import re
+import statistics
+import subprocess
+import sys
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +24,7 @@ import psutil
 
 from p2ptrain.config import RunConfig, run_digest
 from p2ptrain.swarm.access import Invite, encode
+from p2ptrain.tasks import build_task
 from peers.chronicle import Record, moment
 from peers.ledger import Ledger
 from peers.rehearsal import Child, Rehearsal
@@ -295,6 +301,40 @@ class Swarm:
         """Every series of that peer's page. Raises OSError if it does not answer."""
         return self.lab.within(name, lambda: _scrape(f"http://127.0.0.1:{METRICS_PORT}/metrics"))
 
+    def values(self) -> int:
+        """Values of the model, and so of a gradient."""
+        model = build_task(self.run, "").build_model(0)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def run_command(self, name: str, *words: str) -> str:
+        """What `p2ptrain` with these words says on that peer's host, within 30 s, on stdout and stderr."""
+        command = [
+            *self.lab.hosts.hosts[name].inside,
+            str(Path(sys.executable).with_name("p2ptrain")),
+            *words,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return done.stdout + done.stderr
+
+    def memory_slopes(self, seconds: float, *, settle_seconds: float) -> dict[str, float]:
+        """Growth of each process's memory in MB per minute, over so many seconds; those at first do not
+        count."""
+        points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        began = time.monotonic()
+        while (now := time.monotonic() - began) < seconds:
+            self.watch(1)
+            for child in (self.bootstrap, *self.peers.values()):
+                for number, process in enumerate(child.family()):
+                    with suppress(psutil.NoSuchProcess):
+                        if now >= settle_seconds:
+                            owner = child.name if number == 0 else f"{child.name} p2pd"
+                            points[owner].append((now, process.memory_info().rss / 1e6))
+        return {
+            name: 60 * statistics.linear_regression(*zip(*line, strict=True)).slope
+            for name, line in points.items()
+            if len(line) >= 3
+        }
+
     # -- the invariants --------------------------------------------------------------------------------------
 
     def _heard(self, name: str, record: Record) -> None:
@@ -321,7 +361,7 @@ class Swarm:
         self.states_compared = found.states_compared
         problems += found.problems
         problems += [f"I1: {difference}" for difference in self.stage.chronicle.differences()]
-        if len(self.peers) > 1 and not found.states_compared:
+        if len([name for name in self.told if self.commits(name)]) > 1 and not found.states_compared:
             problems.append("I1: no two peers ever hashed one state, so nothing was compared")
         problems += self._left_over()
         if self.tells is not None:
