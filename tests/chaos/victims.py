@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.chronicle import moment
-from tests.chaos.rows import Failed, Trial
+from tests.chaos.rows import Failed, Form, Trial
 from tests.chaos.swarm import Swarm
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +188,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="deaths-"))
     phases = [EVERYWHERE[number % len(EVERYWHERE)] for number in range(given.times)]
-    with Trial(folder, given.seed, short=False).swarm(peers=given.peers - 1) as swarm:
+    with Trial(folder, given.seed, Form.GATE).swarm(peers=given.peers - 1) as swarm:
         victim = Victim(swarm)
         swarm.together()
         found, back = deaths(swarm, victim, phases)
