@@ -57,7 +57,8 @@ def rogue(*options: str) -> tuple[str, ...]:
 
 def lies(swarm: Swarm, name: str) -> list[dict[str, Any]]:
     """What the rogue says that it did, in all its lives."""
-    lines = swarm.peers[name].log.read_text(errors="replace").splitlines()
+    log = swarm.peers[name].log
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return [json.loads(line.removeprefix(SAYS)) for line in lines if line.startswith(SAYS)]
 
 
