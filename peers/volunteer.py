@@ -98,7 +98,7 @@ async def volunteer(
             run = await _fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
-                    f"this is another run than the one in the swarm: {'; '.join(differing)} there; "
+                    f"this is another run than the one in the swarm: {'; '.join(differing)}; "
                     "join without --run to take the swarm's, or ask the organizer for the right invite"
                 )
             check_together(run, config)

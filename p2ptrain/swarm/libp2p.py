@@ -757,7 +757,7 @@ def _sole_user(identity: Path) -> BinaryIO:
         file.close()
         raise LocalFault(
             f"the identity {identity} is in use on this machine by {lock_holder(identity)}; "
-            "stop that one, or give this one a data_dir, and so an identity, of its own"
+            "stop that one, or give this one a data_dir, and so an identity file of its own"
         ) from None
     return file
 
