@@ -123,7 +123,7 @@ class Trial:
         base: dict[str, Any] = {
             "run_id": "matrix",
             "total_steps": 1_000_000,
-            "target_batch_size": self.pick(192, 512),
+            "target_batch_size": self.pick(192, 1024),
             "seed": self.seed,
             "task": self.pick(LARGE, SMALL),
             "schedule": Schedule(warmup_steps=2),

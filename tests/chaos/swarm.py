@@ -134,13 +134,14 @@ class Swarm:
         start: bool = True,
         **settings: Any,
     ) -> Child:
-        """A peer on a new host. `inside`: more words before its command; `settings`: of its peer file."""
+        """A peer on a new host. `inside`: words before the command that puts it there, such as
+        `Group.inside`; `settings`: of its peer file."""
         listen, there = self.place(name, behind_nat=behind_nat)
         child = self.stage.make_peer(
             name,
             listen,
             eval_every_steps=0,
-            inside=(*there, *self._environment(), *inside),
+            inside=(*inside, *there, *self._environment()),
             invite=invite,
             settings={"listen": (listen,), "metrics_port": METRICS_PORT, **settings},
         )
