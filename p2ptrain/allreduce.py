@@ -366,6 +366,7 @@ class Rounds:
         self._note = note
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._closed = False
 
     # -- for the trainer -------------------------------------------------------------------------------------
@@ -518,12 +519,13 @@ class Rounds:
     def _arm(self) -> None:
         due = self.member.deadline()
         if self._timer is not None:
-            if self._timer.when() == due:
+            if self._due == due:
                 return
             self._timer.cancel()
             self._timer = None
         if due != float("inf"):
-            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+            # Remembered here: what uvloop returns for a time that has come does not know its own.
+            self._due, self._timer = due, asyncio.get_running_loop().call_at(due, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
