@@ -82,8 +82,10 @@ class _Lane:
         self._waiting_bytes = 0
 
     def offer(self, frame: bytes) -> bool:
-        """Queue the frame; False if the queue is full."""
+        """Queue the frame; False if the queue is full, or the stream has just broken."""
         writer = self.opened.result() if self.opened.done() and not self.opened.exception() else None
+        if writer is not None and writer.is_closing():  # uvloop raises RuntimeError for a write to it
+            return False
         queued = self._waiting_bytes if writer is None else writer.transport.get_write_buffer_size()
         if queued + len(frame) > MAX_QUEUED_BYTES:
             return False
@@ -485,6 +487,8 @@ class Lanes:
     def _write(self, writer: asyncio.StreamWriter, kind: Kind, header: Wire, payload: Buffer = b"") -> None:
         content = memoryview(payload).cast("B")
         frame = pack(header, content.nbytes)
+        if writer.is_closing():  # uvloop raises RuntimeError for a write to it
+            raise Unreachable("the stream broke as soon as it was open")
         writer.write(frame)
         writer.write(content)
         self._sent[kind] += len(frame) + content.nbytes
