@@ -122,7 +122,7 @@ def halves_apart(trial: Trial) -> Figures:
     with trial.swarm(peers=4, quorum="majority", tells="p2ptrain_waiting") as swarm:
         swarm.lab.part(right)
         cut_at = time.time()
-        swarm.watch(trial.pick(30, 8))
+        swarm.watch(trial.pick(30, 15))
         healed_at = time.time()
         late = _steps_of(swarm, [*left, *right], cut_at + _grace(swarm), healed_at)
         must(late == 0, f"{late} steps were committed in a half that is no majority")
@@ -156,7 +156,7 @@ def one_apart(trial: Trial) -> Figures:
             rate = swarm.pace(trial.pick(15, 4))
             swarm.lab.part([alone])
             cut_at = time.time()
-            swarm.watch(trial.pick(60, 12))
+            swarm.watch(trial.pick(60, 20))
             healed_at = time.time()
             swarm.lab.heal()
             heals[quorum] = swarm.together()
