@@ -3,7 +3,7 @@
 `faults` decides what happens, `ledger` counts, `rehearsal` has the processes; here one is done to the other.
 
 Not covered: faults of machines, such as a full disk, lost packets, or a clock that jumps. All peers share the
-processors of this machine: what a start or a joiner costs is taken from those who train.
+processors of this machine, so a start takes time from those who train; only a crowd gets half of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from peers.rehearsal import (
     new_folder,
     peer_config,
 )
-from peers.sites import Site, site
+from peers.sites import Site, half, site
 
 EVAL_EVERY_STEPS = 20
 CHECKPOINT_EVERY_STEPS = 10
@@ -138,7 +138,7 @@ class _Chaos:
         """Until all peers have been in one round."""
         stage, everyone = self._stage, self._options.peers
         listen, inside = self._where.place(BOOTSTRAP)
-        stage.make_bootstrap(listen, inside).start()
+        stage.make_bootstrap(listen, (*inside, *self._processors(BOOTSTRAP))).start()
         if not self._watch(lambda: bool(stage.invites()), PATIENCE_SECONDS):
             raise RehearsalFailed(
                 f"the bootstrap was not ready after {PATIENCE_SECONDS:.0f} s: {stage.bootstrap.last_words()}"
@@ -272,17 +272,27 @@ class _Chaos:
 
     def _start_another(self, name: str) -> None:
         listen, inside = self._where.place(name)
+        inside = (*inside, *self._processors(name))
         self._stage.make_peer(name, self._config, listen, inside).start()
         self._ledger.restarted(name)
+
+    def _processors(self, name: str) -> tuple[str, ...]:
+        """Words that keep a process off the crowd's processors, or on them.
+
+        In life, newcomers load their modules on machines of their own.
+        """
+        if Kind.CROWD not in self._options.kinds:
+            return ()
+        return half(second=self._crowd is not None and name in self._crowd.on)
 
     def _do(self, deed: Strike | Mend) -> None:
         match deed:
             case Strike():
                 self._faults[deed.kind] += 1
-                self._strike(deed.kind, deed.on)
                 self._struck_at = time.time()
                 if deed.kind is Kind.CROWD:
                     self._crowd, self._crowd_at = deed, self._struck_at
+                self._strike(deed.kind, deed.on)
             case Mend():
                 self._mend(deed.kind, deed.on)
 

@@ -38,7 +38,7 @@ class Kind(StrEnum):
     SPAWN = "spawn"
     """Another peer comes."""
     CROWD = "crowd"
-    """All further peers that there may be come at once."""
+    """All further peers that there may be come at once, and compute on processors of their own."""
 
 
 def parse_kinds(text: str) -> tuple[Kind, ...]:

@@ -131,6 +131,22 @@ def site(*, apart: bool, megabits: float | None) -> Iterator[Site]:
         hosts.close()
 
 
+def half(second: bool) -> tuple[str, ...]:
+    """Words before a command that keep it on one half of this machine's processors.
+
+    Raises ConfigError where there are no halves.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) < 2 or shutil.which("taskset") is None:
+        raise ConfigError(
+            "crowd keeps the newcomers off the processors of those who train: it needs two of them, and "
+            "the program taskset (apt-get install util-linux), or leave crowd out of --faults"
+        )
+    middle = len(processors) // 2
+    chosen = processors[middle:] if second else processors[:middle]
+    return ("taskset", "--cpu-list", ",".join(map(str, chosen)))
+
+
 def _sweep() -> None:
     """Take away what rehearsals left that were killed, and so could not."""
     for name, pid, kind in _OURS.findall(_try_ip("-o", "link") + _try_ip("netns")):
