@@ -172,7 +172,8 @@ def chaos(
 
     if max_peers < peers:
         raise ConfigError(f"--max-peers ({max_peers}) is less than --peers ({peers}); raise it")
-    settings = load_run(run) if run else RunConfig(run_id="rehearsal")
+    # Steps that take as long as those of a larger model; in a faster swarm newcomers are late for ever.
+    settings = load_run(run) if run else RunConfig(run_id="rehearsal", target_batch_size=256)
     options = role.Options(
         run=settings,
         peers=peers,

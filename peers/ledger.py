@@ -9,6 +9,7 @@ attempt of which only peers knew that were killed in it. What is being computed 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -280,11 +281,13 @@ def spread(durations: Iterable[float]) -> Spread:
 
 
 def loss_at(samples: int, curve: Sequence[tuple[int, float]]) -> float | None:
-    """The loss after so many samples on a curve of (samples, loss), between two points on the line; None
-    beyond its ends."""
+    """The loss after so many samples on a curve of (samples, loss); None beyond its ends.
+
+    Between two points it falls with the logarithm of the samples, as losses do; a straight line lies above.
+    """
     for (before, high), (after, low) in pairwise(curve):
-        if before <= samples <= after:
-            return high + (low - high) * (samples - before) / max(after - before, 1)
+        if before <= samples <= after and 0 < before < after:
+            return high + (low - high) * math.log(samples / before) / math.log(after / before)
     return None
 
 

@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 
+from p2ptrain.config import load_run
 from p2ptrain.errors import ConfigError
-from tests.swarm.rehearsals import SMALL_RUN, Started
+from tests.swarm.rehearsals import Started
 
 pytestmark = pytest.mark.swarm
+
+RUN = Path(__file__).parents[2] / "configs/runs/rehearsal-tiny.toml"
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts a rehearsal of small peers with these options."""
+    """Starts a rehearsal of tiny peers with these options."""
     rehearsals: list[Started] = []
 
     def started(*options: str) -> Started:
-        (tmp_path / "run.toml").write_text(SMALL_RUN)
-        rehearsals.append(Started(tmp_path, "chaos", str(tmp_path / "run.toml"), *options))
+        rehearsals.append(Started(tmp_path, "chaos", str(RUN), *options))
         return rehearsals[-1]
 
     yield started
@@ -45,7 +47,7 @@ def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_str
 ) -> None:
     kinds = "kill,leave,bootstrap,spawn"
     options = ("--peers", "3", "--max-peers", "4", "--absence", "0.5", "--seed", "5")
-    chaos = start(*options, "--faults", kinds, "--rate", "30/min", "--seconds", "20")
+    chaos = start(*options, "--faults", kinds, "--rate", "40/min", "--seconds", "15")
     assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
     receipt, told = chaos.receipt(), chaos.output.read_text()
     assert receipt["problem"] == ""
@@ -64,7 +66,8 @@ def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_str
     assert receipt["rounds_attempted"] >= receipt["rounds_committed"] > 1
     samples = receipt["samples"]
     assert samples["computed"] == samples["used"] + sum(samples["wasted"].values()) + samples["lost"]
-    assert samples["used"] >= 48 * (receipt["steps"] - 5), "a few rounds may follow while all leave"
+    batch = load_run(RUN).target_batch_size
+    assert samples["used"] >= batch * (receipt["steps"] - 5), "a few rounds may follow while all leave"
     assert 0 < receipt["participation"] <= 1
     assert receipt["resume_seconds"]["count"] <= receipt["faults"]["kill"]
     assert receipt["longest_gap_seconds"] < receipt["seconds"]
@@ -90,7 +93,7 @@ def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_p
 def test_both_sides_end_on_one_lineage_when_the_network_was_cut(start: Callable[..., Started]) -> None:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.fail("this test parts a network: run it as root, with iproute2 (apt-get install iproute2)")
-    options = ("--faults", "partition,pause", "--rate", "2/s", "--seconds", "8", "--seed", "2")
+    options = ("--faults", "partition,pause", "--rate", "2/s", "--seconds", "6", "--seed", "2")
     chaos = start("--peers", "3", "--megabits", "100", *options)
     assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
     receipt, told = chaos.receipt(), chaos.output.read_text()
