@@ -62,7 +62,7 @@ class Hosts:
     `megabits`: how many each may send, and receive, per second; None for what the machine can.
     """
 
-    def __init__(self, megabits: float | None) -> None:
+    def __init__(self, megabits: float | None = None) -> None:
         self._megabits = megabits
         self._prefix = f"p2pc{os.getpid()}"
         self._whole, self._cut = f"{self._prefix}b0", f"{self._prefix}b1"
@@ -109,7 +109,7 @@ class Hosts:
 
 
 @contextmanager
-def site(*, apart: bool, megabits: float | None) -> Iterator[Site]:
+def site(*, apart: bool, megabits: float | None = None) -> Iterator[Site]:
     """A site. If it can be parted, or has a rate (see `Hosts`), each process is on a host of its own, which
     needs root and the program `ip`.
 

@@ -70,6 +70,9 @@ def refusal(load, path) -> str:
 DIGESTS = {
     "default": "b41c2058ea63d9cd375a1d20774e60fb7639b27c3a0333c53ca67fa152e029dd",
     "own-text": "0e95220dd66c67885292659a529d561ada80b2d5f1537d80cd6f4dcb5b2bc898",
+    "rehearsal": "714f00df2429f685875e2359fb856c9afc6d3c9877059e95f9503e7e231f8e67",
+    "rehearsal-slow": "da7b921a4a29a0f61f18db711f505ce0c461c1ca1f1790e12aeabf19a839031f",
+    "rehearsal-tiny": "0b0613276cf5b0dd6ef271aca28b3b56570b9ad2edb905b838ed4552a85785f6",
     "tiny": "a2a6e4ee457822fcc41dc72f428a1f91014df04b2481fa51b5d07086f88a067e",
 }
 
