@@ -360,7 +360,7 @@ class Rounds:
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
-        """When the timer goes off. uvloop's does not tell, if that time has passed: it is a plain handle then."""
+        """When the timer goes off. It may not tell: uvloop gives a plain handle for a time that has passed."""
         self._closed = False
 
     # -- for the trainer -------------------------------------------------------------------------------------
