@@ -360,7 +360,7 @@ class Rounds:
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
-        """When the timer goes off. It may not tell: uvloop gives a plain handle for a time that has passed."""
+        """When the timer goes off. uvloop's cannot be asked if that time has passed: it is no timer then."""
         self._closed = False
 
     # -- for the trainer -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from p2ptrain.errors import ConfigError
 from p2ptrain.events import duration
+from peers.display import replica_words
 from peers.faults import NO_KIND
 from peers.ledger import Samples, Spread
 
@@ -131,8 +132,7 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         "by snapshot": _spread_words(receipt.rejoin_by_snapshot_seconds, "after the start"),
         "longest gap": f"{receipt.longest_gap_seconds:.1f} s between two commits",
         "lineages": f"{receipt.lineages} at most; {receipt.rollbacks} rollbacks",
-        "replicas": f"digests equal at every step on every peer: {'yes' if receipt.digests_equal else 'NO'} "
-        f"({receipt.states_compared:,} states compared)",
+        "replicas": replica_words(receipt.digests_equal, receipt.states_compared),
         "held-out loss": _loss_words(receipt),
         "memory": f"grew by at most {growth[fastest]:.2f} MB/min ({fastest})"
         if growth

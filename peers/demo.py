@@ -22,7 +22,7 @@ from rich.console import Console
 
 from p2ptrain.config import PeerConfig, RunConfig
 from p2ptrain.errors import ConfigError
-from peers.display import display, sample_lines
+from peers.display import display, replica_words, sample_lines
 from peers.rehearsal import (
     LOOK_SECONDS,
     PATIENCE_SECONDS,
@@ -267,7 +267,7 @@ def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
         "steps": f"{receipt.steps:,} committed from {receipt.samples:,} samples; {receipt.aborted} aborted",
         "first step": _after(receipt.first_step_seconds, "after the start of the command"),
         "held-out loss": _loss_words(receipt),
-        "replicas": _replica_words(receipt),
+        "replicas": replica_words(receipt.digests_equal, receipt.states_compared),
     }
     if receipt.kills:
         facts["killed peer"] = _after(receipt.rejoin_seconds, "from its restart until it was back in a round")
@@ -302,14 +302,6 @@ def _loss_words(receipt: Receipt) -> str:
     if bits is None or receipt.zlib_bits_per_byte is None:
         return words
     return f"{words} ({bits:.2f} bits; zlib -9 takes {receipt.zlib_bits_per_byte:.2f})"
-
-
-def _replica_words(receipt: Receipt) -> str:
-    if not receipt.digests_equal:
-        return "digests equal at every step on every peer: NO"
-    if not receipt.states_compared:
-        return "not compared: no state was reached by more than one peer"
-    return f"digests equal at every step on every peer: yes ({receipt.states_compared:,} states compared)"
 
 
 def _after(seconds: float | None, what: str) -> str:

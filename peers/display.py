@@ -163,6 +163,15 @@ def quality(chronicle: Chronicle) -> str:
     )
 
 
+def replica_words(equal: bool, compared: int) -> str:
+    """Whether the replicas were identical, for a receipt."""
+    if not equal:
+        return "digests equal at every step on every peer: NO"
+    if not compared:
+        return "not compared: no state was reached by more than one peer"
+    return f"digests equal at every step on every peer: yes ({compared:,} states compared)"
+
+
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     """The values as bars from their least to their greatest; of more than `width`, means of stretches."""
     count = min(width, len(values))
