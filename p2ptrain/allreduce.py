@@ -148,7 +148,7 @@ class Attempt:
         codec: Codec,
         chunk_values: int,
         spawn: Spawn,
-        on_held: Callable[[EntryHeader], None],
+        on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
         self.freeze = freeze
@@ -182,6 +182,7 @@ class Attempt:
             for number, (start, stop) in enumerate(ranges):
                 header = Chunk(
                     step=self.freeze.step,
+                    parent=self.freeze.parent,
                     ballot=self.freeze.ballot,
                     number=number,
                     samples=contribution.samples,
@@ -201,6 +202,11 @@ class Attempt:
                 self._take_mean(sender, header, payload)
         except BadMessage as fault:
             self._fail([sender], AbortCause.BAD_CHUNK, str(fault))
+
+    def awaits(self, header: Chunk | Averaged) -> bool:
+        """Whether the frame is of this attempt."""
+        freeze = self.freeze
+        return (header.step, header.parent, header.ballot) == (freeze.step, freeze.parent, freeze.ballot)
 
     def rewind(self, peer: PeerId) -> None:
         """The link to `peer` was reset: say everything again."""
@@ -268,6 +274,7 @@ class Attempt:
         last = number == len(self._ranges[reduction.rank]) - 1
         header = Averaged(
             step=self.freeze.step,
+            parent=self.freeze.parent,
             ballot=self.freeze.ballot,
             number=number,
             samples=samples,
@@ -295,7 +302,7 @@ class Attempt:
             self.header = reduction.header(digest.hexdigest())
             self._timer.cancel()
             self.held = asyncio.get_running_loop().time()
-            self._on_held(self.header)
+            self._on_held(self.header, self.held - (self.sealed or self.held))
 
     def _overdue(self) -> None:
         suspects = self._reduction.suspects()
@@ -434,19 +441,17 @@ class Rounds:
     async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
         """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is
         dropped."""
-        patience = self._now() + self.member.rules.silence_seconds
+        patience = self._now() + self.member.deadlines.silence_seconds([sender])
         while not self._closed:
             attempt, position = self.attempt, self.member.position
-            if (
-                attempt is not None
-                and attempt.freeze.ballot == header.ballot
-                and attempt.freeze.step == header.step
-            ):
+            if attempt is not None and attempt.awaits(header):
                 attempt.receive(sender, header, payload)
                 return
             if position is None or not position.step <= header.step <= position.step + 1:
                 return
             if header.step == position.step:
+                if header.parent != position.lineage:
+                    return
                 joined, obeyed = self.member.joined, self.member.ballot
                 if (joined and header.ballot <= joined) or (obeyed and header.ballot < obeyed):
                     return
@@ -473,8 +478,8 @@ class Rounds:
         self._change()
 
     def _begin(self, freeze: Freeze) -> None:
-        def on_held(header: EntryHeader) -> None:
-            self._carry_out(self.member.held(header, self._now()))
+        def on_held(header: EntryHeader, reduce_seconds: float) -> None:
+            self._carry_out(self.member.held(header, reduce_seconds, self._now()))
 
         def on_failed(suspects: Sequence[PeerId], cause: AbortCause, detail: str) -> None:
             self._note(Faulted(tuple(suspects), cause, detail))

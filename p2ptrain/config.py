@@ -170,6 +170,12 @@ class RunConfig(Section):
     """Fewest peers that may step. With 1 a peer that was cut off trains on alone, and rolls back later; with
     more than half of the swarm no two parts of it can train apart, but those left wait when many leave."""
 
+    quorum: Literal["any", "majority"] = "any"
+    """Who may step when peers are missing. `any`: whoever is there, so both sides of a split network go on,
+    and when they meet again the side with fewer samples rolls back. `majority`: only with more than half of
+    the last round's peers; the others wait, also for peers that will never come back, as when half of them
+    leave at once. Before the first step there is no last round: set `min_peers` for that."""
+
     max_peers: Annotated[int, Field(ge=1, le=256)] = 64
     """Most peers in one round; when there are more, those that bring most samples are in. Setting it high
     will multiply connections and cut the gradient into ever smaller spans."""
@@ -190,8 +196,17 @@ class RunConfig(Section):
     rounds with slow members; setting it low will cost one small message per peer and beat."""
 
     silence_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
-    """A peer not heard for this long is taken for gone; at least 3 heartbeats. Setting it low will drop peers
-    for a hiccup of their network; setting it high will make all wait that long for one that vanished."""
+    """Shortest time after which a peer that is not heard is taken for gone; at least 3 heartbeats. One that
+    was seen to be late gets more, by as much. Setting it low will drop peers for a hiccup of their network;
+    setting it high will make all wait that long for one that vanished without a word."""
+
+    silence_most_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Longest such time, whatever was seen; at least `silence_seconds`."""
+
+    attempt_most_seconds: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
+    """Longest time that an attempt to average may take, apart from unfinished work. Within it the deadline
+    follows the measured pace of the links, the bytes and the number of peers, and doubles when it was
+    missed. Setting it low will make no round ever succeed over slow links."""
 
     task: BytesTask = BytesTask()
     """What is trained: model and text."""
@@ -214,6 +229,11 @@ class RunConfig(Section):
                 f"silence_seconds ({self.silence_seconds:g}) must be at least 3 times heartbeat_seconds "
                 f"({self.heartbeat_seconds:g}), or one late heartbeat would drop a healthy peer; "
                 f"raise silence_seconds to {3 * self.heartbeat_seconds:g} or lower heartbeat_seconds"
+            )
+        if self.silence_most_seconds < self.silence_seconds:
+            raise ValueError(
+                f"silence_most_seconds ({self.silence_most_seconds:g}) must be at least silence_seconds "
+                f"({self.silence_seconds:g}); raise the former or lower the latter"
             )
         if self.schedule.warmup_steps >= self.total_steps:
             raise ValueError(

@@ -151,6 +151,25 @@ class WaitingChanged(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadlinesChanged(_Happened):
+    """What this peer has measured leads to other deadlines than before."""
+
+    event: ClassVar[str] = "deadlines_changed"
+    silence_seconds: float
+    """Of those that are waited for now, the most patient one: then a peer that says nothing is gone."""
+    reduce_seconds: float
+    """For a reduction among as many peers as in the last round."""
+    dial_seconds: float
+    """For a peer to answer again after its link broke."""
+
+    def sentence(self) -> str:
+        return (
+            f"deadlines: silence {duration(self.silence_seconds)}, "
+            f"averaging {duration(self.reduce_seconds)}, dialling {duration(self.dial_seconds)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundCommitted(_Happened):
     """Entry `step` was committed and applied here."""
 
@@ -409,6 +428,7 @@ Event = (
     Joined
     | Leaving
     | WaitingChanged
+    | DeadlinesChanged
     | RoundCommitted
     | StateHashed
     | RoundAborted

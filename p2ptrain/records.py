@@ -20,6 +20,8 @@ Step = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=300)]
+Incarnation = Annotated[str, Field(max_length=32)]
+"""Changes whenever a peer has lost what it held in memory: at its start, and at each catch-up."""
 
 MAX_ROSTER = 256
 MAX_HEADER_BYTES = 256 * 1024
@@ -98,7 +100,7 @@ class Report(Record):
     """member → leader: how far I am with this step. Sent after every micro-batch, and as a heartbeat."""
 
     kind: Literal["report"] = "report"
-    incarnation: Annotated[str, Field(max_length=32)]
+    incarnation: Incarnation
     position: Position
     samples: Count
     in_flight: Count
@@ -119,6 +121,8 @@ class Freeze(Record):
     parent: Digest
     ballot: Ballot
     roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    incarnations: Annotated[tuple[Incarnation, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    """Whom of each peer this attempt counts on, in roster order: a later one brings other samples."""
     spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_ROSTER + 1)]
     """Boundaries of the spans in values: roster member i reduces [spans[i], spans[i+1])."""
     finishing: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)]
@@ -127,6 +131,13 @@ class Freeze(Record):
     """A finishing member waits for its micro-batch no longer than this."""
     deadline_seconds: Seconds
     """After this time (from arrival) an attempt that still misses chunks has failed."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Freeze:
+        members = len(self.roster)
+        if not (len(self.incarnations) == len(self.spans) - 1 == members):
+            raise ValueError(f"incarnations and spans must fit the roster of {members}")
+        return self
 
 
 class Done(Record):
@@ -177,7 +188,7 @@ class Answer(Record):
     """any → any: where I stand. Also the leader's heartbeat."""
 
     kind: Literal["answer"] = "answer"
-    incarnation: Annotated[str, Field(max_length=32)]
+    incarnation: Incarnation
     position: Position
     ballot: Ballot | None
     """The highest ballot this peer has obeyed or promised to obey at its step."""
@@ -215,6 +226,8 @@ class Chunk(Record):
 
     kind: Literal["chunk"] = "chunk"
     step: Step
+    parent: Digest
+    """The lineage that the attempt builds on: after a fork, another attempt may have this step and ballot."""
     ballot: Ballot
     number: Count
     samples: Count
@@ -227,6 +240,7 @@ class Averaged(Record):
 
     kind: Literal["averaged"] = "averaged"
     step: Step
+    parent: Digest
     ballot: Ballot
     number: Count
     samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
@@ -330,7 +344,7 @@ class Presence(Record):
     name: Annotated[str, Field(max_length=64)]
     protocol: Count
     fingerprint: Digest
-    incarnation: Annotated[str, Field(max_length=32)]
+    incarnation: Incarnation
     position: Position | None
     """None for peers that hold no replica."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0

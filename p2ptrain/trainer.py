@@ -99,6 +99,7 @@ class Peer:
         self.samples_given = 0
         self.state_digest: str | None = None
         self._leader_waits = self._waiting_told = ""
+        self._deadlines_told: events.DeadlinesChanged | None = None
         self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
         self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
@@ -114,8 +115,12 @@ class Peer:
             min_peers=run.min_peers,
             max_peers=run.max_peers,
             values=replica.numel,
+            encoded_bytes=self._codec.encoded_bytes(replica.numel),
             heartbeat_seconds=run.heartbeat_seconds,
             silence_seconds=run.silence_seconds,
+            silence_most_seconds=run.silence_most_seconds,
+            attempt_most_seconds=run.attempt_most_seconds,
+            quorum=run.quorum,
         )
         member = Member(swarm.peer_id, incarnation, rules)
         self.rounds = Rounds(
@@ -511,6 +516,7 @@ class Peer:
             await asyncio.sleep(PRESENCE_SECONDS)
             await self._announce()
             self._tell_waiting(stands_still=step == self.replica.position.step)
+            self._tell_deadlines()
             step = self.replica.position.step
 
     def _tell_waiting(self, *, stands_still: bool) -> None:
@@ -525,6 +531,17 @@ class Peer:
         if reason != self._waiting_told:
             self._waiting_told = reason
             self._observe(events.WaitingChanged(reason=reason))
+
+    def _tell_deadlines(self) -> None:
+        """Say how long this peer waits for others, and again when that has changed by a quarter."""
+        silence, reduce = self.rounds.member.waits()
+        now, told = (silence, reduce, self.swarm.dial_seconds), self._deadlines_told
+        before = (told.silence_seconds, told.reduce_seconds, told.dial_seconds) if told is not None else ()
+        if any(abs(a - b) > 0.25 * b for a, b in zip(now, before, strict=False)) or told is None:
+            self._deadlines_told = events.DeadlinesChanged(
+                silence_seconds=now[0], reduce_seconds=now[1], dial_seconds=now[2]
+            )
+            self._observe(self._deadlines_told)
 
     async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the

@@ -20,6 +20,7 @@ from enum import Enum, auto
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
+from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.round import Effect, Rules, Send, Waiting
 from p2ptrain.protocol.spans import share_out
 from p2ptrain.records import (
@@ -65,10 +66,21 @@ class _Known:
 class Leader:
     """Leads `position.step` for as long as nobody with a higher ballot does. See the module's diagram."""
 
-    def __init__(self, me: PeerId, rules: Rules, position: Position, *, expected: Iterable[PeerId]) -> None:
+    def __init__(
+        self,
+        me: PeerId,
+        rules: Rules,
+        position: Position,
+        last: EntryHeader | None,
+        deadlines: Deadlines,
+        *,
+        expected: Iterable[PeerId],
+    ) -> None:
+        """`last` is the entry that led to `position`: under a majority's rule its roster has the say."""
         self.me = me
         self.rules = rules
         self.position = position
+        self.electorate = frozenset(last.roster if last is not None and rules.quorum == "majority" else ())
         self.phase = Phase.COLLECTING
         self.number = 0
         self.attempt: Attempt | None = None
@@ -77,10 +89,11 @@ class Leader:
         self.newcomers: set[PeerId] = set()
         self.dropped: set[PeerId] = set()
         self.digests: dict[PeerId, str] = {}
-        self.attempt_seconds = 0.0
+        self._deadlines = deadlines
         self._hold_until = float("-inf")
-        self._began = 0.0
         self._reason = ""
+        self._first = self.ballot
+        self._aborted: dict[Ballot, Abort] = {}
         self._asked: set[PeerId] = set()
         self._answers: dict[PeerId, Answer] = {}
         self._ask_deadline = float("inf")
@@ -106,15 +119,30 @@ class Leader:
         roster = set(self.attempt.freeze.roster) if self.attempt else set()
         return (roster | set(self.reports) | self.expected | self.newcomers) - {self.me}
 
+    def superseded_by(self, ballot: Ballot) -> bool:
+        """Whether somebody else has taken over since this leader began."""
+        return ballot.leader != self.me and self._first < ballot
+
+    def quorate(self, peers: Iterable[PeerId]) -> bool:
+        """Whether these may decide: more than half of the last roster, where the run asks for it."""
+        return not self.electorate or 2 * len(self.electorate & set(peers)) > len(self.electorate)
+
+    def stood_still(self, now: float) -> None:
+        """What was due while this process did nothing may have come: look before judging."""
+        self._ask_deadline = max(self._ask_deadline, now + self.rules.heartbeat_seconds)
+        if self.attempt is not None:
+            self.attempt.deadline = max(self.attempt.deadline, now + self.rules.heartbeat_seconds)
+
     # -- taking over -----------------------------------------------------------------------------------------
 
     def ask(self, peers: Iterable[PeerId], above: Ballot | None, now: float) -> list[Effect]:
         """Take over from whoever led with a ballot up to `above`: first hear how things stand."""
         self.phase = Phase.ASKING
         self.number = (above.number if above else 0) + 1
+        self._first = self.ballot
         self._asked = set(peers) - {self.me}
         self._answers = {}
-        self._ask_deadline = now + self.rules.silence_seconds
+        self._ask_deadline = now + self._deadlines.silence_seconds(self._asked)
         question = Ask(position=self.position, ballot=self.ballot)
         return [Send(peer, question) for peer in sorted(self._asked)]
 
@@ -123,7 +151,11 @@ class Leader:
         self._answers[sender] = answer
 
     def settled(self) -> bool:
-        return self.phase is Phase.ASKING and self._asked <= set(self._answers)
+        return (
+            self.phase is Phase.ASKING
+            and self._asked <= set(self._answers)
+            and self.quorate({self.me, *self._answers})
+        )
 
     def conclude(self, mine: Answer, now: float) -> list[Effect]:
         """All answers are in, or their time is up: commit what may have been committed, else start afresh.
@@ -132,6 +164,11 @@ class Leader:
         them had joined it; one that answers without having joined it has restarted and no longer counts.
         Answers of peers that have applied the entry never get here: the member acts on those at once.
         """
+        if not self.quorate(here := {self.me, *self._answers}):
+            self._ask_deadline = now + self._deadlines.silence_seconds(self.electorate)
+            silent = (self._asked | self.electorate) - here
+            again = [effect for peer in sorted(silent) for effect in self.again(peer)]
+            return [*again, *self._wait(self._short_of(here))]
         self.phase = Phase.COLLECTING
         self._asked = set()
         self._expect(self._answers, now)
@@ -153,8 +190,15 @@ class Leader:
         """A member says how far it is."""
         if sender in self.dropped:
             return []  # out until the next step, however often it knocks
-        if self.phase is Phase.REDUCING and self.attempt and sender not in self.attempt.freeze.roster:
-            self.newcomers.add(sender)
+        if self.phase is Phase.REDUCING and self.attempt:
+            freeze = self.attempt.freeze
+            if sender not in freeze.roster:
+                self.newcomers.add(sender)
+            elif report.incarnation != freeze.incarnations[freeze.roster.index(sender)]:
+                # It has restarted: what it brought and held is gone, unless it was Done.
+                if sender not in self.attempt.done:
+                    return [*self._abort(AbortCause.PEER_LOST, (), now), *self.report(sender, report, now)]
+                self.newcomers.add(sender)
         self.reports[sender] = _Known(report, now)
         self.expected.discard(sender)
         if report.state_digest is not None:
@@ -212,33 +256,51 @@ class Leader:
         }
         if self.expected and now < self._hold_until:
             return []
+        if len(paces) < self.rules.min_peers or not self.quorate(paces):
+            self.dropped.clear()  # without them there would be no step at all
+        if not self.quorate(paces):
+            return self._wait(self._short_of(paces))
         match progress.decide(
             paces, len(self.expected), self.rules.target_batch_size, self.rules.min_peers, now
         ):
             case progress.Filling(reason):
-                if reason == self._reason:
-                    return []
-                self._reason = reason
-                return [Waiting(reason)]
+                return self._wait(reason)
             case progress.Full() as full:
                 return self._freeze(sorted(paces), full, now)
 
+    def _wait(self, reason: str) -> list[Effect]:
+        if reason == self._reason:
+            return []
+        self._reason = reason
+        return [Waiting(reason)]
+
+    def _short_of(self, peers: Iterable[PeerId]) -> str:
+        size = len(self.electorate)
+        here = len(self.electorate & set(peers))
+        return f"{here} of the last round's {size} peers are here, and the quorum is {size // 2 + 1}"
+
     def _eligible(self) -> list[tuple[PeerId, _Known]]:
-        """At most `max_peers` members, those that bring most first; ties by peer id."""
+        """At most `max_peers` members: those that have the say first, then those that bring most; ties by
+        peer id."""
         ranked = sorted(
             self.reports.items(),
-            key=lambda item: (-(item[1].report.samples + item[1].report.in_flight), item[0]),
+            key=lambda item: (
+                item[0] not in self.electorate,
+                -(item[1].report.samples + item[1].report.in_flight),
+                item[0],
+            ),
         )
         return ranked[: self.rules.max_peers]
 
     def _freeze(self, roster: list[PeerId], full: progress.Full, now: float) -> list[Effect]:
         self.number += 1
-        deadline_seconds = full.cutoff_seconds + reduce_seconds(self.rules, self.attempt_seconds)
+        deadline_seconds = full.cutoff_seconds + self._deadlines.reduce_seconds(len(roster))
         freeze = Freeze(
             step=self.position.step,
             parent=self.position.lineage,
             ballot=self.ballot,
             roster=tuple(roster),
+            incarnations=tuple(self.reports[peer].report.incarnation for peer in roster),
             spans=share_out(self.rules.values, [1.0] * len(roster)),
             finishing=full.finishing,
             cutoff_seconds=full.cutoff_seconds,
@@ -248,7 +310,6 @@ class Leader:
         self.attempt = Attempt(freeze, deadline=now + deadline_seconds + 2 * self.rules.heartbeat_seconds)
         self.phase = Phase.REDUCING
         self._reason = ""
-        self._began = now
         return [Send(peer, freeze) for peer in roster]
 
     # -- reducing --------------------------------------------------------------------------------------------
@@ -257,15 +318,14 @@ class Leader:
         """A member holds every span."""
         attempt = self.attempt
         if self.phase is not Phase.REDUCING or attempt is None or header.ballot != attempt.freeze.ballot:
-            return []
-        if sender not in attempt.freeze.roster:
+            return self._repeat_abort(sender, header.ballot)
+        if sender not in attempt.freeze.roster or header.roster != attempt.freeze.roster:
             return []
         attempt.done[sender] = header
         if len(attempt.done) < len(attempt.freeze.roster):
             return []
         headers = Counter(held.model_dump_json() for held in attempt.done.values())
         if len(headers) == 1:
-            self.attempt_seconds = now - self._began
             return self._commit(header)
         believed, _ = max(headers.items(), key=lambda item: (item[1], item[0]))
         odd = [peer for peer, held in attempt.done.items() if held.model_dump_json() != believed]
@@ -275,7 +335,7 @@ class Leader:
         """A member cannot finish this attempt; wait a moment for the others' testimony, then judge."""
         attempt = self.attempt
         if self.phase is not Phase.REDUCING or attempt is None or failed.ballot != attempt.freeze.ballot:
-            return []
+            return self._repeat_abort(sender, failed.ballot)
         if not attempt.accused_by:
             attempt.cause = cause_of(failed.cause)
         attempt.accused_by[sender] = tuple(peer for peer in failed.suspects if peer != sender)
@@ -316,7 +376,7 @@ class Leader:
         """The link to a member was reset: repeat what it may have missed."""
         if self.phase is Phase.REDUCING and self.attempt and peer in self.attempt.freeze.roster:
             return [Send(peer, self.attempt.freeze)]
-        if self.phase is Phase.ASKING and peer in self._asked and peer not in self._answers:
+        if self.phase is Phase.ASKING and peer in (self._asked | self.electorate) - self._answers.keys():
             return [Send(peer, Ask(position=self.position, ballot=self.ballot))]
         return []
 
@@ -333,7 +393,13 @@ class Leader:
         self._expect((self.expected | remaining) - self.dropped, now)
         self.reports = {}
         abort = Abort(step=freeze.step, ballot=freeze.ballot, cause=cause.value, dropped=tuple(gone))
+        self._aborted[freeze.ballot] = abort
         return [Send(peer, abort) for peer in freeze.roster]
+
+    def _repeat_abort(self, sender: PeerId, ballot: Ballot) -> list[Effect]:
+        """Who still speaks of an attempt that is over has not heard of its end."""
+        abort = self._aborted.get(ballot)
+        return [Send(sender, abort)] if abort is not None and self.phase is not Phase.ENDED else []
 
     def _commit(self, header: EntryHeader) -> list[Effect]:
         self.phase = Phase.ENDED
@@ -341,16 +407,6 @@ class Leader:
         # The leader itself comes last: what it applies, it has first told the others.
         others = sorted((set(header.roster) | self.audience()) - {self.me})
         return [Send(peer, commit) for peer in (*others, self.me)]
-
-
-def reduce_seconds(rules: Rules, measured_seconds: float) -> float:
-    """How long an attempt may take: four times the last one, or what a 2 Mbit/s link needs; never less than
-    silence.
-
-    An fp32 value is 4 bytes each way, hence the 32 bits.
-    """
-    slowest = 2 * rules.values * 32 / 2e6
-    return max(rules.silence_seconds, 4 * measured_seconds if measured_seconds else slowest)
 
 
 def cause_of(text: str) -> AbortCause:

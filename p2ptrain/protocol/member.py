@@ -5,8 +5,9 @@
                               └───────abort──────────┴───────────────────────────┘
 
 A ballot orders attempts: a member obeys the highest it has joined or promised and answers a lower one with
-it. The swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine
-is then OUTSIDE, takes part in nothing, and comes back with `advance`.
+it. Who has promised a successor joins nothing of an earlier leader until that one has asked, too. The
+swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine is then
+OUTSIDE, takes part in nothing, and comes back with `advance`.
 
 Not covered: whether what a peer claims is true. A position that no donor can prove is the rim's to discover.
 """
@@ -19,6 +20,7 @@ from enum import Enum, auto
 from typing import assert_never
 
 from p2ptrain.events import AbortCause
+from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.leader import Leader, Phase, cause_of
 from p2ptrain.protocol.lineage import advance, heavier
 from p2ptrain.protocol.roster import leader_order
@@ -71,8 +73,9 @@ class Member:
 
     def __init__(self, me: PeerId, incarnation: str, rules: Rules) -> None:
         self.me = me
-        self.incarnation = incarnation
         self.rules = rules
+        self._process = incarnation
+        self._arrivals = 0
         self.stage = Stage.OUTSIDE
         self.position: Position | None = None
         self.last: EntryHeader | None = None
@@ -85,7 +88,9 @@ class Member:
         self.joined: Ballot | None = None
         self.freeze: Freeze | None = None
         self.held_header: EntryHeader | None = None
+        self.deadlines = Deadlines(rules)
         self.heard: dict[PeerId, float] = {}
+        self._late: set[PeerId] = set()
         self.lost: set[PeerId] = set()
         self.known: dict[PeerId, Position] = {}
         self._report: Report | None = None
@@ -94,6 +99,17 @@ class Member:
         self._unhelpful: Counter[PeerId] = Counter()
         self._unanswered: set[PeerId] = set()
         self._beat_at = float("inf")
+
+    @property
+    def incarnation(self) -> str:
+        """Another one after each start and each catch-up: what was held before, this peer has dropped."""
+        return f"{self._process}.{self._arrivals}"
+
+    def waits(self) -> tuple[float, float]:
+        """Seconds of silence and of a reduction after which this peer gives up at present."""
+        members = len(self.last.roster) if self.last is not None else 1
+        awaited = self._awaited() if self.position is not None else ()
+        return self.deadlines.silence_seconds(awaited), self.deadlines.reduce_seconds(members)
 
     # -- what the rim tells ----------------------------------------------------------------------------------
 
@@ -111,8 +127,10 @@ class Member:
         `settled` is True after a commit that this peer took part in. After a start, a resume or a catch-up it
         is False: somebody may lead this step already, so this peer asks before it would lead.
         """
+        same = position == self.position
         self.position, self.last = position, last
         if not settled:
+            self._arrivals += 1
             self.passed.clear()  # they may be of a lineage that was given up
         self.passed[position.step] = position.lineage
         self.passed.pop(position.step - MAX_PASSED, None)
@@ -125,7 +143,9 @@ class Member:
                 return [CatchUp(donor, self.known[donor])]
         self._unhelpful.clear()
         self.stage = Stage.ACCUMULATING
-        self.ballot = self.joined = self.freeze = self.held_header = None
+        if not same:
+            self.ballot = None  # a promise is for the whole step, also after a catch-up that led nowhere
+        self.joined = self.freeze = self.held_header = None
         self._beat_at = now + self.rules.heartbeat_seconds
         self._report = Report(
             incarnation=self.incarnation,
@@ -146,7 +166,7 @@ class Member:
             alone = not (set(self.order) - {self.me} - self.lost)
             if appointed or alone:
                 roster = set(last.roster) if last is not None else set()
-                self.leader = Leader(self.me, self.rules, position, expected=roster - {self.me} - self.lost)
+                self.leader = self._new_leader(roster - {self.me} - self.lost)
                 self.leader.include(self._report, now)
                 self._welcome(newcomers, now)
             else:
@@ -183,8 +203,10 @@ class Member:
         )
         return self._settle(self._speak(), now)
 
-    def held(self, header: EntryHeader, now: float) -> list[Effect]:
-        """The data plane holds every span of the attempt that `header` names."""
+    def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
+        """The data plane holds every span of the attempt that `header` names, so long after this peer had
+        sealed its contribution."""
+        self.deadlines.reduced(len(header.roster), reduce_seconds)
         if self.stage is not Stage.REDUCING or self.freeze is None or header.ballot != self.freeze.ballot:
             return []
         self.stage = Stage.HELD
@@ -197,6 +219,8 @@ class Member:
         """The data plane cannot finish the attempt; `suspects` are those it waited for in vain."""
         if self.stage is not Stage.REDUCING or self.freeze is None or ballot != self.freeze.ballot:
             return []
+        if cause is AbortCause.DEADLINE:
+            self.deadlines.overdue()
         message = Failed(
             step=self.freeze.step, ballot=ballot, suspects=tuple(sorted(suspects)), cause=cause.value
         )
@@ -232,7 +256,7 @@ class Member:
         mine = self.position
         if mine is None or self.stage is Stage.OUTSIDE:
             return []
-        posted = self.leader.audience() if self.leader is not None else {self.following}
+        posted = self._awaited()
         for peer, position in self.known.items():
             # A presence record lags by seconds, so it only gives cause to ask.
             stranger = self.leader is not None and peer not in posted
@@ -250,6 +274,8 @@ class Member:
         if self.stage is Stage.OUTSIDE:
             return effects
         if now >= self._beat_at:
+            if now - self._beat_at > self.rules.heartbeat_seconds:
+                self._stood_still(now)
             self._beat_at = now + self.rules.heartbeat_seconds
             effects += [*self._beat(), *self._speak(), *self._notice_silence(now)]
         if self.leader is not None and now >= self.leader.deadline():
@@ -284,6 +310,9 @@ class Member:
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         if sender != self.me:
             self._meet(sender, message.position if isinstance(message, Report | Ask | Answer) else None)
+            if sender in self._late:
+                self._late.discard(sender)
+                self.deadlines.heard_after(sender, now - self.heard[sender])
             self.heard[sender] = now
             self.lost.discard(sender)
         if self.position is None:
@@ -336,9 +365,11 @@ class Member:
             return [Send(sender, self.answer())] if sender != self.me else []
         if self.me not in freeze.roster or freeze.spans[-1] != self.rules.values:
             return []
-        if self.ballot is not None and freeze.ballot < self.ballot:
+        if self.ballot is not None and (freeze.ballot < self.ballot or self.ballot.leader != sender):
             return [Send(sender, self.answer())]
-        if self.freeze is not None and freeze.ballot == self.freeze.ballot:
+        if freeze.incarnations[freeze.roster.index(self.me)] != self.incarnation:
+            return [Send(sender, self._report)] if self._report is not None else []
+        if self.joined is not None and freeze.ballot <= self.joined:
             return self._speak() if self.stage is Stage.HELD else []
         effects = self._leave_attempt(AbortCause.SUPERSEDED)
         self._follow(sender, freeze.ballot, now)
@@ -363,6 +394,9 @@ class Member:
 
     def _on_abort(self, sender: PeerId, abort: Abort) -> list[Effect]:
         if self.freeze is None or abort.ballot != self.freeze.ballot:
+            return []
+        # A successor that was told of a held entry counts on it, whatever the leader before it decides.
+        if sender != self.following and self.ballot != abort.ballot:
             return []
         if sender not in (abort.ballot.leader, self.following):
             return []
@@ -431,7 +465,7 @@ class Member:
         if answer.question is not None and answer.question == leader.ballot:
             leader.answer(sender, answer)
             return self._conclude(now) if leader.settled() else []
-        if answer.ballot is not None and leader.ballot < answer.ballot:
+        if answer.ballot is not None and leader.superseded_by(answer.ballot):
             effects = self._leave_attempt(AbortCause.SUPERSEDED)
             if answer.ballot.leader in self.lost:
                 self.ballot = answer.ballot  # promised to somebody who is gone: ask again, above that
@@ -470,6 +504,9 @@ class Member:
                 self._welcomed.clear()
             self._welcomed[peer] = step
             self.leader.welcome(peer, now)
+
+    def _new_leader(self, expected: Iterable[PeerId]) -> Leader:
+        return Leader(self.me, self.rules, self._here(), self.last, self.deadlines, expected=expected)
 
     def _first_alive(self) -> PeerId:
         return next((peer for peer in self.order if peer not in self.lost), self.me)
@@ -536,7 +573,7 @@ class Member:
         position = self._here()
         # Its own promise, too: what it does not hold now it will never declare held.
         effects = self._leave_attempt(AbortCause.LEADER_LOST) if self.stage is Stage.REDUCING else []
-        self.leader = Leader(self.me, self.rules, position, expected=())
+        self.leader = self._new_leader(())
         peers = ({*self.order, *self.known} | set(self.freeze.roster if self.freeze else ())) - self.lost
         effects += self.leader.ask(peers, self.ballot, now)
         self.ballot = self.leader.ballot
@@ -555,13 +592,27 @@ class Member:
             effects.append(Send(self.me, self._report))
         return effects
 
+    def _stood_still(self, now: float) -> None:
+        """This process did nothing for a while: that it heard nobody says nothing about the others."""
+        self.heard = dict.fromkeys(self.heard, now)
+        self._late.clear()
+        if self.leader is not None:
+            self.leader.stood_still(now)
+
+    def _awaited(self) -> set[PeerId]:
+        return self.leader.audience() if self.leader is not None else {self.following}
+
     def _notice_silence(self, now: float) -> list[Effect]:
         """Peers that a decision waits for and that have said nothing for too long are taken for gone."""
-        awaited = self.leader.audience() if self.leader is not None else {self.following}
         effects: list[Effect] = []
-        for peer in sorted(awaited - {self.me} - self.lost):
-            if now - self.heard.setdefault(peer, now) > self.rules.silence_seconds:
+        for peer in sorted(self._awaited() - {self.me} - self.lost):
+            silent_seconds = now - self.heard.setdefault(peer, now)
+            if silent_seconds > self.deadlines.silence_seconds([peer]):
                 effects += self._lose(peer, now)
+            if silent_seconds > self.rules.heartbeat_seconds:
+                self._late.add(peer)
+            else:
+                self.deadlines.heard_after(peer, silent_seconds)
         if self.leader is None and self.following in self.lost and self.stage is not Stage.OUTSIDE:
             effects += self._replace_leader(now)
         return effects

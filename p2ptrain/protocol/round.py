@@ -7,6 +7,7 @@ fed events with `now` and return effects, in order, for the rim to carry out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from p2ptrain.events import AbortCause
 from p2ptrain.records import Ballot, EntryHeader, Freeze, Message, PeerId, Position
@@ -21,9 +22,16 @@ class Rules:
     max_peers: int
     values: int
     """Length of the averaged vector."""
+    encoded_bytes: int
+    """What it has on the wire, in the run's codec."""
     heartbeat_seconds: float
     silence_seconds: float
-    """A peer that has not been heard for this long is taken for gone."""
+    """After this long, or longer if a peer was seen to be late, one that is not heard is taken for gone."""
+    silence_most_seconds: float
+    attempt_most_seconds: float
+    """Bounds of what `deadlines` derives."""
+    quorum: Literal["any", "majority"] = "any"
+    """Who may step: whoever is there, or only with more than half of the last round's roster."""
 
 
 # -- effects -------------------------------------------------------------------------------------------------

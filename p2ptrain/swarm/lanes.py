@@ -23,6 +23,7 @@ from typing import Any, Literal
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Unreachable
 from p2ptrain.events import FaultCause, PeerFaulted, clean, short
+from p2ptrain.protocol.estimate import Estimate, clamp
 from p2ptrain.records import (
     Averaged,
     Chunk,
@@ -50,7 +51,8 @@ ASKING = "0" * 64
 OPEN_SECONDS = 10.0
 """A dial through relays takes a few seconds."""
 REOPEN_SECONDS = 1.0
-"""Within this a peer whose lane broke must answer again, or it counts as gone."""
+"""Within this, or longer where opening a stream was seen to take longer, a peer whose lane broke must answer
+again, or it counts as gone."""
 RETRY_SECONDS = 1.0
 """So long a peer that could not be reached is not dialled again."""
 HELLO_SECONDS = 5.0
@@ -138,6 +140,7 @@ class Lanes:
         self._greeting: set[PeerId] = set()
         self._down: dict[PeerId, float] = {}  # peer that could not be reached → loop time to try again
         self._complained: set[tuple[PeerId, FaultCause]] = set()
+        self._dials: dict[PeerId, Estimate] = {}  # seconds from dialling to the other's hello
         self._sent: Counter[Kind] = Counter()
         self._received: Counter[Kind] = Counter()
 
@@ -145,6 +148,11 @@ class Lanes:
     def traffic(self) -> Mapping[str, tuple[int, int]]:
         """Lane → bytes (sent, received) so far, framing included."""
         return {kind: (self._sent[kind], self._received[kind]) for kind in KINDS}
+
+    @property
+    def dial_seconds(self) -> float:
+        """The longest that any peer is given to answer again now."""
+        return max((self._reopen_seconds(peer) for peer in self._dials), default=REOPEN_SECONDS)
 
     # -- port.Swarm ------------------------------------------------------------------------------------------
 
@@ -270,6 +278,7 @@ class Lanes:
 
         Raises Refused if their hello does not fit ours, BadMessage if they said something else, Unreachable.
         """
+        began = self._now()
         reader, writer = await self._open_stream(to, kind, seconds)
         try:
             self._write(writer, kind, self._hello())
@@ -286,6 +295,7 @@ class Lanes:
         except BaseException:
             writer.transport.abort()
             raise
+        self._dial(to).observe(self._now() - began)
         return reader, writer
 
     async def _ask(self, to: PeerId, request: Request, seconds: float, max_bytes: int) -> tuple[Reply, bytes]:
@@ -382,9 +392,12 @@ class Lanes:
             self._spawn(self._greet(peer))
 
     async def _greet(self, peer: PeerId) -> None:
+        seconds, began = self._reopen_seconds(peer), self._now()
         try:
-            _, writer = await self._open(peer, "request", REOPEN_SECONDS)
+            _, writer = await self._open(peer, "request", seconds)
         except PeerFault:
+            if self._now() - began >= seconds:
+                self._dial(peer).miss()
             self._lose(peer)
         else:
             writer.close()
@@ -392,6 +405,14 @@ class Lanes:
             self._tell(peer, True)
         finally:
             self._greeting.discard(peer)
+
+    def _dial(self, peer: PeerId) -> Estimate:
+        if peer not in self._dials and len(self._dials) >= MAX_REMEMBERED:
+            self._dials.clear()
+        return self._dials.setdefault(peer, Estimate(first=REOPEN_SECONDS))
+
+    def _reopen_seconds(self, peer: PeerId) -> float:
+        return clamp(REOPEN_SECONDS, 2 * self._dial(peer).bound, OPEN_SECONDS)
 
     def _lose(self, peer: PeerId) -> None:
         """The peer is gone for all we know."""

@@ -191,6 +191,10 @@ class Libp2pSwarm:
     def peer_id(self) -> PeerId:
         return self._identity.peer_id
 
+    @property
+    def dial_seconds(self) -> float:
+        return self._lanes.dial_seconds
+
     def serve(self, handler: Handler) -> None:
         self._lanes.serve(handler)
 

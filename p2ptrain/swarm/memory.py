@@ -198,6 +198,10 @@ class MemorySwarm:
     def peer_id(self) -> PeerId:
         return self._peer_id
 
+    @property
+    def dial_seconds(self) -> float:
+        return self._lanes.dial_seconds
+
     def serve(self, handler: Handler) -> None:
         self._lanes.serve(handler)
 

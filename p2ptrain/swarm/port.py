@@ -44,6 +44,11 @@ class Swarm(Protocol):
     @property
     def peer_id(self) -> PeerId: ...
 
+    @property
+    def dial_seconds(self) -> float:
+        """How long a peer whose link broke is given to answer again, from what reaching peers took so far."""
+        ...
+
     def serve(self, handler: Handler) -> None:
         """Deliver what arrives to `handler`; until then it is refused."""
         ...

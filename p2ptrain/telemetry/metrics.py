@@ -42,6 +42,7 @@ from p2ptrain.events import (
     CheckpointFailed,
     CheckpointSaved,
     DaemonRestarted,
+    DeadlinesChanged,
     Evaluated,
     Event,
     FaultCause,
@@ -102,6 +103,14 @@ class Fate(StrEnum):
 
     COUNTED = "counted"
     WASTED = "wasted"
+
+
+class Wait(StrEnum):
+    """What has a deadline that is derived from measurements."""
+
+    SILENCE = "silence"
+    REDUCE = "reduce"
+    DIAL = "dial"
 
 
 class Split(StrEnum):
@@ -174,6 +183,10 @@ class Metrics:
             "averaged_samples_total", "Samples of all peers in the rounds committed here."
         )
         self._takeovers = counter("leader_takeovers_total", "Times that a successor took the lead of a step.")
+
+        self._deadlines = gauge(
+            "deadline_seconds", "How long this peer waits at present, as derived; 0: not yet.", wait=Wait
+        )
 
         # training
         self._samples = counter(
@@ -273,6 +286,10 @@ class Metrics:
                 self._faults.labels(event.cause).inc()
             case DaemonRestarted():
                 self._restarts.inc()
+            case DeadlinesChanged():
+                self._deadlines.labels(Wait.SILENCE).set(event.silence_seconds)
+                self._deadlines.labels(Wait.REDUCE).set(event.reduce_seconds)
+                self._deadlines.labels(Wait.DIAL).set(event.dial_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
             case Joined() | Leaving() | StateHashed() | Previewed():

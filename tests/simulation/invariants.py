@@ -107,7 +107,7 @@ class Invariants:
         siblings = self._children[header.parent]
         if siblings and lineage not in siblings:
             self.forks += 1
-            if self.sim.majority:
+            if self.sim.majority and header.step and not self._few_remember(siblings):
                 raise Violation(f"fork: step {header.step} was committed twice under a majority's rule")
             bearers = sorted({peer for sibling in siblings for peer in self._bearers(sibling)})
             if bearers and not self.sim.story.may_fork:
@@ -163,6 +163,17 @@ class Invariants:
                 raise Violation(f"I4: entry {header.step} holds a sample of elsewhere: {one}")
         if per_peer != Counter({name: n for name, n in zip(header.roster, header.samples, strict=True) if n}):
             raise Violation(f"I4: entry {header.step} counts {header.samples} samples of {per_peer}")
+
+    def _few_remember(self, siblings: set[str]) -> bool:
+        """Whether half of those who had the say have forgotten what they held for each of these entries, so
+        that no majority of them knows better. Before the first step nobody has the say."""
+        for sibling in siblings:
+            header = self._entries[sibling]
+            electorate = self._entries[header.parent].roster
+            forgetful = self._dropped(electorate, (header.parent, header.ballot))
+            if 2 * len(forgetful) < len(electorate):
+                return False
+        return True
 
     def _bearers(self, lineage: str) -> list[PeerId]:
         """Who keeps the entry that led to `lineage` from being lost: while one lives there is no other.

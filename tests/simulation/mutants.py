@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from p2ptrain.protocol.leader import Leader
 from p2ptrain.protocol.member import Member, Stage
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import Apply, Cancel, Effect
@@ -24,8 +25,8 @@ class CommitsTooSoon(Member):
 class StepsAlone(Member):
     """Applies what it holds, without waiting for the commit."""
 
-    def held(self, header: EntryHeader, now: float) -> list[Effect]:
-        effects = super().held(header, now)
+    def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
+        effects = super().held(header, reduce_seconds, now)
         if self.stage is Stage.HELD and not any(isinstance(effect, Apply) for effect in effects):
             self.stage = Stage.OUTSIDE
             effects.append(Apply(header, ()))
@@ -73,6 +74,15 @@ class LooksForNobody(Member):
 
     def informed(self, present: Mapping[PeerId, Position], now: float) -> list[Effect]:
         return []
+
+
+class CountsNobody(Member):
+    """Leads without a majority also where the run asks for one."""
+
+    def _new_leader(self, expected: Iterable[PeerId]) -> Leader:
+        leader = super()._new_leader(expected)
+        leader.electorate = frozenset()
+        return leader
 
 
 class BelievesAnyChunk(Reduction):

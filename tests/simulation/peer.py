@@ -80,24 +80,20 @@ class Frame:
 class Attempt:
     freeze: Freeze
     reduction: Reduction
-    sealed: bool = False
+    sealed: float | None = None
+    """When this peer brought its contribution."""
     contributions: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
     averaged: dict[tuple[int, int], str] = field(default_factory=dict)
     sent: dict[PeerId, list[Frame]] = field(default_factory=lambda: defaultdict(list))
 
 
-HAS_PARENT = "parent" in Chunk.model_fields
-
-
 def named(freeze: Freeze) -> dict[str, Any]:
     """The fields by which a frame says to which attempt it belongs."""
-    name = {"step": freeze.step, "ballot": freeze.ballot}
-    return {**name, "parent": freeze.parent} if HAS_PARENT else name
+    return {"step": freeze.step, "parent": freeze.parent, "ballot": freeze.ballot}
 
 
 def belongs(header: Chunk | Averaged, freeze: Freeze) -> bool:
-    same = header.ballot == freeze.ballot and header.step == freeze.step
-    return same and getattr(header, "parent", freeze.parent) == freeze.parent
+    return all(getattr(header, name) == value for name, value in named(freeze).items())
 
 
 class Peer:
@@ -200,7 +196,7 @@ class Peer:
             origin = f"{computed_at(began.step, began.lineage)}/{self.name}/{self.incarnation}"
             ids = [f"{origin}/{self.drawn + i}" for i in range(self.batch)]
             self.drawn += self.batch
-            if self.attempt is None or not self.attempt.sealed:
+            if self.attempt is None or self.attempt.sealed is None:
                 self.samples += ids
             else:
                 self.late += ids
@@ -230,9 +226,9 @@ class Peer:
             self.carry_out(self.machine.failed(attempt.freeze.ballot, blamed, cause, self.sim.network.now))
 
     def seal(self, attempt: Attempt) -> None:
-        if self.attempt is not attempt or attempt.sealed:
+        if self.attempt is not attempt or attempt.sealed is not None:
             return
-        attempt.sealed = True
+        attempt.sealed = self.sim.network.now
         freeze, mine = attempt.freeze, tuple(self.samples)
         self.sim.invariants.sealed[(freeze.parent, freeze.ballot), self.name] = len(mine)
         for chunks, reducer in zip(attempt.reduction.chunks, freeze.roster, strict=True):
@@ -290,7 +286,8 @@ class Peer:
             raise Violation(f"I4: {self.name} holds spans of different contributions: {sorted(set(content))}")
         self.sim.invariants.contents[header.digest] = max(content, key=len)
         self.sim.invariants.held(self, header)
-        self.carry_out(self.machine.held(header, self.sim.network.now))
+        now = self.sim.network.now
+        self.carry_out(self.machine.held(header, now - (attempt.sealed or now), now))
 
     def average(self, attempt: Attempt, number: int) -> None:
         roster, reduction = attempt.freeze.roster, attempt.reduction

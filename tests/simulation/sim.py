@@ -11,9 +11,8 @@ import gc
 import random
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.member import Member
@@ -34,17 +33,17 @@ LIES_EACH = 3
 
 def rules_of(story: Story) -> Rules:
     """What all machines of the story go by."""
-    chosen: dict[str, Any] = (
-        {"quorum": story.quorum} if "quorum" in {field.name for field in fields(Rules)} else {}
-    )
     return Rules(
         target_batch_size=story.target,
         min_peers=1,
         max_peers=64,
         values=VALUES,
+        encoded_bytes=4 * VALUES,
         heartbeat_seconds=0.5,
         silence_seconds=2.0,
-        **chosen,
+        silence_most_seconds=60.0,
+        attempt_most_seconds=3600.0,
+        quorum=story.quorum,
     )
 
 
@@ -69,7 +68,7 @@ class Simulation:
         self.story = story or Story.draw(random.Random(f"draw {seed}"))
         self.network = Network(seed, latency=self.story.latency, loss=self.story.loss)
         self.rules = rules_of(self.story)
-        self.majority = getattr(self.rules, "quorum", "any") == "majority"
+        self.majority = self.rules.quorum == "majority"
         self.peers: dict[PeerId, Peer] = {}
         self.presence: dict[PeerId, tuple[Position, float]] = {}
         self.invariants = Invariants(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 PHASES = ("asking", "collecting", "reducing", "all done", "half told")
 """Where a leader falls: while its take-over's questions are out, while reports come in, while members reduce,
@@ -52,7 +53,7 @@ class Story:
     slow_link: bool = False
     """Everything to and from p0 takes four times as long."""
     liars: tuple[str, ...] = ()
-    quorum: str = "any"
+    quorum: Literal["any", "majority"] = "any"
     chunk_values: int = 4
     seconds: float = 7.0
     """All faults are over by then."""

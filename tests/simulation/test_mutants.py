@@ -6,6 +6,8 @@ which they need less of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import tests.simulation.peer
@@ -39,6 +41,7 @@ def complaint(machine: type[Member] = Member, story: Story | None = None) -> str
         (mutants.AsksNobody, CRASHES, ("I1",)),
         (mutants.MindsNoSilence, None, ("stuck",)),
         (mutants.LooksForNobody, None, ("I1", "disagree")),
+        (mutants.CountsNobody, replace(CUTS, quorum="majority", partitions=2), ("fork",)),
     ],
 )
 def test_harness_complains_when_a_machine_breaks_the_rules(

@@ -63,7 +63,9 @@ ROOMS = {
     "p2ptrain.protocol": Room(WORDS, standard=PURE - {"logging"}),
     "p2ptrain.gradients": Room(WORDS, TORCH, PURE),
     # 2: rim, state, work, eyes
-    "p2ptrain.swarm": Room(WORDS, names("base58 cryptography msgpack pydantic")),
+    "p2ptrain.swarm": Room(
+        WORDS | {"p2ptrain.protocol.estimate"}, names("base58 cryptography msgpack pydantic")
+    ),
     "p2ptrain.swarm.libp2p": Room(WORDS | {"p2ptrain.swarm"}, names("base58 hivemind pydantic")),
     "p2ptrain.replica": Room(
         WORDS | names("p2ptrain.protocol p2ptrain.gradients"),

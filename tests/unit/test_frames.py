@@ -29,7 +29,13 @@ def test_frame_is_read_back_when_it_was_packed(payload: bytes, number: int, reas
     headers: list[Wire] = [
         GetRun(),
         Refusal(reason=reason),
-        Chunk(step=1, ballot=Ballot(number=2, leader=PeerId("peer")), number=number, samples=3),
+        Chunk(
+            step=1,
+            parent="e" * 64,
+            ballot=Ballot(number=2, leader=PeerId("peer")),
+            number=number,
+            samples=3,
+        ),
     ]
     for header in headers:
         data = pack(header, len(payload)) + payload

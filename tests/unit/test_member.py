@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from transcripts import RULES, standing_at, tell
+from transcripts import RULES, Story, standing_at, tell
 
+from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
-from p2ptrain.protocol.round import CatchUp, Send
-from p2ptrain.records import Answer, Ballot, Freeze, PeerId
+from p2ptrain.protocol.round import Begin, Cancel, CatchUp, Send
+from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId
 
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
@@ -466,14 +467,271 @@ def test_member_never_declares_done_when_it_has_promised_a_successor_otherwise()
         parent=standing_at(6, (A, B, C))[0].lineage,
         ballot=Ballot(number=1, leader=A),
         roster=(A, B, C),
+        incarnations=("1.0", "1.0", "1.0"),
         spans=(0, 4, 8, 12),
         finishing=(),
         cutoff_seconds=0.0,
         deadline_seconds=3.0,
     )
-    assert member.held(story.header(freeze, "m"), story.now) == []
+    assert member.held(story.header(freeze, "m"), 0.0, story.now) == []
     assert member.received(A, freeze, story.now) == [Send(A, member.answer())]
     assert member.answer().held is None
+
+
+# -- restarts, promises and a majority -----------------------------------------------------------------------
+
+
+def test_attempt_is_given_up_when_a_member_has_restarted_within_it() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 1
+          waits: 1 of 8 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 5 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        # c may have sent chunks before it died; what it does now are other samples
+        c dies
+        c starts at step 6 seeing a
+        c did 2
+          → a: report 2
+        a ← c
+          cancels 1/a (peer_lost)
+          → b: abort 1/a (peer_lost)
+          → c: abort 1/a (peer_lost)
+        b ← a
+          cancels 1/a (peer_lost)
+        """
+    )
+
+
+def test_freeze_for_an_earlier_incarnation_is_not_joined() -> None:
+    story = tell(
+        """
+        a b c stand at step 6
+        c dies
+        c starts at step 6 seeing a
+        c did 2
+          → a: report 2
+        """
+    )
+    member = story.machines[C]
+    assert member.incarnation == "1.1"
+    for incarnation, joins in (("1.0", False), ("1.1", True)):
+        freeze = freeze_of(story, incarnations=("1.0", "1.0", incarnation))
+        effects = member.received(A, freeze, story.now)
+        assert any(isinstance(effect, Begin) for effect in effects) is joins
+
+
+def test_attempt_that_was_left_is_not_joined_again_when_its_freeze_comes_twice() -> None:
+    story = tell("a b c stand at step 6")
+    member, freeze = story.machines[B], freeze_of(story)
+    abort = Abort(step=6, ballot=freeze.ballot, cause="deadline")
+    assert Begin(freeze) in member.received(A, freeze, story.now)
+    assert member.received(A, abort, story.now) == [Cancel(freeze.ballot, AbortCause.DEADLINE, ())]
+    assert member.received(A, freeze, story.now) == []
+
+
+def test_member_that_did_not_hear_of_an_abort_is_told_again_when_it_is_done() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 1
+          waits: 1 of 8 samples; 2 peers have not reported yet
+        b did 4
+          → a: report 4
+        c did 4
+          → a: report 4
+        a ← b
+          waits: 5 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        a loses c
+          cancels 1/a (peer_lost) without c
+          → b: abort 1/a (peer_lost) without c
+          → c: abort 1/a (peer_lost) without c
+        b ✕ a
+        b holds m
+          → a: done 1/a m
+        a ← b
+          → b: abort 1/a (peer_lost) without c
+        b ← a
+          cancels 1/a (peer_lost) without c
+        """
+    )
+
+
+def test_member_that_promised_a_successor_joins_nothing_of_the_leader_before() -> None:
+    story = tell(
+        """
+        a b c stand at step 6
+        b loses a
+          → c: ask from step 6, to lead as 1/b
+          takes over as 1/b
+        c ← b
+          → b: answer step 6, b leads, obeys 1/b
+          → b: report 0
+        """
+    )
+    member = story.machines[C]
+    freeze = freeze_of(story, ballot=Ballot(number=7, leader=A))
+    assert member.received(A, freeze, story.now) == [Send(A, member.answer())], "however high its ballot"
+
+
+def test_successor_keeps_a_held_entry_when_the_leader_before_aborts_it() -> None:
+    story = tell("a b c stand at step 6")
+    member, freeze = story.machines[B], freeze_of(story)
+    member.received(A, freeze, story.now)
+    member.held(story.header(freeze, "m"), 0.0, story.now)
+    ask = Ask(position=member.answer().position, ballot=Ballot(number=2, leader=C))
+    member.received(C, ask, story.now)
+    assert member.received(A, Abort(step=6, ballot=freeze.ballot, cause="deadline"), story.now) == []
+    assert member.answer().held == story.header(freeze, "m")
+
+
+MAJORITY = replace(RULES, quorum="majority")
+
+
+def test_minority_waits_when_the_others_are_cut_off_and_the_run_asks_for_a_majority() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a loses b
+          waits: 1 of the last round's 3 peers are here, and the quorum is 2
+        a loses c
+        a did 8
+        a ticks 1 s later
+        a ticks 1 s later
+        """,
+        MAJORITY,
+    )
+
+
+def test_successor_asks_again_until_a_majority_has_answered_when_the_run_asks_for_one() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 8
+          → a: report 8
+        b loses a
+          → c: ask from step 6, to lead as 1/b
+          takes over as 1/b
+        c ✕ b
+        b ticks 1 s later
+        b ticks 1 s later
+        b ticks 1 s later
+          → a: ask from step 6, to lead as 1/b
+          → c: ask from step 6, to lead as 1/b
+          waits: 1 of the last round's 3 peers are here, and the quorum is 2
+        c ← b
+          → b: answer step 6, b leads, obeys 1/b
+          → b: report 0
+        b ← c
+        b ← c
+          begins 2/b
+          → c: freeze 2/b of b c
+        """,
+        MAJORITY,
+    )
+
+
+def test_nobody_is_taken_for_gone_when_it_was_this_process_that_stood_still() -> None:
+    tell(
+        """
+        a b stand at step 6
+        b did 4
+          → a: report 4
+        b ticks 1 s later
+          → a: report 4
+        b ticks 30 s later
+          → a: report 4
+        b ticks 1 s later
+          → a: report 4
+        """
+    )
+
+
+def test_leader_that_stood_still_gives_its_attempt_another_heartbeat() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        a holds m
+        b ← a
+          begins 1/a
+        b holds m
+          → a: done 1/a m
+        a ticks 60 s later
+          → b: answer step 6, a leads, holds 1/a m
+        a ← b
+          → b: commit 1/a m
+          applies 1/a m
+        """
+    )
+
+
+def test_dropped_peer_is_let_in_again_when_there_would_be_too_few_without_it() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a did 4
+          waits: 1 of 2 peers are here
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        a loses b
+          cancels 1/a (peer_lost) without b
+          → b: abort 1/a (peer_lost) without b
+        a did 4
+          waits: 1 of 2 peers are here
+        b ← a
+          cancels 1/a (peer_lost) without b
+        b did 4
+          → a: report 4
+        a ← b
+          begins 2/a
+          → b: freeze 2/a of a b
+        """,
+        replace(RULES, min_peers=2),
+    )
+
+
+def freeze_of(story: Story, **changes: object) -> Freeze:
+    """What a, b and c at step 6 would get from a."""
+    return Freeze(
+        step=6,
+        parent=standing_at(6, (A, B, C))[0].lineage,
+        ballot=Ballot(number=1, leader=A),
+        roster=(A, B, C),
+        incarnations=("1.0", "1.0", "1.0"),
+        spans=(0, 4, 8, 12),
+        finishing=(),
+        cutoff_seconds=0.0,
+        deadline_seconds=3.0,
+    ).model_copy(update=changes)
 
 
 # -- two leaders ---------------------------------------------------------------------------------------------
@@ -880,6 +1138,7 @@ def test_freeze_is_not_obeyed_when_it_does_not_fit(change: dict[str, object]) ->
         parent=member.position.lineage,
         ballot=Ballot(number=9, leader=B),
         roster=(A, B, C),
+        incarnations=("1.0", "1.0", "1.0"),
         spans=(0, 4, 8, 12),
         finishing=(),
         cutoff_seconds=0.0,

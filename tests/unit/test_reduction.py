@@ -13,6 +13,7 @@ FREEZE = Freeze(
     parent="e" * 64,
     ballot=BALLOT,
     roster=(A, B, C),
+    incarnations=("1", "1", "1"),
     spans=(0, 4, 8, 10),
     finishing=(),
     cutoff_seconds=0.0,
@@ -21,11 +22,14 @@ FREEZE = Freeze(
 
 
 def chunk(number: int, samples: int = 4) -> Chunk:
-    return Chunk(step=3, ballot=BALLOT, number=number, samples=samples)
+    return Chunk(step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples)
 
 
 def mean(number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4)) -> Averaged:
-    return Averaged(step=3, ballot=BALLOT, number=number, samples=samples, squared_norm=2.0 if last else None)
+    norm = 2.0 if last else None
+    return Averaged(
+        step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples, squared_norm=norm
+    )
 
 
 def fresh() -> Reduction:

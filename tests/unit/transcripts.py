@@ -60,8 +60,11 @@ RULES = Rules(
     min_peers=1,
     max_peers=8,
     values=12,
+    encoded_bytes=0,
     heartbeat_seconds=1.0,
     silence_seconds=3.0,
+    silence_most_seconds=60.0,
+    attempt_most_seconds=3600.0,
 )
 SAMPLES_EACH = 4
 """Of every member, in every entry of these stories."""
@@ -158,7 +161,7 @@ class Story:
     def _hold(self, name: str, content: str) -> list[Effect]:
         machine = self._machine(name)
         assert machine.freeze is not None
-        return machine.held(self.header(machine.freeze, content), self.now)
+        return machine.held(self.header(machine.freeze, content), 0.0, self.now)
 
     def _miss(self, name: str, suspects: str) -> list[Effect]:
         machine = self._machine(name)
