@@ -366,7 +366,8 @@ class Rounds:
         self._note = note
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
+        self._due = float("inf")
+        """When the timer goes off. uvloop's cannot be asked if that time has passed: it is no timer then."""
         self._closed = False
 
     # -- for the trainer -------------------------------------------------------------------------------------
@@ -523,9 +524,9 @@ class Rounds:
                 return
             self._timer.cancel()
             self._timer = None
+        self._due = due
         if due != float("inf"):
-            # Remembered here: what uvloop returns for a time that has come does not know its own.
-            self._due, self._timer = due, asyncio.get_running_loop().call_at(due, self._tick)
+            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import psutil
 
-from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.config import PeerConfig, RunConfig, run_digest
 from p2ptrain.swarm.access import Invite, encode
 from p2ptrain.tasks import build_task
 from peers.chronicle import Record, moment
@@ -65,7 +65,12 @@ class Swarm:
         self.kills = 0
         self.tells, self.forks = tells, forks
         self._ledger = Ledger(run.target_batch_size)
-        self.stage = Rehearsal(run, lab.folder, micro_batch_size, heard=self._heard)
+        self._settings = {
+            "micro_batch_size": micro_batch_size,
+            "eval_every_steps": 0,
+            "metrics_port": METRICS_PORT,
+        }
+        self.stage = Rehearsal(run, lab.folder, self._heard)
         self.states_compared = 0
         """Once it has ended."""
         self._everyone = [f"peer-{number + 1}" for number in range(peers)]
@@ -139,11 +144,10 @@ class Swarm:
         listen, there = self.place(name, behind_nat=behind_nat)
         child = self.stage.make_peer(
             name,
+            PeerConfig(**{**self._settings, "listen": (listen,), **settings}),
             listen,
-            eval_every_steps=0,
             inside=(*inside, *there, *self._environment()),
             invite=invite,
-            settings={"listen": (listen,), "metrics_port": METRICS_PORT, **settings},
         )
         self.told[name] = []
         if start:
