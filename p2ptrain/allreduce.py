@@ -29,6 +29,7 @@ from p2ptrain.protocol.round import (
     Begin,
     Cancel,
     CatchUp,
+    Distrusted,
     Diverged,
     Effect,
     Send,
@@ -147,6 +148,7 @@ class Attempt:
         swarm: Swarm,
         codec: Codec,
         chunk_values: int,
+        most_samples: int,
         spawn: Spawn,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
@@ -160,7 +162,7 @@ class Attempt:
         self._me = swarm.peer_id
         self._swarm = swarm
         self._codec = codec
-        self._reduction = Reduction(freeze, self._me, chunk_values)
+        self._reduction = Reduction(freeze, self._me, chunk_values, most_samples)
         self._ranges = [
             chunk_ranges(start, stop, chunk_values)
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
@@ -333,7 +335,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Faulted | Gone
+Note = TookOver | Waiting | Diverged | Distrusted | Faulted | Gone
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -487,7 +489,14 @@ class Rounds:
 
         self.outcome = None
         self.attempt = Attempt(
-            freeze, self._swarm, self._codec, self._chunk_values, self._spawn, on_held, on_failed
+            freeze,
+            self._swarm,
+            self._codec,
+            self._chunk_values,
+            self.member.rules.most_samples,
+            self._spawn,
+            on_held,
+            on_failed,
         )
         self._change()
 
@@ -511,7 +520,7 @@ class Rounds:
                     self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))
-                case TookOver() | Waiting() | Diverged():
+                case TookOver() | Waiting() | Diverged() | Distrusted():
                     self._note(effect)
                 case _:
                     assert_never(effect)

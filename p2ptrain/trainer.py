@@ -35,7 +35,7 @@ from p2ptrain.errors import IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.member import Member
-from p2ptrain.protocol.round import Diverged, Rules, TookOver, Waiting
+from p2ptrain.protocol.round import Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.log import Entry, EntryLog
@@ -201,6 +201,10 @@ class Peer:
             if patience is not None and patience <= 0:
                 break
             if self._batch is None:
+                if self._accumulator.samples >= self.run.target_batch_size:
+                    # The whole batch by itself: more would make a step of another size.
+                    await self.rounds.changed(self.run.heartbeat_seconds)
+                    continue
                 self._begin_batch()
             if await self._batch_ends(patience):
                 await self._take_batch()
@@ -500,6 +504,10 @@ class Peer:
                 fault = events.FaultCause.UNREACHABLE if late else events.FaultCause.BAD_MESSAGE
                 for peer in suspects:
                     self._observe(events.PeerFaulted(peer=peer, cause=fault, detail=detail))
+            case Distrusted(peer, reason):
+                self._observe(
+                    events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=reason)
+                )
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:

@@ -21,7 +21,7 @@ from enum import Enum, auto
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
 from p2ptrain.protocol.deadlines import Deadlines
-from p2ptrain.protocol.round import Effect, Rules, Send, Waiting
+from p2ptrain.protocol.round import Distrusted, Effect, Rules, Send, Waiting
 from p2ptrain.protocol.spans import share_out
 from p2ptrain.records import (
     Abort,
@@ -190,6 +190,8 @@ class Leader:
         """A member says how far it is."""
         if sender in self.dropped:
             return []  # out until the next step, however often it knocks
+        if report.samples + report.in_flight > self.rules.most_samples:
+            return self._distrust(sender, report, now)
         if self.phase is Phase.REDUCING and self.attempt:
             freeze = self.attempt.freeze
             if sender not in freeze.roster:
@@ -206,6 +208,17 @@ class Leader:
             if len(set(self.digests.values())) > 1:
                 return [*self._resync(now), *self.consider(now)]
         return self.consider(now)
+
+    def _distrust(self, sender: PeerId, report: Report, now: float) -> list[Effect]:
+        """A claim that would fill the batch at once, and own the average."""
+        reason = (
+            f"it reports {report.samples} samples and {report.in_flight} in flight; "
+            f"a peer brings at most {self.rules.most_samples} to a step"
+        )
+        self.dropped.add(sender)
+        self.reports.pop(sender, None)
+        self.expected.discard(sender)
+        return [Distrusted(sender, reason), *self.consider(now)]
 
     def _resync(self, now: float) -> list[Effect]:
         """Equal lineages show different states: those unlike the most (the leader's own word settles a tie)

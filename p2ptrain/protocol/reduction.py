@@ -12,14 +12,14 @@ from p2ptrain.errors import BadMessage
 from p2ptrain.protocol.spans import chunk_count
 from p2ptrain.records import Averaged, Chunk, EntryHeader, Freeze, PeerId
 
-MAX_SAMPLES = 2**40
-
 
 class Reduction:
     """One peer's view of one attempt. Chunks are named (span, number), spans by their place in the roster."""
 
-    def __init__(self, freeze: Freeze, me: PeerId, chunk_values: int) -> None:
+    def __init__(self, freeze: Freeze, me: PeerId, chunk_values: int, most_samples: int) -> None:
+        """`most_samples`: who claims more lies, and would own the average."""
         self.freeze = freeze
+        self._most_samples = most_samples
         self.rank = freeze.roster.index(me)
         self.chunks = [
             chunk_count(start, stop, chunk_values)
@@ -48,8 +48,10 @@ class Reduction:
             raise BadMessage(
                 f"chunk {chunk.number} of a span of {self.chunks[self.rank]} chunks from {sender[-8:]}"
             )
-        if chunk.samples > MAX_SAMPLES:
-            raise BadMessage(f"{chunk.samples} samples claimed by {sender[-8:]}, more than {MAX_SAMPLES}")
+        if chunk.samples > self._most_samples:
+            raise BadMessage(
+                f"{sender[-8:]} claims {chunk.samples} samples; a peer brings at most {self._most_samples}"
+            )
         if self._samples[rank] not in (None, chunk.samples):
             raise BadMessage(f"{sender[-8:]} claims {chunk.samples} samples after {self._samples[rank]}")
         if chunk.number in self._got[rank]:
@@ -82,6 +84,8 @@ class Reduction:
             raise BadMessage(f"averaged chunk {averaged.number} of a span of {last + 1} from {reducer[-8:]}")
         if len(averaged.samples) != len(self.freeze.roster) or sum(averaged.samples) == 0:
             raise BadMessage(f"averaged chunk from {reducer[-8:]} names no samples for this roster")
+        if max(averaged.samples) > self._most_samples:
+            raise BadMessage(f"averaged chunk from {reducer[-8:]} counts more samples than a peer can bring")
         if self._counts not in (None, averaged.samples):
             raise BadMessage(f"{reducer[-8:]} divided by other sample counts than the reducers before it")
         if (averaged.squared_norm is not None) != (averaged.number == last):

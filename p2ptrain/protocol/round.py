@@ -33,6 +33,11 @@ class Rules:
     quorum: Literal["any", "majority"] = "any"
     """Who may step: whoever is there, or only with more than half of the last round's roster."""
 
+    @property
+    def most_samples(self) -> int:
+        """More than that no peer can bring: it begins no micro-batch once it has the target by itself."""
+        return 2 * self.target_batch_size
+
 
 # -- effects -------------------------------------------------------------------------------------------------
 
@@ -87,6 +92,14 @@ class Diverged:
 
 
 @dataclass(frozen=True)
+class Distrusted:
+    """For the log: what a peer said cannot be, so it is left out of this step."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True)
 class TookOver:
     """For the log: this peer now leads, because everyone before it in the order is gone."""
 
@@ -101,4 +114,4 @@ class Waiting:
     reason: str
 
 
-Effect = Send | Begin | Cancel | Apply | CatchUp | Diverged | TookOver | Waiting
+Effect = Send | Begin | Cancel | Apply | CatchUp | Diverged | Distrusted | TookOver | Waiting

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from p2ptrain.protocol.reduction import MAX_SAMPLES
 from p2ptrain.records import Averaged, Chunk, EntryHeader
 
 Log = tuple[tuple[EntryHeader, str], ...]
 
 
-def about_a_chunk(header: Chunk, *, already_counted: bool) -> dict[str, dict[str, Any]]:
+def about_a_chunk(header: Chunk, most_samples: int, *, already_counted: bool) -> dict[str, dict[str, Any]]:
     """What to change in it, by the name of the lie. `already_counted`: its samples are known."""
-    ways = {"number": {"number": header.number + 1000}, "count": {"samples": MAX_SAMPLES + 1}}
+    ways = {"number": {"number": header.number + 1000}, "count": {"samples": most_samples + 1}}
     if already_counted:
         ways["contradiction"] = {"samples": header.samples + 1}
     return ways

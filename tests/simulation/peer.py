@@ -122,7 +122,7 @@ class Peer:
         self.left = -1.0
         """When it last went outside: whatever it held then, it has dropped."""
         self.alarm = float("inf")
-        self.batch = sim.chance.choice([2, 4, 4, 8])
+        self.batch = min(sim.chance.choice([2, 4, 4, 8]), sim.rules.target_batch_size)
         self.pace = sim.chance.choice([0.1, 0.2, 0.3]) * (10 if sim.story.slow and name == "p0" else 1)
         self.lies: list[str] = []
         """What it will say that is not so, each once, at the first occasion."""
@@ -183,7 +183,9 @@ class Peer:
 
     def work(self) -> None:
         """Start a micro-batch, unless one runs or an attempt goes on; say how far this peer is."""
-        if self.batch_at is None and self.attempt is None and self.machine.stage is not Stage.OUTSIDE:
+        full = len(self.samples) >= self.sim.rules.target_batch_size
+        idle = self.batch_at is None and self.attempt is None and not full
+        if idle and self.machine.stage is not Stage.OUTSIDE:
             self.batch_at = self.position
             self.later(self.pace * self.sim.chance.uniform(0.9, 1.2), self.worked)
         in_flight = self.batch if self.batch_at == self.position else 0
@@ -207,7 +209,9 @@ class Peer:
     # -- one attempt -----------------------------------------------------------------------------------------
 
     def begin(self, freeze: Freeze) -> None:
-        attempt = Attempt(freeze, Reduction(freeze, self.name, self.sim.story.chunk_values))
+        attempt = Attempt(
+            freeze, Reduction(freeze, self.name, self.sim.story.chunk_values, self.sim.rules.most_samples)
+        )
         self.attempt = attempt
         self.sim.invariants.frozen.setdefault((freeze.parent, freeze.ballot), self.sim.network.now)
         self.later(freeze.deadline_seconds, self.give_up, attempt, AbortCause.DEADLINE)
@@ -354,6 +358,8 @@ class Peer:
                     pass
         if self.lies and isinstance(message, Answer) and message.question is None:
             message = message.model_copy(update={"position": self.boast(message.position)})
+        elif self.lies and isinstance(message, Report) and self.tell("report"):
+            message = message.model_copy(update={"samples": sim.rules.most_samples + 1})
         sim.invariants.said(self, message)
         self.send(to, message)
         if sim.story.duplicates and sim.chance.random() < sim.story.duplicates:
@@ -483,7 +489,7 @@ class Peer:
             if not self.tell("chunk"):
                 return frame
             committed = any(isinstance(one.header, Chunk) and not one.lie for one in before)
-            ways = lies.about_a_chunk(header, already_counted=committed)
+            ways = lies.about_a_chunk(header, self.sim.rules.most_samples, already_counted=committed)
         elif self.tell("two faces"):
             return Frame(header, f"{frame.payload}!", "two faces")
         elif self.tell("mean"):

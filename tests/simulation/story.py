@@ -14,9 +14,9 @@ PHASES = ("asking", "collecting", "reducing", "all done", "half told")
 """Where a leader falls: while its take-over's questions are out, while reports come in, while members reduce,
 when all are Done and nobody has been told, and when some have been told."""
 
-LIES = ("chunk", "mean", "two faces", "boast", "donor")
+LIES = ("chunk", "mean", "two faces", "boast", "donor", "report")
 """A chunk or a mean out of contract, a mean of which one member gets another version, a position that is not
-the peer's, and a log that does not hold when it is fetched."""
+the peer's, a log that does not hold when it is fetched, and more samples than a peer can have computed."""
 
 
 @dataclass(frozen=True)

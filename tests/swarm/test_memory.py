@@ -16,6 +16,7 @@ from contract import OTHER_RUN, Recorder, ask, chunk, presence, recorded, steps
 from p2ptrain.errors import LocalFault, PeerFault, Unreachable
 from p2ptrain.records import Ask, Averaged, Chunk, GetRun, Message, PeerId
 from p2ptrain.swarm.clock import Stuck, run
+from p2ptrain.swarm.lanes import OPEN_SECONDS, REOPEN_SECONDS
 from p2ptrain.swarm.memory import READ_BUFFER_BYTES, WINDOW_BYTES, MemoryHub, MemorySwarm
 
 pytestmark = pytest.mark.swarm
@@ -238,6 +239,23 @@ def test_peer_that_noticed_no_partition_is_told_when_it_next_says_something() ->
             bob.send(ALICE, ask(3))
             await at_bob.until(lambda heard: heard.links)
             assert (steps(at_alice.messages), at_bob.links) == ([1], [(ALICE, True)])
+
+    run(main())
+
+
+def test_peer_behind_a_slow_link_is_given_longer_to_answer_again_when_its_lane_broke() -> None:
+    async def main() -> None:
+        hub = hub_with(latency_seconds=0.4)
+        async with AsyncExitStack() as stack:
+            (alice, at_alice), (_, at_bob) = await all_join(stack, hub, "alice", "bob")
+            assert alice.dial_seconds == REOPEN_SECONDS
+            alice.send(BOB, ask(1))
+            await at_bob.until(lambda heard: heard.messages)
+            assert 1.6 <= alice.dial_seconds < OPEN_SECONDS, "open, opened, hello, hello: 1.6 s were seen"
+            hub.kill("bob")
+            await all_join(stack, hub, "bob")
+            await at_alice.until(lambda heard: heard.links)
+            assert at_alice.links == [(BOB, True)]
 
     run(main())
 

@@ -212,18 +212,46 @@ def test_peer_is_back_soon_when_it_is_cut_off_twice_and_its_only_donor_has_an_ol
     play(story)
 
 
-def test_minority_waits_and_nothing_is_rolled_back_when_min_peers_is_a_majority() -> None:
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (small_run(min_peers=2), "1 of 2 peers are here"),
+        (small_run(quorum="majority"), "1 of the last round's 3 peers are here, and the quorum is 2"),
+    ],
+)
+def test_minority_waits_and_nothing_is_rolled_back_when_the_run_asks_for_a_majority(
+    run: RunConfig, reason: str
+) -> None:
     async def story(training: Training) -> None:
         training.hub.partition([["anna", "bert"], ["carl"]])
-        stood = training.peers["carl"].step
-        await asyncio.sleep(10)
-        assert training.peers["carl"].step <= stood + 1
-        assert training.peers["anna"].step > stood + 5
+        carl = training.peers["carl"]
+        stood = carl.step
+        await asyncio.sleep(20)
+        assert carl.step <= stood + 1
+        assert carl.of(events.WaitingChanged)[-1].reason == reason
+        assert training.peers["anna"].step > stood + 10
         training.hub.heal()
         await agree(training, training.peers["anna"].step + 3)
         assert not any(life.of(events.RolledBack) for life in training.lives)
 
-    play(story, small_run(min_peers=2))
+    play(story, run)
+
+
+def test_nobody_steps_when_an_even_split_leaves_no_majority() -> None:
+    async def story(training: Training) -> None:
+        start(training, "dora")
+        peers = training.peers.values()
+        await training.until(lambda: all(len(life.headers()[-1].roster) == 4 for life in peers))
+        training.hub.partition([["anna", "bert"], ["carl", "dora"]])
+        await asyncio.sleep(5)
+        stood = {name: peer.step for name, peer in training.peers.items()}
+        await asyncio.sleep(15)
+        assert {name: peer.step for name, peer in training.peers.items()} == stood
+        training.hub.heal()
+        await agree(training, max(stood.values()) + 3)
+        assert not any(life.of(events.RolledBack) for life in training.lives)
+
+    play(story, small_run(quorum="majority"))
 
 
 def test_training_goes_on_when_streams_are_reset_all_the_time() -> None:
@@ -293,6 +321,24 @@ def test_swarm_goes_on_where_it_was_when_all_peers_restart_from_checkpoints(tmp_
             assert not life.of(events.RolledBack)
 
     play(story, folder=tmp_path)
+
+
+# -- deadlines -----------------------------------------------------------------------------------------------
+
+
+def test_deadlines_are_told_and_follow_what_was_measured_when_peers_train() -> None:
+    async def story(training: Training) -> None:
+        await agree(training, 60)
+        run = training.run
+        for life in training.lives:
+            told = life.of(events.DeadlinesChanged)
+            assert told
+            assert all(run.silence_seconds <= event.silence_seconds for event in told)
+            assert all(event.reduce_seconds <= run.attempt_most_seconds for event in told)
+            # A model of a few values on links of 50 ms: what a home link would need is long forgotten.
+            assert told[-1].reduce_seconds < run.silence_seconds + 2.0
+
+    play(story)
 
 
 # -- replicas and gradients that are damaged -----------------------------------------------------------------

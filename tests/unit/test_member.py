@@ -719,6 +719,26 @@ def test_dropped_peer_is_let_in_again_when_there_would_be_too_few_without_it() -
     )
 
 
+def test_peer_that_claims_more_samples_than_it_can_have_does_not_fill_the_batch() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 1000000000
+          → a: report 1000000000
+        a ← b
+          distrusts b: it reports 1000000000 samples and 0 in flight; a peer brings at most 16 to a step
+          waits: 0 of 8 samples; 1 peers have not reported yet
+        c did 4
+          → a: report 4
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+          begins 1/a
+          → c: freeze 1/a of a c
+        """
+    )
+
+
 def freeze_of(story: Story, **changes: object) -> Freeze:
     """What a, b and c at step 6 would get from a."""
     return Freeze(

@@ -33,7 +33,7 @@ def mean(number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4)) -> Av
 
 
 def fresh() -> Reduction:
-    return Reduction(FREEZE, B, chunk_values=2)
+    return Reduction(FREEZE, B, chunk_values=2, most_samples=16)
 
 
 def test_chunk_is_averaged_only_when_it_is_here_from_every_member() -> None:
@@ -120,3 +120,10 @@ def test_suspects_are_missing_senders_first_and_late_reducers_only_then() -> Non
         for number in range(count):
             reduction.receive(reducer, mean(number, last=number == count - 1))
     assert reduction.suspects() == [A]
+
+
+def test_claim_of_more_samples_than_a_peer_can_bring_is_refused() -> None:
+    with pytest.raises(BadMessage, match=r"A claims 17 samples; a peer brings at most 16"):
+        fresh().accept(A, chunk(0, samples=17))
+    with pytest.raises(BadMessage, match=r"counts more samples than a peer can bring"):
+        fresh().receive(A, mean(0, last=False, samples=(4, 17, 4)))

@@ -31,6 +31,7 @@ from p2ptrain.protocol.round import (
     Begin,
     Cancel,
     CatchUp,
+    Distrusted,
     Diverged,
     Effect,
     Rules,
@@ -236,6 +237,8 @@ class Story:
                 return f"catches up with {donor} at step {position.step}{' afresh' if afresh else ''}"
             case Diverged(_, ours, theirs):
                 return f"diverged: {self._digests[ours]} here, {self._digests[theirs]} there"
+            case Distrusted(peer, reason):
+                return f"distrusts {peer}: {reason}"
             case TookOver(_, ballot):
                 return f"takes over as {_ballot(ballot)}"
             case Waiting(reason):
