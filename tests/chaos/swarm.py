@@ -289,9 +289,9 @@ class Swarm:
             raise Failed(f"no commit in {seconds:g} s without any fault; {self.summary()}")
         return rate
 
-    def samples(self, since: float = 0.0) -> dict[str, int]:
-        """Samples of each peer in committed rounds."""
-        return {name: sum(r["mine"] for r in self.commits(name, since)) for name in self.told}
+    def samples(self, names: Sequence[str], since: float, until: float) -> int:
+        """That these peers gave to rounds committed in that time."""
+        return sum(r["mine"] for name in names for r in self.commits(name, since) if moment(r) <= until)
 
     def summary(self) -> str:
         """Where everybody is, in a line."""
