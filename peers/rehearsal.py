@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, MappingProxyType, TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import psutil  # type: ignore[import-untyped]
@@ -62,13 +62,20 @@ def new_folder(kind: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{kind}-{stamp}-", dir=made(user_data())))
 
 
-def check_corpus(run: RunConfig, corpus: str) -> None:
-    """Raises ConfigError if the run's text is not on every machine and nobody said where it is."""
+def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
+    """Settings for each of so many peers of the run; `corpus` is as in a peer file.
+
+    Raises ConfigError if the run's text is not on every machine and nobody said where it is.
+    """
     if run.task.corpus != "stdlib" and not corpus:
         raise ConfigError(
             f"run {run.run_id} trains on the text {run.task.corpus!r}; "
             "say with --corpus which file or folder that is"
         )
+    return PeerConfig(
+        micro_batch_size=min(PeerConfig().micro_batch_size, -(-run.target_batch_size // peers)),
+        corpus=corpus and str(Path(corpus).expanduser().absolute()),
+    )
 
 
 # -- one process ---------------------------------------------------------------------------------------------
@@ -206,13 +213,10 @@ class Rehearsal:
         self,
         run: RunConfig,
         folder: Path,
-        micro_batch_size: int,
-        corpus: str = "",
-        log_megabytes: int = PeerConfig().log_megabytes,
         heard: Callable[[str, Record], None] = lambda name, record: None,
     ) -> None:
-        """`folder` gets the run file and a folder for each process; `corpus` and the numbers are as in
-        a peer file; `heard` is given each line of a peer's journal once."""
+        """`folder` gets the run file and a folder for each process; `heard` is given each line of a peer's
+        journal once."""
         self.run, self.folder = run, folder
         self.chronicle = Chronicle(())
         self.peers: dict[str, Child] = {}
@@ -220,9 +224,6 @@ class Rehearsal:
         self.problem = ""
         """What did not go as it must, as a sentence; empty if all did."""
         self.display: Display | None = None
-        self._micro_batch_size = micro_batch_size
-        self._corpus = corpus and str(Path(corpus).expanduser().absolute())
-        self._log_megabytes = log_megabytes
         self._heard = heard
         self._tails: dict[str, Tail] = {}
         self._children: list[Child] = []
@@ -262,28 +263,14 @@ class Rehearsal:
         return self.bootstrap
 
     def make_peer(
-        self,
-        name: str,
-        listen: str,
-        *,
-        eval_every_steps: int,
-        inside: Sequence[str] = (),
-        invite: str = "",
-        settings: Mapping[str, Any] = MappingProxyType({}),
+        self, name: str, config: PeerConfig, listen: str, inside: Sequence[str] = (), invite: str = ""
     ) -> Child:
-        """A volunteer, not started; the bootstrap must be ready unless there is another `invite`. It takes
-        any free port of that address. `settings`: fields of its peer file."""
+        """A volunteer, not started; the bootstrap must be ready unless there is another `invite`. What
+        `config` says of name, folder and address holds; else it takes any free port of `listen`."""
         folder = made(self.folder / name)
-        defaults = {
-            "name": name,
-            "data_dir": str(folder),
-            "micro_batch_size": self._micro_batch_size,
-            "corpus": self._corpus,
-            "listen": (_PORT.sub("0", listen),),
-            "log_megabytes": self._log_megabytes,
-            "eval_every_steps": eval_every_steps,
-        }
-        config = PeerConfig(**{**defaults, **settings})
+        own = {"name": name, "data_dir": str(folder), "listen": (_PORT.sub("0", listen),)}
+        open_ = own.keys() - config.model_fields_set
+        config = config.model_copy(update={key: own[key] for key in open_})
         peer_file = folder / "peer.toml"
         peer_file.write_text(commented_toml(config))
         words = ("join", invite or self.invites()[0], "--peer", str(peer_file), "--json")

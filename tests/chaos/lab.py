@@ -279,9 +279,9 @@ class Group:
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """Words before a command that start it in the group."""
-        join = "; ".join(f"echo $$ > {folder / 'cgroup.procs'}" for folder in self._folders)
-        return ("sh", "-c", f'{join}; exec "$@"', "sh")
+        """Words before a command that start it in the group; before those of a host, which sees no groups."""
+        join = " && ".join(f"echo $$ > {folder / 'cgroup.procs'}" for folder in self._folders)
+        return ("sh", "-c", f'{join} && exec "$@"', "sh")
 
     def add(self, pids: Sequence[int]) -> None:
         """Take these processes in, with all their threads."""

@@ -118,12 +118,16 @@ class Trial:
         """The value for the form that is played; with no `soak` the gate's holds there, too."""
         return short if self.form is Form.SHORT else gate if self.form is Form.GATE or soak is None else soak
 
+    def tiny(self) -> dict[str, Any]:
+        """Fields of a run with next to nothing to compute and to send, for rows with many peers."""
+        return {"task": SMALL, "chunk_values": 4096, "heartbeat_seconds": 0.5, "silence_seconds": 3.0}
+
     def run(self, **changes: Any) -> RunConfig:
         """The run file: steps of about 2 s, in the short form of about half a second."""
         base: dict[str, Any] = {
             "run_id": "matrix",
             "total_steps": 1_000_000,
-            "target_batch_size": self.pick(192, 512),
+            "target_batch_size": self.pick(192, 1024),
             "seed": self.seed,
             "task": self.pick(LARGE, SMALL),
             "schedule": Schedule(warmup_steps=2),

@@ -104,7 +104,7 @@ def poisoned(trial: Trial) -> Figures:
     }
     for lie in ("", "flip", "constant", "random"):
         with trial.swarm(peers=4, **settings) as swarm:
-            swarm.add("fifth", inside=rogue("--lie", lie) if lie else ())
+            swarm.add("fifth", through=rogue("--lie", lie) if lie else ())
             swarm.wait_steps(steps - swarm.step(), 300)
             rounds = [
                 record
@@ -176,12 +176,12 @@ def complaint(swarm: Swarm, child: Child, code: int, words: Sequence[str], secon
     return took
 
 
-def newcomer(swarm: Swarm, name: str, *words: str, invite: str = "", inside: Sequence[str] = ()) -> Child:
+def newcomer(swarm: Swarm, name: str, *words: str, invite: str = "", through: Sequence[str] = ()) -> Child:
     """Not one of the swarm's peers: it is expected to be refused."""
     _, there = swarm.place(name)
     data = str(swarm.lab.folder / name / "data")
     command = ("join", invite or swarm.stage.invites()[-1], "--data-dir", data, "--json", *words)
-    return swarm.stage.child(name, *command, inside=(*there, *swarm.environment(), *inside))
+    return swarm.stage.child(name, *command, inside=(*there, *swarm.environment(), *through))
 
 
 def startup_seconds(swarm: Swarm) -> float:
@@ -214,9 +214,9 @@ def other_run(trial: Trial) -> Figures:
         file.write_text(commented_toml(other))
         fields = ("optimizer.lr", "0.5", "task.layers", "task.width")
         numbers["config_seconds"] = complaint(swarm, newcomer(swarm, "other", "--run", str(file)), 3, fields)
-        unlike = newcomer(swarm, "unlike", inside=rogue("--lie", "config"))
+        unlike = newcomer(swarm, "unlike", through=rogue("--lie", "config"))
         numbers["secret_config_seconds"] = complaint(swarm, unlike, 3, ["optimizer.lr"])
-        newer = newcomer(swarm, "newer", inside=rogue("--lie", "protocol"))
+        newer = newcomer(swarm, "newer", through=rogue("--lie", "protocol"))
         numbers["protocol_seconds"] = complaint(swarm, newer, 3, ["protocol", "upgrade"])
         # This one does not see itself that it trains something else: the others must.
         model = Victim(swarm, "model", start=False)

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import psutil
 
-from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.config import PeerConfig, RunConfig, run_digest
 from p2ptrain.swarm.access import Invite, encode
 from p2ptrain.tasks import build_task
 from peers.chronicle import Record, moment
@@ -65,7 +65,12 @@ class Swarm:
         self.kills = 0
         self.tells, self.forks = tells, forks
         self._ledger = Ledger(run.target_batch_size)
-        self.stage = Rehearsal(run, lab.folder, micro_batch_size, heard=self._heard)
+        self._settings = {
+            "micro_batch_size": micro_batch_size,
+            "eval_every_steps": 0,
+            "metrics_port": METRICS_PORT,
+        }
+        self.stage = Rehearsal(run, lab.folder, self._heard)
         self.states_compared = 0
         """Once it has ended."""
         self._everyone = [f"peer-{number + 1}" for number in range(peers)]
@@ -129,20 +134,22 @@ class Swarm:
         name: str,
         *,
         inside: Sequence[str] = (),
+        through: Sequence[str] = (),
         invite: str = "",
         behind_nat: bool = False,
         start: bool = True,
         **settings: Any,
     ) -> Child:
-        """A peer on a new host. `inside`: more words before its command; `settings`: of its peer file."""
+        """A peer on a new host. `inside`: words before the command that puts it there, such as
+        `Group.inside`; `through`: words right before it, such as `victims.rogue`; `settings`: of its peer
+        file."""
         listen, there = self.place(name, behind_nat=behind_nat)
         child = self.stage.make_peer(
             name,
+            PeerConfig(**{**self._settings, "listen": (listen,), **settings}),
             listen,
-            eval_every_steps=0,
-            inside=(*there, *self.environment(), *inside),
+            inside=(*inside, *there, *self.environment(), *through),
             invite=invite,
-            settings={"listen": (listen,), "metrics_port": METRICS_PORT, **settings},
         )
         self.told[name] = []
         if start:
@@ -284,9 +291,9 @@ class Swarm:
             raise Failed(f"no commit in {seconds:g} s without any fault; {self.summary()}")
         return rate
 
-    def samples(self, since: float = 0.0) -> dict[str, int]:
-        """Samples of each peer in committed rounds."""
-        return {name: sum(r["mine"] for r in self.commits(name, since)) for name in self.told}
+    def samples(self, names: Sequence[str], since: float, until: float) -> int:
+        """That these peers gave to rounds committed in that time."""
+        return sum(r["mine"] for name in names for r in self.commits(name, since) if moment(r) <= until)
 
     def summary(self) -> str:
         """Where everybody is, in a line."""

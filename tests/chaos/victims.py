@@ -69,7 +69,7 @@ class Victim:
         """It behaves. It is started, unless `settings` say `start=False`: then with its first order."""
         self.name, self._swarm = name, swarm
         self._orders = swarm.lab.folder / f"orders-{name}"
-        swarm.add(name, inside=rogue("--orders", str(self._orders)), **settings)
+        swarm.add(name, through=rogue("--orders", str(self._orders)), **settings)
 
     def order(self, *words: str) -> None:
         """Have it strike: `--die accumulating`."""
