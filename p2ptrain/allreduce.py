@@ -368,6 +368,8 @@ class Rounds:
         self._note = note
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = float("inf")
+        """When the timer goes off. uvloop's cannot be asked if that time has passed: it is no timer then."""
         self._closed = False
 
     # -- for the trainer -------------------------------------------------------------------------------------
@@ -527,10 +529,11 @@ class Rounds:
     def _arm(self) -> None:
         due = self.member.deadline()
         if self._timer is not None:
-            if self._timer.when() == due:
+            if self._due == due:
                 return
             self._timer.cancel()
             self._timer = None
+        self._due = due
         if due != float("inf"):
             self._timer = asyncio.get_running_loop().call_at(due, self._tick)
 

@@ -296,6 +296,10 @@ class Peer:
         if self.config.checkpoint_every_steps and step % self.config.checkpoint_every_steps == 0:
             self._spawn(self._save_beside())
 
+    def give_up(self) -> None:
+        """This peer leaves: what it has for the round under way will not count."""
+        self._waste(events.WasteCause.LEAVING)
+
     async def see_off(self, seconds: float) -> None:
         """Stay for those who are behind and may need an entry from here, but no longer than that."""
         member, deadline = self.rounds.member, self._now() + seconds

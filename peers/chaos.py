@@ -2,7 +2,8 @@
 
 `faults` decides what happens, `ledger` counts, `rehearsal` has the processes; here one is done to the other.
 
-Not covered: faults of machines, such as a full disk, lost packets, or a clock that jumps.
+Not covered: faults of machines, such as a full disk, lost packets, or a clock that jumps. All peers share the
+processors of this machine, so a start takes time from those who train; only a crowd gets half of them.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 
-from p2ptrain.config import PeerConfig, RunConfig
-from p2ptrain.errors import Unreachable
+from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.errors import ConfigError, Unreachable
 from p2ptrain.events import duration
+from peers.chaos_receipt import Crowd, Heldout, Receipt, Twin
 from peers.chronicle import Record, moment
-from peers.display import Lines
-from peers.faults import BOOTSTRAP, Kind, Mend, Plan, Recovered, Storm, Strike
-from peers.ledger import Ledger, Samples, Spread, slope_per_minute, spread
+from peers.display import display
+from peers.faults import BOOTSTRAP, NO_KIND, Kind, Mend, Plan, Recovered, Storm, Strike
+from peers.ledger import Ledger, loss_at, slope_per_minute, spread
 from peers.rehearsal import (
     LOOK_SECONDS,
     PATIENCE_SECONDS,
     Child,
     Rehearsal,
     RehearsalFailed,
-    check_corpus,
     new_folder,
+    peer_config,
 )
-from peers.sites import Site, site
+from peers.sites import Site, half, site
 
-EVAL_EVERY_STEPS = 100
+EVAL_EVERY_STEPS = 20
+CHECKPOINT_EVERY_STEPS = 10
+"""Often, so that a restarted peer need not go back far: whether it can replay is up to `log_megabytes`."""
 MEMORY_SECONDS = 2.0
 """Between two looks at the memory of all processes."""
 GONE_SECONDS = 5.0
@@ -59,61 +63,21 @@ class Options:
     absence_seconds: float
     log_megabytes: int
     """As in a peer file."""
+    megabits: float | None
+    """Per second that each host may send and receive, None for what the machine can."""
+    twin: Twin | None
     corpus: str = ""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """How the swarm fared; also what `--json` prints. Losses are in nats per byte."""
-
-    seconds: float
-    """From the first round with all peers until they were asked to leave."""
-    seed: int
-    peers: int
-    """At the end."""
-    faults: dict[str, int]
-    """By kind."""
-    failed_starts: int
-    """Starts after a fault that came to nothing, since there was no entrance then; tried again."""
-    steps: int
-    """The step that the swarm reached."""
-    rounds_attempted: int
-    rounds_committed: int
-    samples: Samples
-    participation: float | None
-    """Mean over the committed rounds of roster size per live peer."""
-    resume_seconds: Spread
-    """From each kill to the next commit by another peer."""
-    rejoin_by_replay_seconds: Spread
-    """From a peer's start until it had committed a round, where its log or checkpoint was recent enough."""
-    rejoin_by_snapshot_seconds: Spread
-    longest_gap_seconds: float
-    """Between two commits."""
-    lineages: int
-    """The most that there were of one step; 1 if the log never parted."""
-    rollbacks: int
-    states_compared: int
-    digests_equal: bool
-    heldout_loss_first: float | None
-    heldout_loss_last: float | None
-    memory_mb_per_minute: dict[str, float]
-    """Growth of each process that lived long enough to tell, its longest life."""
-    left_over: int
-    """Processes that outlived the rehearsal."""
-    interrupted: bool
-    folder: str
-    problem: str
-    """What did not go as it must, as a sentence; empty if all did."""
 
 
 def chaos(options: Options, console: Console) -> Receipt:
     """Play it from the first process to the last, and tell it on the console meanwhile.
 
-    Raises RehearsalFailed if the swarm did not even begin, ConfigError for a text that is not named, and
-    LocalFault where the network cannot be parted.
+    Raises RehearsalFailed if the swarm did not even begin, ConfigError for a text that is not named or a twin
+    of another run, and LocalFault where the network cannot be parted.
     """
-    check_corpus(options.run, options.corpus)
-    with site(apart=Kind.PARTITION in options.kinds) as where:
+    if options.twin is not None and options.twin.run_digest != run_digest(options.run):
+        raise ConfigError("--twin must be the receipt of the same run; this one is of another run file")
+    with site(apart=Kind.PARTITION in options.kinds, megabits=options.megabits) as where:
         return _Chaos(options, where, console).play()
 
 
@@ -126,20 +90,21 @@ class _Chaos:
 
     def __init__(self, options: Options, where: Site, console: Console) -> None:
         self._options, self._where, self._console = options, where, console
-        self._micro_batch_size = min(
-            PeerConfig().micro_batch_size, -(-options.run.target_batch_size // options.peers)
+        self._config = peer_config(options.run, options.peers, options.corpus).model_copy(
+            update={
+                "log_megabytes": options.log_megabytes,
+                "eval_every_steps": EVAL_EVERY_STEPS,
+                "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
+            }
         )
-        self._stage = Rehearsal(
-            options.run,
-            new_folder("chaos"),
-            self._micro_batch_size,
-            options.corpus,
-            options.log_megabytes,
-            self._heard,
-        )
+        self._stage = Rehearsal(options.run, new_folder("chaos"), self._heard)
         self._ledger = Ledger(options.run.target_batch_size)
         self._storm: Storm | None = None
         self._began = self._struck_at = time.time()
+        self._ended: float | None = None
+        self._used = 0
+        self._crowd: Strike | None = None
+        self._crowd_at = 0.0
         self._faults: Counter[str] = Counter()
         self._down: set[str] = set()  # whose end is known
         self._ready_before = 0  # how often the bootstrap was ready before its last start
@@ -151,21 +116,21 @@ class _Chaos:
 
     def play(self) -> Receipt:
         """From the first process to the last; all have ended when it returns or raises."""
-        interrupted, stage = False, self._stage
-        with stage, Lines(self._console, stage.chronicle, self._began) as lines:
-            stage.display = lines
+        stage, title = self._stage, f"p2ptrain chaos: {self._options.run.run_id}"
+        with stage, display(self._console, stage.chronicle, self._began, None, title) as stage.display:
             try:
                 self._begin()
                 self._rage()
                 self._calm()
             except _Over:
-                interrupted = True
                 self._undo()
-            ended = time.time()
+            # What is left undone from here on is not the faults' doing.
+            self._ended, self._used = time.time(), sum(stage.chronicle.rounds().values())
+            interrupted = bool(stage.interrupts.count)
             stage.leave()
             self._count_processes(time.time())
         _, left = psutil.wait_procs(list(self._seen.values()), timeout=GONE_SECONDS)
-        return self._receipt(ended, interrupted, len(left))
+        return self._receipt(self._ended, interrupted, len(left))
 
     # -- the three acts --------------------------------------------------------------------------------------
 
@@ -173,7 +138,7 @@ class _Chaos:
         """Until all peers have been in one round."""
         stage, everyone = self._stage, self._options.peers
         listen, inside = self._where.place(BOOTSTRAP)
-        stage.make_bootstrap(listen, inside).start()
+        stage.make_bootstrap(listen, (*inside, *self._processors(BOOTSTRAP))).start()
         if not self._watch(lambda: bool(stage.invites()), PATIENCE_SECONDS):
             raise RehearsalFailed(
                 f"the bootstrap was not ready after {PATIENCE_SECONDS:.0f} s: {stage.bootstrap.last_words()}"
@@ -200,8 +165,11 @@ class _Chaos:
         )
         self._began = self._struck_at = time.time()
         self._storm = Storm(plan, self._stage.peers, self._began)
-        names = ", ".join(options.kinds)
-        self._stage.note(f"all {options.peers} peers train; faults begin ({names}; seed {options.seed})")
+        names = ", ".join(options.kinds) or NO_KIND
+        self._stage.note(
+            f"all {options.peers} peers train; for {duration(options.seconds)} there are faults "
+            f"({names}; seed {options.seed})"
+        )
         self._watch(lambda: False, options.seconds)
 
     def _calm(self) -> None:
@@ -249,6 +217,8 @@ class _Chaos:
 
     def _heard(self, name: str, record: Record) -> None:
         """The next line of a peer's journal."""
+        if self._ended is not None:
+            return
         self._ledger.observe(name, record)
         if self._storm is not None and record["event"] == "round_committed":
             for recovered in self._storm.committed(name, record["lineage"], moment(record)):
@@ -302,15 +272,27 @@ class _Chaos:
 
     def _start_another(self, name: str) -> None:
         listen, inside = self._where.place(name)
-        self._stage.make_peer(name, listen, eval_every_steps=EVAL_EVERY_STEPS, inside=inside).start()
+        inside = (*inside, *self._processors(name))
+        self._stage.make_peer(name, self._config, listen, inside).start()
         self._ledger.restarted(name)
+
+    def _processors(self, name: str) -> tuple[str, ...]:
+        """Words that keep a process off the crowd's processors, or on them.
+
+        In life, newcomers load their modules on machines of their own.
+        """
+        if Kind.CROWD not in self._options.kinds:
+            return ()
+        return half(second=self._crowd is not None and name in self._crowd.on)
 
     def _do(self, deed: Strike | Mend) -> None:
         match deed:
             case Strike():
                 self._faults[deed.kind] += 1
-                self._strike(deed.kind, deed.on)
                 self._struck_at = time.time()
+                if deed.kind is Kind.CROWD:
+                    self._crowd, self._crowd_at = deed, self._struck_at
+                self._strike(deed.kind, deed.on)
             case Mend():
                 self._mend(deed.kind, deed.on)
 
@@ -321,9 +303,8 @@ class _Chaos:
                 child = stage.peers.get(name, stage.bootstrap)
                 self._down.add(name)
                 child.kill()
-                stage.look()  # at its last lines
+                self._told(name, "killed", f"{name} is killed (SIGKILL)")  # and its last lines are read
                 self._ledger.gone(name, at, killed=True)
-                self._told(name, "killed", f"{name} is killed (SIGKILL)")
             case Kind.LEAVE:
                 stage.peers[name].leave()
                 self._ledger.gone(name, at)
@@ -335,9 +316,10 @@ class _Chaos:
             case Kind.PARTITION:
                 self._where.part(on)
                 stage.note(f"the network is cut: {', '.join(on)} on one side")
-            case Kind.SPAWN:
-                self._start_another(name)
-                stage.note(f"{name} comes")
+            case Kind.SPAWN | Kind.CROWD:
+                for each in on:
+                    self._start_another(each)
+                stage.note(f"{name} comes" if len(on) == 1 else f"{name} to {on[-1]} come at once")
 
     def _mend(self, kind: Kind, on: tuple[str, ...]) -> None:
         stage, name, at = self._stage, on[0], time.time()
@@ -354,7 +336,7 @@ class _Chaos:
             case Kind.PARTITION:
                 self._where.heal()
                 stage.note("the network is whole again")
-            case Kind.KILL | Kind.LEAVE | Kind.SPAWN:
+            case Kind.KILL | Kind.LEAVE | Kind.SPAWN | Kind.CROWD:
                 stage.chronicle.restarted(name, at)
                 self._ledger.restarted(name)
                 stage.peers[name].start()
@@ -373,7 +355,7 @@ class _Chaos:
             case Kind.KILL | Kind.LEAVE:  # the chronicle tells of it
                 self._rejoins[self._ledger.caught_up_by(name)].append(recovered.seconds)
                 return
-            case Kind.SPAWN:
+            case Kind.SPAWN | Kind.CROWD:
                 self._rejoins[self._ledger.caught_up_by(name)].append(recovered.seconds)
                 text = f"{name} takes part, {after} after its start"
             case Kind.PAUSE:
@@ -388,13 +370,15 @@ class _Chaos:
 
     def _receipt(self, ended: float, interrupted: bool, left_over: int) -> Receipt:
         ledger, chronicle, storm = self._ledger, self._stage.chronicle, self._storm
-        heldout = sorted(chronicle.heldout, key=lambda figures: figures.step)
+        heldout, twin = self._heldout(), self._options.twin
+        curve = [(point.samples, point.loss) for point in twin.heldout] if twin is not None else []
         # Interrupted, the two sides of a cut may still be apart.
         differences = chronicle.faults if interrupted else chronicle.differences()
         left = f"{left_over} processes outlived the rehearsal" if left_over else ""
         part = ledger.participation(self._began, ended)
         return Receipt(
             seconds=round(ended - self._began, 1),
+            run_digest=run_digest(self._options.run),
             seed=self._options.seed,
             peers=len(self._stage.peers),
             faults={kind: self._faults[kind] for kind in self._options.kinds},
@@ -402,18 +386,20 @@ class _Chaos:
             steps=chronicle.steps,
             rounds_attempted=ledger.attempted,
             rounds_committed=ledger.committed,
-            samples=ledger.samples(sum(chronicle.rounds().values())),
+            samples=ledger.samples(self._used),
             participation=None if part is None else round(part, 3),
             resume_seconds=ledger.resumed(),
+            survivors_gave_up=ledger.survivors_gave_up(),
             rejoin_by_replay_seconds=spread(self._rejoins["log"]),
             rejoin_by_snapshot_seconds=spread(self._rejoins["snapshot"]),
+            crowd=self._crowd_figures(ended),
             longest_gap_seconds=round(ledger.longest_gap_seconds(self._began, ended), 2),
             lineages=ledger.lineages,
             rollbacks=ledger.rollbacks,
             states_compared=chronicle.compared,
             digests_equal=not differences,
-            heldout_loss_first=heldout[0].loss if heldout else None,
-            heldout_loss_last=heldout[-1].loss if heldout else None,
+            heldout=heldout,
+            twin_loss=loss_at(heldout[-1].samples, curve) if heldout else None,
             memory_mb_per_minute=self._slopes(),
             left_over=left_over,
             interrupted=interrupted,
@@ -423,54 +409,30 @@ class _Chaos:
             ),
         )
 
+    def _heldout(self) -> list[Heldout]:
+        """Once per step, in their order; where logs had parted, what was measured last."""
+        rounds, points = self._stage.chronicle.rounds(), []
+        losses = {figures.step: figures.loss for figures in self._stage.chronicle.heldout}
+        for step, loss in sorted(losses.items()):
+            before = sum(samples for each, samples in rounds.items() if each < step)
+            points.append(Heldout(step, before, loss))
+        return points
+
+    def _crowd_figures(self, ended: float) -> Crowd | None:
+        if self._crowd is None:
+            return None
+        ledger, at, names = self._ledger, self._crowd_at, self._crowd.on
+        all_in = ledger.took_part(names, at)
+        return Crowd(
+            joiners=len(names),
+            all_in_seconds=None if all_in is None else round(all_in - at, 2),
+            samples_per_second_before=round(ledger.samples_per_second(self._began, at), 1),
+            samples_per_second_meanwhile=round(ledger.samples_per_second(at, all_in or ended), 1),
+        )
+
     def _slopes(self) -> dict[str, float]:
         slopes = {}
         for (name, _), points in sorted(self._memory.items(), key=lambda life: len(life[1])):
             if (slope := slope_per_minute(points)) is not None:
                 slopes[name] = round(slope, 2)
         return dict(sorted(slopes.items()))
-
-
-def receipt_lines(receipt: Receipt) -> list[str]:
-    """The receipt for people."""
-    samples, wasted = receipt.samples, sum(receipt.samples.wasted.values())
-    faults = ", ".join(f"{count} {kind}" for kind, count in receipt.faults.items())
-    rates = receipt.memory_mb_per_minute
-    fastest = max(rates, key=lambda name: rates[name], default="")
-    counted = f"{samples.used:,} of {samples.computed:,} used ({_share(samples.used, samples.computed)})"
-    facts = {
-        "faults": f"{faults}, in {duration(receipt.seconds)} (seed {receipt.seed})",
-        "rounds": f"{receipt.rounds_committed:,} of {receipt.rounds_attempted:,} attempts committed "
-        f"({_share(receipt.rounds_committed, receipt.rounds_attempted)}); step {receipt.steps:,}",
-        "samples": f"{counted}; {wasted:,} wasted, about {samples.lost:,} lost with killed peers",
-        "participation": "no round was committed"
-        if receipt.participation is None
-        else f"{receipt.participation:.1%} of live peers in the mean round",
-        "resumed": _spread_words(receipt.resume_seconds, "after a kill"),
-        "back by replay": _spread_words(receipt.rejoin_by_replay_seconds, "after the start"),
-        "by snapshot": _spread_words(receipt.rejoin_by_snapshot_seconds, "after the start"),
-        "longest gap": f"{receipt.longest_gap_seconds:.1f} s between two commits",
-        "lineages": f"{receipt.lineages} at most; {receipt.rollbacks} rollbacks",
-        "replicas": f"digests equal at every step on every peer: {'yes' if receipt.digests_equal else 'NO'} "
-        f"({receipt.states_compared:,} states compared)",
-        "held-out loss": "not measured"
-        if receipt.heldout_loss_first is None or receipt.heldout_loss_last is None
-        else f"{receipt.heldout_loss_first:.3f} at first, {receipt.heldout_loss_last:.3f} at last",
-        "memory": f"grew by at most {rates[fastest]:.2f} MB/min ({fastest})"
-        if rates
-        else "not measured: no process lived long enough",
-        "folder": receipt.folder,
-    }
-    if receipt.failed_starts:
-        facts["failed starts"] = f"{receipt.failed_starts}, while there was no way in; tried again"
-    return [f"{name:<15} {fact}" for name, fact in facts.items()]
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "none"
-
-
-def _spread_words(spread: Spread, since: str) -> str:
-    if spread.median is None or spread.worst is None:
-        return "never"
-    return f"{spread.median:.1f} s {since} in the median, {spread.worst:.1f} s at worst, of {spread.count}"

@@ -128,7 +128,8 @@ def chaos(
     faults: Annotated[
         str,
         typer.Option(
-            help="Any of kill, pause, leave, bootstrap, spawn, partition (needs root), with commas."
+            help="Any of kill, pause, leave, bootstrap, spawn, crowd, partition (needs root), with commas; "
+            "or none."
         ),
     ] = "kill,pause",
     rate: Annotated[
@@ -138,35 +139,41 @@ def chaos(
         float, typer.Option(min=1, help="How long, from the first round with all peers in it.")
     ] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Draws when, what and whom.")] = 0,
-    exempt: Annotated[str, typer.Option(help="Who is spared; only `none` is known.")] = "none",
     absence: Annotated[
         float, typer.Option(min=0, help="Seconds until a peer that was killed or left is started again.")
     ] = 2,
-    max_peers: Annotated[int, typer.Option(min=2, max=32, help="Spawn no more than these in all.")] = 8,
+    max_peers: Annotated[int, typer.Option(min=2, max=32, help="How many spawn and crowd make of them.")] = 8,
     log_megabytes: Annotated[
         int, typer.Option(min=1, help="What each peer keeps for those who were away; little: by snapshot.")
     ] = 64,
+    megabits: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1000, help="Per second, for each to send and to receive (needs root)."),
+    ] = None,
+    twin: Annotated[
+        Path | None, typer.Option(help="Receipt of the same run with --faults none, to compare losses with.")
+    ] = None,
     corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
     as_json: Json = False,
 ) -> None:
     """Put a rehearsal swarm on this machine through faults, and print how it fared.
 
-    Whoever is killed comes back. Ctrl-C ends it with the receipt so far. Exit status 1: replicas differed,
-    nobody trained after the last fault, or something was left over.
+    No process is exempt; whoever is killed comes back. Ctrl-C ends it with the receipt so far. Exit status 1:
+    replicas differed, nobody trained after the last fault, or something was left over.
     """
     from rich.console import Console
 
     from p2ptrain.config import RunConfig, load_run
     from p2ptrain.errors import ConfigError
     from peers import chaos as role
+    from peers import chaos_receipt
     from peers.faults import parse_kinds, parse_rate
     from peers.rehearsal import RehearsalFailed
 
-    if exempt != "none":
-        raise ConfigError(f"--exempt takes only `none`, not {exempt!r}: no peer is spared")
     if max_peers < peers:
         raise ConfigError(f"--max-peers ({max_peers}) is less than --peers ({peers}); raise it")
-    settings = load_run(run) if run else RunConfig(run_id="rehearsal")
+    # Steps that take as long as those of a larger model; in a faster swarm newcomers are late for ever.
+    settings = load_run(run) if run else RunConfig(run_id="rehearsal", target_batch_size=256)
     options = role.Options(
         run=settings,
         peers=peers,
@@ -177,10 +184,12 @@ def chaos(
         seed=seed,
         absence_seconds=absence,
         log_megabytes=log_megabytes,
+        megabits=megabits,
+        twin=chaos_receipt.read_twin(twin) if twin else None,
         corpus=corpus,
     )
     receipt = role.chaos(options, Console(highlight=False))
-    typer.echo("\n" + "\n".join(role.receipt_lines(receipt)))
+    typer.echo("\n" + "\n".join(chaos_receipt.receipt_lines(receipt)))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     if receipt.problem:

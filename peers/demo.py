@@ -22,15 +22,15 @@ from rich.console import Console
 
 from p2ptrain.config import PeerConfig, RunConfig
 from p2ptrain.errors import ConfigError
-from peers.display import Lines, Screen, sample_lines
+from peers.display import display, replica_words, sample_lines
 from peers.rehearsal import (
     LOOK_SECONDS,
     PATIENCE_SECONDS,
     Child,
     Rehearsal,
     RehearsalFailed,
-    check_corpus,
     new_folder,
+    peer_config,
 )
 
 ABSENCE_SECONDS = 1.5
@@ -102,8 +102,8 @@ def demo(options: Options, console: Console) -> Receipt:
             "--listen must be an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337, "
             f"not {options.listen!r}"
         )
-    check_corpus(options.run, options.corpus)
-    return _Demo(options, new_folder("demo"), started_at, console).play()
+    config = peer_config(options.run, options.peers, options.corpus)
+    return _Demo(options, config, new_folder("demo"), started_at, console).play()
 
 
 # -- the story -----------------------------------------------------------------------------------------------
@@ -116,25 +116,19 @@ class _Over(Exception):
 class _Demo:
     """The rehearsal, and what is to be seen in it."""
 
-    def __init__(self, options: Options, folder: Path, started_at: float, console: Console) -> None:
+    def __init__(
+        self, options: Options, config: PeerConfig, folder: Path, started_at: float, console: Console
+    ) -> None:
         """`started_at` is Unix time; `folder` gets the run file and a folder for each process."""
-        self._options, self._started_at = options, started_at
+        self._options, self._config, self._started_at = options, config, started_at
         self._end = time.monotonic() + (started_at + options.seconds - time.time())
-        share = -(-options.run.target_batch_size // options.peers)
-        self._stage = Rehearsal(
-            options.run, folder, min(PeerConfig().micro_batch_size, share), options.corpus
-        )
+        self._stage = Rehearsal(options.run, folder)
         self._chronicle = self._stage.chronicle
         for number in range(options.peers):
             self._chronicle.arrived(f"peer-{number + 1}")
         self._kills = 0
-        if console.is_terminal and console.encoding.startswith("utf"):
-            title = f"p2ptrain demo: {options.run.run_id}"
-            self._screen: Lines | Screen = Screen(
-                console, self._chronicle, started_at, options.seconds, title
-            )
-        else:
-            self._screen = Lines(console, self._chronicle, started_at)
+        title = f"p2ptrain demo: {options.run.run_id}"
+        self._screen = display(console, self._chronicle, started_at, options.seconds, title)
 
     def play(self) -> Receipt:
         """From the first process to the last; all have ended when it returns or raises."""
@@ -160,7 +154,8 @@ class _Demo:
         for name in list(self._chronicle.peers):
             # One is enough to know how good the model is: it is the same on all.
             every = 0 if stage.peers else EVAL_EVERY_STEPS
-            stage.make_peer(name, self._options.listen, eval_every_steps=every).start()
+            config = self._config.model_copy(update={"eval_every_steps": every})
+            stage.make_peer(name, config, self._options.listen).start()
         if not self._watch(lambda: self._chronicle.first_commit_at is not None, self._patience()):
             raise RehearsalFailed(
                 f"no step was committed within {PATIENCE_SECONDS:.0f} s; is this machine overloaded? "
@@ -272,7 +267,7 @@ def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
         "steps": f"{receipt.steps:,} committed from {receipt.samples:,} samples; {receipt.aborted} aborted",
         "first step": _after(receipt.first_step_seconds, "after the start of the command"),
         "held-out loss": _loss_words(receipt),
-        "replicas": _replica_words(receipt),
+        "replicas": replica_words(receipt.digests_equal, receipt.states_compared),
     }
     if receipt.kills:
         facts["killed peer"] = _after(receipt.rejoin_seconds, "from its restart until it was back in a round")
@@ -307,14 +302,6 @@ def _loss_words(receipt: Receipt) -> str:
     if bits is None or receipt.zlib_bits_per_byte is None:
         return words
     return f"{words} ({bits:.2f} bits; zlib -9 takes {receipt.zlib_bits_per_byte:.2f})"
-
-
-def _replica_words(receipt: Receipt) -> str:
-    if not receipt.digests_equal:
-        return "digests equal at every step on every peer: NO"
-    if not receipt.states_compared:
-        return "not compared: no state was reached by more than one peer"
-    return f"digests equal at every step on every peer: yes ({receipt.states_compared:,} states compared)"
 
 
 def _after(seconds: float | None, what: str) -> str:

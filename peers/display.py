@@ -1,4 +1,4 @@
-"""How a demo looks while it runs: a panel drawn in place on a terminal, a line now and then elsewhere."""
+"""How a rehearsal looks: a panel drawn in place on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class Screen:
     """The same as a panel that is drawn anew in place."""
 
     def __init__(
-        self, console: Console, chronicle: Chronicle, started_at: float, seconds: float, title: str
+        self, console: Console, chronicle: Chronicle, started_at: float, seconds: float | None, title: str
     ) -> None:
-        """`started_at` is Unix time, `seconds` how long it will take."""
+        """`started_at` is Unix time, `seconds` how long it will take, None if nobody knows."""
         self._chronicle, self._started_at, self._seconds, self._title = chronicle, started_at, seconds, title
         self._live = Live(console=console, auto_refresh=False)
 
@@ -90,10 +90,22 @@ class Screen:
     def show(self) -> None:
         """Draw the panel as things are."""
         now = time.time() - self._started_at
-        passed = f"{clock(now)} of {clock(self._seconds)}" if now < self._seconds else "time is over"
+        if self._seconds is None:
+            passed = clock(now)
+        else:
+            passed = f"{clock(now)} of {clock(self._seconds)}" if now < self._seconds else "time is over"
         title = Text.assemble((self._title, "bold"), f"  {passed}")
         panel = Panel(body(self._chronicle, self._started_at), title=title, title_align="left")
         self._live.update(panel, refresh=True)
+
+
+def display(
+    console: Console, chronicle: Chronicle, started_at: float, seconds: float | None, title: str
+) -> Lines | Screen:
+    """The panel where it can be drawn, else lines; see `Screen`."""
+    if console.is_terminal and console.encoding.startswith("utf"):
+        return Screen(console, chronicle, started_at, seconds, title)
+    return Lines(console, chronicle, started_at)
 
 
 # -- the parts -----------------------------------------------------------------------------------------------
@@ -149,6 +161,15 @@ def quality(chronicle: Chronicle) -> str:
         f"held-out {last.bits_per_byte:.2f} bits per byte at step {last.step}; "
         f"zlib -9 takes {last.zlib_bits_per_byte:.2f}"
     )
+
+
+def replica_words(equal: bool, compared: int) -> str:
+    """Whether the replicas were identical, for a receipt."""
+    if not equal:
+        return "digests equal at every step on every peer: NO"
+    if not compared:
+        return "not compared: no state was reached by more than one peer"
+    return f"digests equal at every step on every peer: yes ({compared:,} states compared)"
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:

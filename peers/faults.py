@@ -2,7 +2,8 @@
 
 A `Storm` draws faults at exponential intervals from one seed, so that the same seed and the same story give
 the same faults. It is told what became of the peers, and says what is due; time is an argument. No peer is
-exempt. Only the last one that trains is left in peace until another does: with it the state would be gone.
+exempt, the bootstrap neither, and each is struck as often as another. Only the last peer that trains is left
+in peace until another does: with it the state would be gone.
 
 Not covered: a fault within a chosen phase of a round. With many faults, every phase has its turn.
 """
@@ -18,6 +19,7 @@ from enum import Enum, StrEnum, auto
 from p2ptrain.errors import ConfigError
 
 BOOTSTRAP = "bootstrap"
+NO_KIND = "none"
 
 
 class Kind(StrEnum):
@@ -35,15 +37,19 @@ class Kind(StrEnum):
     """`kill -9` of the bootstrap, which is started again."""
     SPAWN = "spawn"
     """Another peer comes."""
+    CROWD = "crowd"
+    """All further peers that there may be come at once, and compute on processors of their own."""
 
 
 def parse_kinds(text: str) -> tuple[Kind, ...]:
-    """Kinds from a list with commas, each once. Raises ConfigError."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    """Kinds from a list with commas, each once; none from `none`. Raises ConfigError."""
+    words = [word.strip() for word in text.split(",")]
+    if words == [NO_KIND]:
+        return ()
     if unknown := [word for word in words if word not in set(Kind)]:
-        raise ConfigError(f"there is no fault {unknown[0]!r}; --faults takes {', '.join(Kind)}, with commas")
-    if not words:
-        raise ConfigError(f"--faults names none; it takes {', '.join(Kind)}, with commas")
+        raise ConfigError(
+            f"there is no fault {unknown[0]!r}; --faults takes {', '.join(Kind)}, with commas, or {NO_KIND}"
+        )
     return tuple(dict.fromkeys(Kind(word) for word in words))
 
 
@@ -70,7 +76,7 @@ class Plan:
     silence_seconds: float
     """The run's. Pauses last 0.5 to 3 times as long and partitions 1 to 4 times: some are noticed."""
     max_peers: int
-    """Beyond them, none is spawned."""
+    """Beyond them, none comes."""
     seed: int
 
 
@@ -80,7 +86,7 @@ class Strike:
 
     kind: Kind
     on: tuple[str, ...]
-    """Whom. For a partition: one side of it, the one that lacks the bootstrap."""
+    """Whom; one name, but for a crowd all that come, and for a partition the side without the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,13 @@ class Storm:
                     self.conditions[fault.on[0]] = Condition.ARRIVING
                 deeds.append(Mend(fault.kind, fault.on))
         if not self._calm and now >= self._next_at:
-            possible = [(kind, victims) for kind in self._plan.kinds if (victims := self._victims(kind))]
-            if possible:
+            victims = {kind: self._victims(kind) for kind in self._plan.kinds}
+            if any(victims.values()):
                 # None made up for, or those that had to wait would come all at once.
                 self._next_at = now + self._gap()
-                deeds.append(self._strike(*self._random.choice(possible), now))
+                # By the number of victims, or the bootstrap would be killed as often as all peers together.
+                (kind,) = self._random.choices(list(victims), [len(each) for each in victims.values()])
+                deeds.append(self._strike(kind, victims[kind], now))
         return deeds
 
     def committed(self, name: str, lineage: str, at: float) -> list[Recovered]:
@@ -218,9 +226,10 @@ class Storm:
         match kind:
             case Kind.BOOTSTRAP:
                 return [] if kind in self._faults else [BOOTSTRAP]
-            case Kind.SPAWN:
+            case Kind.SPAWN | Kind.CROWD:
                 count = len(self.conditions)
-                return [f"peer-{count + 1}"] if count < self._plan.max_peers else []
+                most = min(count + 1, self._plan.max_peers) if kind is Kind.SPAWN else self._plan.max_peers
+                return [f"peer-{number}" for number in range(count + 1, most + 1)]
             case Kind.PARTITION:
                 return training if kind not in self._faults and len(training) > 1 else []
             case Kind.KILL | Kind.PAUSE | Kind.LEAVE:
@@ -236,6 +245,11 @@ class Storm:
             side = tuple(sorted([there, *(name for name in others if draw.random() < 0.5)]))
             self._faults[kind] = _Fault(kind, side, now + draw.uniform(1, 4) * silence)
             return Strike(kind, side)
+        if kind in (Kind.SPAWN, Kind.CROWD):
+            for name in victims:
+                self._faults[name] = _Fault(Kind.SPAWN, (name,), None, now)
+                self.conditions[name] = Condition.ARRIVING
+            return Strike(kind, tuple(victims))
         name = draw.choice(victims)
         key = kind if kind is Kind.BOOTSTRAP else name
         match kind:
@@ -243,12 +257,10 @@ class Storm:
                 self._faults[key] = _Fault(kind, (name,), now + self._plan.absence_seconds)
             case Kind.PAUSE:
                 self._faults[key] = _Fault(kind, (name,), now + draw.uniform(0.5, 3) * silence)
-            case Kind.LEAVE:
-                self._faults[key] = _Fault(kind, (name,), None)
             case _:
-                self._faults[key] = _Fault(kind, (name,), None, now)
+                self._faults[key] = _Fault(kind, (name,), None)
         if kind is not Kind.BOOTSTRAP:
-            self.conditions[name] = Condition.ARRIVING if kind is Kind.SPAWN else Condition.AWAY
+            self.conditions[name] = Condition.AWAY
         return Strike(kind, (name,))
 
     def _close(self, key: str, at: float) -> Recovered:

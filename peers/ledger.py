@@ -3,11 +3,13 @@
 A `Ledger` is told what the journals say and what was done to whom, all in Unix time of one machine. It counts
 a round once, whichever peers tell of it.
 
-Not covered: what a killed peer held is nowhere written. It is estimated from the pace of its rounds before.
+Not covered: what a killed peer held is nowhere written; it is estimated from the pace of its last round. An
+attempt of which only peers knew that were killed in it. What is being computed when the rehearsal ends.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,7 +53,7 @@ class _Commit:
     samples: int
     roster: int
     live: int
-    """Peers that were there, when it was committed first."""
+    """Peers that were there when the first one told of it."""
     told: int = 0
     """Samples by peers whose journals tell of this round."""
 
@@ -62,15 +64,46 @@ class _Life:
 
     live: bool = False
     caught_up_by: str = "log"
-    committed_at: float | None = None
+    since: float | None = None
+    """When it began to compute for the round under way."""
     pace: float = 0.0
-    """Samples per second in its last round."""
+    """Samples per second in its last round, also of a former life."""
+    committed_step: int | None = None
+    """Of its last round."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is there and was in a round."""
+        return self.live and self.committed_step is not None
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A peer took part in a committed round."""
+
+    at: float
+    name: str
+    step: int
+
+
+@dataclass(frozen=True)
+class _GivenUp:
+    """A peer could not bring what it had for a round into it."""
+
+    at: float
+    name: str
+    step: int
+    samples: int
 
 
 @dataclass(frozen=True)
 class _Kill:
+    """Of a peer that trained."""
+
     at: float
     name: str
+    survivors: frozenset[str]
+    """Who else trained."""
 
 
 @dataclass
@@ -79,13 +112,14 @@ class Ledger:
 
     target_batch_size: int
     rollbacks: int = 0
-    aborts: set[tuple[int, int]] = field(default_factory=set)
+    _aborts: set[tuple[int, int]] = field(default_factory=set)
     """(step, attempt)."""
     _commits: dict[tuple[int, str], _Commit] = field(default_factory=dict)  # by step and lineage
-    _attempts: set[tuple[int, int]] = field(default_factory=set)
+    _committed_attempts: set[tuple[int, int]] = field(default_factory=set)
     _wasted: Counter[str] = field(default_factory=Counter)
+    _given_up: list[_GivenUp] = field(default_factory=list)
     _held: float = 0.0
-    _told: list[tuple[float, str]] = field(default_factory=list)  # when which peer took part in a commit
+    _told: list[_Told] = field(default_factory=list)
     _kills: list[_Kill] = field(default_factory=list)
     _lives: dict[str, _Life] = field(default_factory=dict)
 
@@ -97,15 +131,20 @@ class Ledger:
         life = self._lives.setdefault(name, _Life())
         match record:
             case {"event": "joined"}:
-                life.live = True
-            case {"event": "caught_up", "how": "snapshot"}:
-                life.caught_up_by = "snapshot"
+                life.live, life.since = True, at
+            case {"event": "caught_up", "how": how}:
+                life.since = at
+                if how == "snapshot":
+                    life.caught_up_by = how
             case {"event": "round_aborted", "step": step, "attempt": attempt}:
-                self.aborts.add((step, attempt))
+                self._aborts.add((step, attempt))
             case {"event": "rolled_back"}:
                 self.rollbacks += 1
-            case {"event": "samples_wasted", "samples": samples, "cause": cause}:
+            case {"event": "samples_wasted", "step": step, "samples": samples, "cause": cause}:
                 self._wasted[cause] += samples
+                # Of a step that it took part in, it is a micro-batch that ended after the round.
+                if life.committed_step is None or step > life.committed_step:
+                    self._given_up.append(_GivenUp(at, name, step, samples))
             case {"event": "round_committed"}:
                 self._committed(name, life, at, record)
 
@@ -115,10 +154,11 @@ class Ledger:
             live = sum(each.live for each in self._lives.values())
             self._commits[key] = _Commit(at, record["samples"], record["peers"], live)
         self._commits[key].told += record["mine"]
-        self._attempts.add((record["step"], record["attempt"]))
-        life.committed_at = at
-        life.pace = record["mine"] / max(record["accumulate_seconds"], 0.001)
-        self._told.append((at, name))
+        self._committed_attempts.add((record["step"], record["attempt"]))
+        self._told.append(_Told(at, name, record["step"]))
+        life.since, life.committed_step = at, record["step"]
+        if record["mine"]:
+            life.pace = record["mine"] / max(record["accumulate_seconds"], 0.001)
 
     def gone(self, name: str, at: float, *, killed: bool = False) -> None:
         """That peer, or the bootstrap, was taken out of the swarm; what a `killed` one had is lost.
@@ -126,15 +166,16 @@ class Ledger:
         Its journal is to be read before, up to its end.
         """
         life = self._lives.get(name, _Life())
-        if killed and life.live and life.committed_at is not None:
-            self._held += min(life.pace * max(at - life.committed_at, 0.0), self.target_batch_size)
-        if killed:
-            self._kills.append(_Kill(at, name))
+        if killed and life.live and life.since is not None:
+            self._held += min(life.pace * max(at - life.since, 0.0), self.target_batch_size)
+        if killed and life.trains:
+            others = frozenset(other for other, each in self._lives.items() if each.trains and other != name)
+            self._kills.append(_Kill(at, name, others))
         life.live = False
 
     def restarted(self, name: str) -> None:
         """That peer's process was started."""
-        self._lives[name] = _Life()
+        self._lives[name] = _Life(pace=self._lives[name].pace if name in self._lives else 0.0)
 
     def went_on(self, name: str) -> None:
         """That peer was stopped, and is no longer."""
@@ -144,13 +185,16 @@ class Ledger:
 
     @property
     def committed(self) -> int:
-        """Attempts that led to a step, on whatever lineage."""
-        return len(self._attempts)
+        """Rounds that led to a step, on whatever lineage."""
+        return len(self._commits)
 
     @property
     def attempted(self) -> int:
-        """Attempts that any peer tells of."""
-        return len(self._attempts | self.aborts)
+        """Attempts that any peer tells of: those that led to a step, and those that were given up by all.
+
+        Two sides of a cut may give up attempts of one number at one step: they count as one.
+        """
+        return len(self._commits) + len(self._aborts - self._committed_attempts)
 
     @property
     def lineages(self) -> int:
@@ -165,6 +209,18 @@ class Ledger:
     def caught_up_by(self, name: str) -> str:
         """How that peer got to the swarm's step since its last start: `log` or `snapshot`."""
         return self._lives[name].caught_up_by
+
+    def took_part(self, names: Iterable[str], since: float) -> float | None:
+        """When the last of these had been in a round since then; None if one of them was in none."""
+        firsts = {
+            name: [told.at for told in self._told if told.name == name and told.at > since] for name in names
+        }
+        return max(map(min, firsts.values())) if all(firsts.values()) else None
+
+    def samples_per_second(self, since: float, until: float) -> float:
+        """In the rounds committed in that time, on whatever lineage."""
+        samples = sum(commit.samples for commit in self._commits.values() if since < commit.at <= until)
+        return samples / max(until - since, 0.001)
 
     def samples(self, used: int) -> Samples:
         """The ledger of samples; `used` are those in rounds that still count."""
@@ -189,12 +245,26 @@ class Ledger:
         return statistics.fmean(shares) if shares else None
 
     def resumed(self) -> Spread:
-        """From each kill to the next commit by another peer; kills that nobody survived are left out."""
-        after = (
-            min((at for at, name in self._told if name != kill.name and at > kill.at), default=None)
+        """From each kill of a peer that trained to the next commit by another one."""
+        return spread(after.at - kill.at for kill in self._kills if (after := self._after(kill)) is not None)
+
+    def survivors_gave_up(self) -> int:
+        """Samples that the peers which trained when one was killed could not bring into the next round.
+
+        Where peers are also stopped or cut off, what these give up may be among them.
+        """
+        given_up = {
+            each
             for kill in self._kills
-        )
-        return spread(at - kill.at for at, kill in zip(after, self._kills, strict=True) if at is not None)
+            if (after := self._after(kill)) is not None
+            for each in self._given_up
+            if each.at > kill.at and each.step == after.step and each.name in kill.survivors
+        }
+        return sum(each.samples for each in given_up)
+
+    def _after(self, kill: _Kill) -> _Told | None:
+        later = (told for told in self._told if told.name != kill.name and told.at > kill.at)
+        return min(later, key=lambda told: told.at, default=None)
 
     def longest_gap_seconds(self, since: float, until: float) -> float:
         """The longest time without a commit; both ends count."""
@@ -208,6 +278,17 @@ def spread(durations: Iterable[float]) -> Spread:
     if not values:
         return Spread(0, None, None)
     return Spread(len(values), round(statistics.median(values), 2), round(max(values), 2))
+
+
+def loss_at(samples: int, curve: Sequence[tuple[int, float]]) -> float | None:
+    """The loss after so many samples on a curve of (samples, loss); None beyond its ends.
+
+    Between two points it falls with the logarithm of the samples, as losses do; a straight line lies above.
+    """
+    for (before, high), (after, low) in pairwise(curve):
+        if before <= samples <= after and 0 < before < after:
+            return high + (low - high) * math.log(samples / before) / math.log(after / before)
+    return None
 
 
 def slope_per_minute(points: Sequence[tuple[float, float]]) -> float | None:

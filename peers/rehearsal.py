@@ -62,13 +62,20 @@ def new_folder(kind: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{kind}-{stamp}-", dir=made(user_data())))
 
 
-def check_corpus(run: RunConfig, corpus: str) -> None:
-    """Raises ConfigError if the run's text is not on every machine and nobody said where it is."""
+def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
+    """Settings for each of so many peers of the run; `corpus` is as in a peer file.
+
+    Raises ConfigError if the run's text is not on every machine and nobody said where it is.
+    """
     if run.task.corpus != "stdlib" and not corpus:
         raise ConfigError(
             f"run {run.run_id} trains on the text {run.task.corpus!r}; "
             "say with --corpus which file or folder that is"
         )
+    return PeerConfig(
+        micro_batch_size=min(PeerConfig().micro_batch_size, -(-run.target_batch_size // peers)),
+        corpus=corpus and str(Path(corpus).expanduser().absolute()),
+    )
 
 
 # -- one process ---------------------------------------------------------------------------------------------
@@ -77,16 +84,19 @@ def check_corpus(run: RunConfig, corpus: str) -> None:
 class Child:
     """One command of ours as a process with a folder of its own; it can be started again after its end."""
 
-    def __init__(self, name: str, folder: Path, *arguments: str, inside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, folder: Path, *arguments: str, inside: Sequence[str] = (), scratch: str = ""
+    ) -> None:
         """The folder is made; what the process prints is kept in it, in `output` and `log`.
 
-        `inside`: words before the command that put it somewhere else, such as `ip netns exec NAME`.
+        `inside`: words before the command that put it elsewhere, such as `ip netns exec NAME`; `scratch`:
+        the folder for what it leaves lying about when it is killed.
         """
         self.name, self.folder = name, made(folder)
         self.output, self.log = folder / "output", folder / "log"
         self.awaited = False
         """Whether it is supposed to end."""
-        self._arguments, self._inside = arguments, inside
+        self._arguments, self._inside, self._scratch = arguments, inside, scratch
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -100,7 +110,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": self._scratch},
                 start_new_session=True,  # the terminal's Ctrl-C is for the rehearsal, which knows what to do
             )
 
@@ -206,13 +216,10 @@ class Rehearsal:
         self,
         run: RunConfig,
         folder: Path,
-        micro_batch_size: int,
-        corpus: str = "",
-        log_megabytes: int = PeerConfig().log_megabytes,
         heard: Callable[[str, Record], None] = lambda name, record: None,
     ) -> None:
-        """`folder` gets the run file and a folder for each process; `corpus` and the numbers are as in
-        a peer file; `heard` is given each line of a peer's journal once."""
+        """`folder` gets the run file and a folder for each process; `heard` is given each line of a peer's
+        journal once."""
         self.run, self.folder = run, folder
         self.chronicle = Chronicle(())
         self.peers: dict[str, Child] = {}
@@ -220,17 +227,17 @@ class Rehearsal:
         self.problem = ""
         """What did not go as it must, as a sentence; empty if all did."""
         self.display: Display | None = None
-        self._micro_batch_size = micro_batch_size
-        self._corpus = corpus and str(Path(corpus).expanduser().absolute())
-        self._log_megabytes = log_megabytes
         self._heard = heard
         self._tails: dict[str, Tail] = {}
         self._children: list[Child] = []
+        self._scratch = ""
         self._stack = ExitStack()
         self.bootstrap = Child("bootstrap", folder / "bootstrap")
         (folder / "run.toml").write_text(commented_toml(run))
 
     def __enter__(self) -> Self:
+        scratch = tempfile.TemporaryDirectory(prefix=f"p2ptrain-{os.getpid()}-", ignore_cleanup_errors=True)
+        self._scratch = self._stack.enter_context(scratch)
         self._stack.callback(self._end_all)
         self._stack.enter_context(self.interrupts)
         return self
@@ -250,7 +257,7 @@ class Rehearsal:
 
     def child(self, name: str, *arguments: str, inside: Sequence[str] = ()) -> Child:
         """A process that ends with the rehearsal; it is not started."""
-        made_child = Child(name, self.folder / name, *arguments, inside=inside)
+        made_child = Child(name, self.folder / name, *arguments, inside=inside, scratch=self._scratch)
         self._children.append(made_child)
         return made_child
 
@@ -261,20 +268,11 @@ class Rehearsal:
         self.bootstrap = self.child("bootstrap", *words, inside=inside)
         return self.bootstrap
 
-    def make_peer(
-        self, name: str, listen: str, *, eval_every_steps: int, inside: Sequence[str] = ()
-    ) -> Child:
+    def make_peer(self, name: str, config: PeerConfig, listen: str, inside: Sequence[str] = ()) -> Child:
         """A volunteer, not started; the bootstrap must be ready. It takes any free port of that address."""
         folder = made(self.folder / name)
-        config = PeerConfig(
-            name=name,
-            data_dir=str(folder),
-            micro_batch_size=self._micro_batch_size,
-            corpus=self._corpus,
-            listen=(_PORT.sub("0", listen),),
-            log_megabytes=self._log_megabytes,
-            eval_every_steps=eval_every_steps,
-        )
+        own = {"name": name, "data_dir": str(folder), "listen": (_PORT.sub("0", listen),)}
+        config = config.model_copy(update=own)
         peer_file = folder / "peer.toml"
         peer_file.write_text(commented_toml(config))
         words = ("join", self.invites()[0], "--peer", str(peer_file), "--json")

@@ -57,9 +57,13 @@ class Loopback:
 
 
 class Hosts:
-    """Each name on a host of its own. A host's processes must have ended before `close`."""
+    """Each name on a host of its own. A host's processes must have ended before `close`.
 
-    def __init__(self) -> None:
+    `megabits`: how many each may send, and receive, per second; None for what the machine can.
+    """
+
+    def __init__(self, megabits: float | None = None) -> None:
+        self._megabits = megabits
         self._prefix = f"p2pc{os.getpid()}"
         self._whole, self._cut = f"{self._prefix}b0", f"{self._prefix}b1"
         self._cables: dict[str, str] = {}
@@ -81,6 +85,9 @@ class Hosts:
         _ip("-n", host, "addr", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", host, "link", "set", "lo", "up")
         _ip("-n", host, "link", "set", "eth0", "up")
+        if self._megabits is not None:
+            _tc(self._megabits, "-n", host, "qdisc", "add", "dev", "eth0")
+            _tc(self._megabits, "qdisc", "add", "dev", cable)
         return f"/ip4/{address}/tcp/{PORT}", ("ip", "netns", "exec", host)
 
     def part(self, side: Sequence[str]) -> None:
@@ -102,25 +109,42 @@ class Hosts:
 
 
 @contextmanager
-def site(*, apart: bool) -> Iterator[Site]:
-    """A site; `apart`: each process on a host of its own, which needs root and the program `ip`.
+def site(*, apart: bool, megabits: float | None = None) -> Iterator[Site]:
+    """A site. If it can be parted, or has a rate (see `Hosts`), each process is on a host of its own, which
+    needs root and the program `ip`.
 
     Raises ConfigError without them, LocalFault where the kernel refuses.
     """
-    if not apart:
+    if not apart and megabits is None:
         yield Loopback()
         return
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise ConfigError(
-            "partition gives each process a network namespace of its own: run it as root, with iproute2 "
-            "(apt-get install iproute2), or leave partition out of --faults"
+            "partition and --megabits give each process a network namespace of its own: run it as root, with "
+            "iproute2 (apt-get install iproute2), or leave them out"
         )
-    hosts = Hosts()
+    hosts = Hosts(megabits)
     try:
         hosts.open()
         yield hosts
     finally:
         hosts.close()
+
+
+def half(second: bool) -> tuple[str, ...]:
+    """Words before a command that keep it on one half of this machine's processors.
+
+    Raises ConfigError where there are no halves.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) < 2 or shutil.which("taskset") is None:
+        raise ConfigError(
+            "crowd keeps the newcomers off the processors of those who train: it needs two of them, and "
+            "the program taskset (apt-get install util-linux), or leave crowd out of --faults"
+        )
+    middle = len(processors) // 2
+    chosen = processors[middle:] if second else processors[:middle]
+    return ("taskset", "--cpu-list", ",".join(map(str, chosen)))
 
 
 def _sweep() -> None:
@@ -131,11 +155,21 @@ def _sweep() -> None:
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    _must("ip", *words)
+
+
+def _tc(megabits: float, *words: str) -> None:
+    """A token bucket that holds 10 ms, and a queue of at most 200 ms before it."""
+    burst = max(round(megabits * 1e6 / 8 / 100), 16_000)
+    _must("tc", *words, "root", "tbf", "rate", f"{megabits:g}mbit", "burst", f"{burst}", "latency", "200ms")
+
+
+def _must(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LocalFault(
-            f"`ip {' '.join(words)}` failed: {done.stderr.strip()}; partition needs a kernel and a container "
-            "that allow network namespaces and bridges, or leave partition out of --faults"
+            f"`{' '.join(words)}` failed: {done.stderr.strip()}; partition and --megabits need a kernel and "
+            "a container that allow network namespaces, bridges and tbf, or leave them out"
         )
 
 

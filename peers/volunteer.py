@@ -139,6 +139,7 @@ async def volunteer(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
                 )
                 await _train_until_stopped(peer, run, until_step, stop)
+                peer.give_up()
                 if not stop.reason:
                     await peer.see_off(FINISH_SECONDS)
                 path = await peer.save_checkpoint()

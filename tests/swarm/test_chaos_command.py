@@ -6,25 +6,29 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from p2ptrain.config import load_run
 from p2ptrain.errors import ConfigError
-from tests.swarm.rehearsals import SMALL_RUN, Started
+from tests.swarm.rehearsals import Started
 
 pytestmark = pytest.mark.swarm
+
+RUN = Path(__file__).parents[2] / "configs/runs/rehearsal-tiny.toml"
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts a rehearsal of small peers with these options."""
+    """Starts a rehearsal of tiny peers with these options."""
     rehearsals: list[Started] = []
 
     def started(*options: str) -> Started:
-        (tmp_path / "run.toml").write_text(SMALL_RUN)
-        rehearsals.append(Started(tmp_path, "chaos", str(tmp_path / "run.toml"), *options))
+        rehearsals.append(Started(tmp_path, "chaos", str(RUN), *options))
         return rehearsals[-1]
 
     yield started
@@ -32,12 +36,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         rehearsal.clear()
 
 
+def assert_one_log_in_the_end(receipt: dict[str, Any]) -> None:
+    """Peers that were cut off, stopped or starved may have gone on alone; then they rolled back, and it is
+    counted."""
+    assert receipt["digests_equal"] is True
+    assert 1 <= receipt["lineages"] <= 1 + receipt["rollbacks"]
+
+
 def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_struck(
     start: Callable[..., Started],
 ) -> None:
-    kinds = "kill,pause,leave,bootstrap,spawn"
+    kinds = "kill,leave,bootstrap,spawn"
     options = ("--peers", "3", "--max-peers", "4", "--absence", "0.5", "--seed", "5")
-    chaos = start(*options, "--faults", kinds, "--rate", "30/min", "--seconds", "20")
+    chaos = start(*options, "--faults", kinds, "--rate", "40/min", "--seconds", "12")
     assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
     receipt, told = chaos.receipt(), chaos.output.read_text()
     assert receipt["problem"] == ""
@@ -45,25 +56,27 @@ def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_str
     assert sum(receipt["faults"].values()) >= 3
     for kind, words in {
         "kill": "is killed (SIGKILL)",
-        "pause": "is stopped (SIGSTOP)",
         "leave": "is asked to leave (SIGTERM)",
         "spawn": "peer-4 comes",
     }.items():
         count = receipt["faults"][kind] + (receipt["faults"]["bootstrap"] if kind == "kill" else 0)
         assert told.count(words) == count, kind
     assert receipt["peers"] == 3 + receipt["faults"]["spawn"]
-    assert receipt["digests_equal"] is True
+    assert_one_log_in_the_end(receipt)
     assert receipt["states_compared"] > 1
     assert receipt["rounds_attempted"] >= receipt["rounds_committed"] > 1
     samples = receipt["samples"]
     assert samples["computed"] == samples["used"] + sum(samples["wasted"].values()) + samples["lost"]
-    assert samples["used"] >= 48 * receipt["steps"] * 0.5
+    batch = load_run(RUN).target_batch_size
+    assert samples["used"] >= batch * (receipt["steps"] - 5), "a few rounds may follow while all leave"
     assert 0 < receipt["participation"] <= 1
-    assert receipt["resume_seconds"]["count"] <= receipt["faults"]["kill"] + receipt["faults"]["bootstrap"]
+    assert receipt["resume_seconds"]["count"] <= receipt["faults"]["kill"]
     assert receipt["longest_gap_seconds"] < receipt["seconds"]
-    assert receipt["lineages"] == 1, "nobody was cut off, but a pause may look like it"
+    back = sum(receipt[f"rejoin_by_{way}_seconds"]["count"] for way in ("replay", "snapshot"))
+    assert back <= sum(receipt["faults"].values()) - receipt["faults"]["bootstrap"]
     assert receipt["left_over"] == 0
     assert chaos.left() == []
+    assert list(Path(tempfile.gettempdir()).glob(f"p2ptrain-{chaos.process.pid}-*")) == []
 
 
 def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_peer_is_stopped(
@@ -82,13 +95,14 @@ def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_p
 def test_both_sides_end_on_one_lineage_when_the_network_was_cut(start: Callable[..., Started]) -> None:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.fail("this test parts a network: run it as root, with iproute2 (apt-get install iproute2)")
-    chaos = start("--peers", "3", "--faults", "partition", "--rate", "2/s", "--seconds", "8", "--seed", "2")
+    options = ("--faults", "partition,pause", "--rate", "2/s", "--seconds", "6", "--seed", "2")
+    chaos = start("--peers", "3", "--megabits", "100", *options)
     assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
     receipt, told = chaos.receipt(), chaos.output.read_text()
     assert receipt["faults"]["partition"] >= 1
     assert told.count("the network is cut: ") == receipt["faults"]["partition"]
     assert "both sides were in one round, " in told
-    assert receipt["digests_equal"] is True
+    assert_one_log_in_the_end(receipt)
     assert chaos.left() == []
     for words in (("netns",), ("-o", "link")):
         shown = subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
@@ -108,7 +122,7 @@ def test_nothing_is_left_when_the_rehearsal_itself_is_killed(start: Callable[...
     [
         (("--faults", "boom"), "there is no fault 'boom'; --faults takes kill, "),
         (("--rate", "often"), "--rate must be a number of faults per h, min or s, such as 60/h"),
-        (("--exempt", "leader"), "--exempt takes only `none`, not 'leader'"),
+        (("--twin", "nothing"), "cannot read nothing: No such file"),
         (("--max-peers", "3"), "--max-peers (3) is less than --peers (4)"),
     ],
 )

@@ -47,14 +47,23 @@ def test_rate_is_refused_with_an_example_when_it_is_none(text: str) -> None:
 
 
 def test_kinds_are_read_once_each_and_in_order() -> None:
-    assert parse_kinds("pause, kill,pause,") == (Kind.PAUSE, Kind.KILL)
+    assert parse_kinds("pause, kill,pause") == (Kind.PAUSE, Kind.KILL)
 
 
-@pytest.mark.parametrize(("text", "said"), [("kill,boom", "'boom'"), (" ,", "names none")])
-def test_kinds_are_refused_with_the_list_when_one_is_unknown_or_none_is_there(text: str, said: str) -> None:
+def test_no_kind_is_a_choice_too() -> None:
+    assert parse_kinds("none") == ()
+    weather = storm()
+    assert [deed for second in range(1000) for deed in weather.due(second)] == []
+    assert weather.over
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("kill,boom", "'boom'"), ("kill,", "''"), ("", "''"), ("none,kill", "'none'")]
+)
+def test_kinds_are_refused_with_the_list_when_one_is_unknown(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         parse_kinds(text)
-    assert "kill, pause, partition, leave, bootstrap, spawn" in str(caught.value)
+    assert "kill, pause, partition, leave, bootstrap, spawn, crowd, with commas, or none" in str(caught.value)
 
 
 # -- when and whom -------------------------------------------------------------------------------------------
@@ -83,6 +92,21 @@ def test_faults_come_at_the_rate_and_strike_everybody_when_nobody_is_exempt() ->
     assert set(by_name) == set(NAMES)
     assert min(by_name.values()) > 40
     assert {strike.kind for strike in strikes} == {Kind.KILL, Kind.PAUSE}
+
+
+def test_bootstrap_is_struck_as_often_as_each_peer_when_it_is_not_exempt() -> None:
+    weather, struck = storm(Kind.KILL, Kind.BOOTSTRAP, rate=0.1), Counter[str]()
+    for second in range(5000):
+        for deed in weather.due(float(second)):
+            match deed:
+                case Strike():
+                    struck[deed.on[0]] += 1
+                case Mend(Kind.BOOTSTRAP):
+                    weather.ready(second)
+                case Mend():
+                    weather.committed(deed.on[0], "a", second)
+    assert set(struck) == {*NAMES, "bootstrap"}
+    assert 80 < min(struck.values()) <= max(struck.values()) < 160  # 125 expected of each
 
 
 def test_last_peer_in_training_is_spared_until_another_trains() -> None:
@@ -176,6 +200,15 @@ def test_spawned_peer_is_one_of_them_until_there_are_enough() -> None:
     assert weather.due(at + 1000) == []
     assert weather.committed("peer-4", "a", at + 6) == [Recovered(Kind.SPAWN, ("peer-4",), 6.0)]
     assert weather.over
+
+
+def test_crowd_is_all_that_may_come_at_once_and_each_recovers_with_its_first_round() -> None:
+    weather = storm(Kind.CROWD, max_peers=6)
+    strike, at = first_strike(weather)
+    assert strike == Strike(Kind.CROWD, ("peer-4", "peer-5", "peer-6"))
+    assert weather.due(at + 1000) == [], "there are enough"
+    assert weather.committed("peer-5", "a", at + 6) == [Recovered(Kind.SPAWN, ("peer-5",), 6.0)]
+    assert weather.unrecovered == ["peer-4 (spawn)", "peer-6 (spawn)"]
 
 
 @pytest.mark.parametrize("seed", range(20))

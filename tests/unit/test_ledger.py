@@ -10,9 +10,10 @@ from event_examples import ABORTED, ANNA, COMMITTED, ONE_OF_EACH, ROLLED_BACK, W
 
 from p2ptrain.events import CatchUpBy, CaughtUp, Event, Joined
 from peers.chronicle import Record
-from peers.ledger import Ledger, Samples, Spread, slope_per_minute, spread
+from peers.ledger import Ledger, Samples, Spread, loss_at, slope_per_minute, spread
 
 NOON = 1_800_000_000.0
+CATCH_UP = {"from_step": 0, "to_step": 1, "how": CatchUpBy.LOG, "received_bytes": 1, "seconds": 0.1}
 
 
 def record(event: Event, at: float) -> Record:
@@ -69,6 +70,13 @@ def test_attempts_are_counted_once_when_several_peers_tell_of_them(two: Ledger) 
     assert (two.attempted, two.committed) == (3, 1)
 
 
+def test_rounds_of_both_sides_count_when_they_trained_apart(two: Ledger) -> None:
+    two.observe("peer-1", committed(1, 3, attempt=2, lineage="a" * 64))
+    two.observe("peer-2", committed(1, 4, attempt=2, lineage="b" * 64))
+    two.observe("peer-2", record(dataclasses.replace(ABORTED, step=1, attempt=1), 2))
+    assert (two.attempted, two.committed, two.lineages) == (3, 2, 2)
+
+
 def test_samples_add_up_when_some_are_wasted_rolled_back_or_lost(two: Ledger) -> None:
     for name in ("peer-1", "peer-2"):
         two.observe(name, committed(0, 10))
@@ -95,6 +103,19 @@ def test_killed_peer_lost_no_more_than_a_batch_however_long_it_had_given_nothing
     two.observe("peer-2", committed(0, 10))
     two.gone("peer-2", NOON + 500, killed=True)
     assert two.samples(used=16).lost == 16 - 8  # 8 of the round are in nobody's journal: they may be its own
+
+
+def test_peer_that_is_killed_before_its_first_round_after_a_restart_loses_what_it_had_since(
+    two: Ledger,
+) -> None:
+    for name in ("peer-1", "peer-2"):
+        two.observe(name, committed(0, 10))  # at 4 samples a second
+    two.gone("peer-2", NOON + 10, killed=True)
+    two.restarted("peer-2")
+    two.observe("peer-2", joined(15))
+    two.observe("peer-2", record(CaughtUp(**CATCH_UP), 16))
+    two.gone("peer-2", NOON + 17.5, killed=True)
+    assert two.samples(used=16).lost == 6
 
 
 def test_peer_that_was_in_no_round_yet_loses_nothing_when_it_is_killed(two: Ledger) -> None:
@@ -126,14 +147,56 @@ def test_paused_peer_counts_again_once_it_goes_on(two: Ledger) -> None:
 
 
 def test_resume_lasts_to_the_next_commit_by_another_when_journals_are_read_late(two: Ledger) -> None:
+    for name in ("peer-1", "peer-2"):
+        two.observe(name, committed(0, 1))
     two.gone("peer-2", NOON + 10, killed=True)
-    two.gone("bootstrap", NOON + 20, killed=True)
     two.gone("peer-1", NOON + 30, killed=True)
     two.observe("peer-1", committed(1, 9.9))
     two.observe("peer-1", committed(3, 22))
     two.observe("peer-1", committed(2, 13))
     two.observe("peer-2", committed(2, 10.5))  # it was seen alive after its death: not a survivor's
+    two.observe("peer-2", committed(4, 32))
     assert two.resumed() == Spread(count=2, median=2.5, worst=3.0)
+
+
+def test_only_kills_of_peers_that_trained_count_for_the_resume(two: Ledger) -> None:
+    two.observe("peer-1", committed(0, 1))
+    two.gone("bootstrap", NOON + 2, killed=True)
+    two.gone("peer-2", NOON + 2, killed=True)  # it was in no round yet
+    two.observe("peer-1", committed(1, 3))
+    assert two.resumed() == Spread(count=0, median=None, worst=None)
+
+
+def test_survivors_gave_up_what_they_could_not_bring_into_the_round_after_a_kill(two: Ledger) -> None:
+    def wasted(step: int, samples: int, at: float) -> Record:
+        return record(dataclasses.replace(WASTED, step=step, samples=samples), at)
+
+    two.observe("peer-3", joined(0))
+    for name in ("peer-1", "peer-2", "peer-3"):
+        two.observe(name, committed(0, 1))
+    two.observe("peer-4", joined(1))
+    two.gone("peer-3", NOON + 2, killed=True)
+    two.observe("peer-1", wasted(0, 8, 2.1))  # a micro-batch that ended after the round before
+    two.observe("peer-1", committed(1, 3))
+    assert two.survivors_gave_up() == 0
+    two.observe("peer-1", wasted(1, 8, 3.1))  # the same of this one
+    two.observe("peer-4", wasted(1, 8, 3.2))  # it has never been in a round
+    two.observe("peer-2", wasted(1, 40, 3.3))
+    two.observe("peer-2", wasted(2, 8, 5))  # of another round
+    assert two.survivors_gave_up() == 40
+
+
+def test_crowd_is_in_when_the_last_of_it_was_in_a_round_and_the_rate_is_of_samples(two: Ledger) -> None:
+    for step in range(10):
+        two.observe("peer-1", committed(step, step + 1.0))
+    assert two.took_part(["peer-2"], NOON) is None
+    two.observe("peer-2", committed(4, 5.1))
+    two.observe("peer-2", committed(5, 6.1))
+    two.observe("peer-3", committed(8, 9.1))
+    assert two.took_part(["peer-2", "peer-3"], NOON) == pytest.approx(NOON + 9.1)
+    assert two.took_part(["peer-2", "peer-3"], NOON + 6.5) is None
+    assert two.samples_per_second(NOON + 2, NOON + 6) == pytest.approx(16)
+    assert two.samples_per_second(NOON + 20, NOON + 30) == 0
 
 
 def test_longest_gap_has_the_ends_in_it_when_commits_stop_early(two: Ledger) -> None:
@@ -160,6 +223,16 @@ def test_way_back_is_by_snapshot_when_one_was_taken_since_the_start(two: Ledger)
 def test_spread_is_empty_when_nothing_was_measured() -> None:
     assert spread([]) == Spread(count=0, median=None, worst=None)
     assert spread([3.0, 1.0, 2.004]) == Spread(count=3, median=2.0, worst=3.0)
+
+
+def test_loss_of_a_twin_is_read_between_two_points_and_nowhere_else() -> None:
+    curve = [(100, 3.0), (200, 2.0), (400, 1.0)]
+    assert loss_at(100, curve) == 3.0
+    assert loss_at(283, curve) == pytest.approx(1.5, abs=0.001)  # 200 times the root of 2
+    assert loss_at(400, curve) == 1.0
+    assert loss_at(99, curve) is None
+    assert loss_at(401, curve) is None
+    assert loss_at(100, []) is None
 
 
 def test_slope_is_per_minute_and_leaves_the_warm_up_out() -> None:

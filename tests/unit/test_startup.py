@@ -12,7 +12,7 @@ HEAVY = ("torch", "hivemind", "numpy", "aiohttp")
 SHOW_HELP = """
 import sys
 from peers import cli
-for words in ([], ["config"], ["demo"]):
+for words in ([], ["config"], ["demo"], ["chaos"]):
     sys.argv = ["p2ptrain", *words, "--help"]
     try:
         cli.main()
@@ -22,7 +22,9 @@ for words in ([], ["config"], ["demo"]):
 
 
 @pytest.mark.parametrize(
-    "program", [SHOW_HELP, "import peers.demo"], ids=["when_help_is_shown", "when_the_demo_watches"]
+    "program",
+    [SHOW_HELP, "import peers.demo", "import peers.chaos"],
+    ids=["when_help_is_shown", "when_the_demo_watches", "when_chaos_watches"],
 )
 def test_nothing_heavy_is_loaded(program: str) -> None:
     report = f"\nimport sys; print('loaded', [name for name in {HEAVY} if name in sys.modules])"
