@@ -14,6 +14,7 @@ from pathlib import Path
 
 from p2ptrain.config import BytesTask, commented_toml
 from p2ptrain.swarm.access import decode, encode
+from peers.chronicle import Record
 from peers.rehearsal import COMPLAINT, Child
 from peers.sites import PORT
 from tests.chaos.rows import SMALL, Failed, Figures, Trial, row
@@ -219,24 +220,15 @@ def other_run(trial: Trial) -> Figures:
         newer = newcomer(swarm, "newer", through=rogue("--lie", "protocol"))
         numbers["protocol_seconds"] = complaint(swarm, newer, 3, ["protocol", "upgrade"])
         # This one does not see itself that it trains something else: the others must.
-        model = Victim(swarm, "model", start=False)
-        model.order("--lie", "fingerprint")
-        swarm.peers["model"].start()
-        swarm.wait(
-            lambda: any(
-                record["cause"] == "refused"
-                for name in swarm.living()
-                for record in swarm.events(name, "peer_faulted", since)
-            ),
-            "somebody refuses the peer with another fingerprint",
-            60,
-        )
+        model = newcomer(swarm, "model", through=rogue("--lie", "fingerprint"))
+        model.start()
+        swarm.wait(lambda: refusals(swarm, since), "somebody refuses the peer with another fingerprint", 60)
         swarm.watch(trial.pick(10, 4))
-        if swarm.events("model", "caught_up"):
+        if "caught_up" in (swarm.lab.folder / "model" / "data" / "journal.jsonl").read_text():
             raise Failed("a peer with another fingerprint was given the state")
-        swarm.peers["model"].leave()
-        swarm.wait(lambda: not swarm.peers["model"].running, "it has left", 30)
-        rate = swarm.rate(since, time.time(), [name for name in swarm.peers if name != "model"])
+        model.leave()
+        swarm.wait(lambda: not model.running, "it has left", 30)
+        rate = swarm.rate(since, time.time())
         begins = startup_seconds(swarm)
         late = {name: seconds for name, seconds in numbers.items() if seconds - begins > 5}
         if late:
@@ -246,6 +238,12 @@ def other_run(trial: Trial) -> Figures:
         f"refused within {worst:.1f} s of being up, by the fields that differ; others at {rate / usual:.0%}",
         {**numbers, "startup_seconds": begins, "rate_share": rate / usual},
     )
+
+
+def refusals(swarm: Swarm, since: float) -> list[Record]:
+    """What these peers refused since then."""
+    faults = [record for name in swarm.living() for record in swarm.events(name, "peer_faulted", since)]
+    return [record for record in faults if record["cause"] == "refused"]
 
 
 @row(
@@ -332,39 +330,72 @@ def damaged_pieces(trial: Trial) -> Figures:
     31,
     fault="a peer comes back with a stale, a newer, a foreign checkpoint",
     injected="its data folder is changed between two lives",
-    criterion="behind: catches up; newer: never lost; foreign: refused by name",
+    criterion="behind: catches up; newer: the heavier lineage goes on; foreign: refused by name",
+    deadline_seconds=400,
 )
 def other_checkpoints(trial: Trial) -> Figures:
-    def folder(swarm: Swarm, name: str) -> Path:
-        return swarm.stage.folder / name / "checkpoints"
-
-    def stop(swarm: Swarm, name: str) -> None:
-        swarm.peers[name].leave()
-        swarm.wait(lambda: not swarm.peers[name].running, f"{name} has left", 30)
-
-    with trial.swarm(peers=trial.pick(3, 2)) as swarm:
-        # Stale: it has been away for some steps.
-        stop(swarm, "peer-1")
-        swarm.wait_steps(trial.pick(10, 10), 120)
-        swarm.restart("peer-1")
-        behind = swarm.together()
-        arrival = swarm.last("peer-1", "caught_up")
-        # Foreign: of another run, which has the same name.
-        swarm.add("foreign")
+    far = trial.pick(20, 150)
+    """Steps that the newer checkpoint is ahead: more than the others take until its owner is back."""
+    with trial.swarm(peers=0, forks=True) as swarm:
+        names = [f"peer-{number + 1}" for number in range(trial.pick(4, 3))]
+        for name in names:
+            swarm.add(name, checkpoint_every_steps=5, checkpoints_kept=1000)
         swarm.together()
-        stop(swarm, "foreign")
+        swarm.wait(
+            lambda: all(swarm.events(name, "checkpoint_saved") for name in names), "all have saved", 120
+        )
+        first, *others = names
+        # Stale: it has been away for some steps.
+        stop(swarm, [first])
+        swarm.wait_steps(10, 120)
+        swarm.restart(first)
+        behind = swarm.together()
+        arrival = swarm.last(first, "caught_up")
+        # Newer: the others have lost all but their oldest.
+        swarm.wait_steps(far, 300)
+        stop(swarm, names)
+        newest = max(int(path.name.removeprefix("step-")) for path in saved(swarm, first))
+        for name in others:
+            for path in saved(swarm, name)[1:]:
+                shutil.rmtree(path)
+        for name in others:
+            swarm.restart(name)
+        swarm.together(others)
+        if (meanwhile := swarm.step(others)) >= newest:
+            raise Failed(f"the others were at step {meanwhile} before the checkpoint of {newest} came back")
+        since = time.time()
+        swarm.restart(first)
+        swarm.together()
+        gave_way = sum(bool(swarm.events(name, "rolled_back", since)) for name in others)
+        if swarm.events(first, "rolled_back", since) or not gave_way:
+            raise Failed(f"the checkpoint of step {newest} gave way to others at step {meanwhile}")
+        # Foreign: of another run, which has the same name.
+        stop(swarm, [first])
         strange = swarm.run.model_copy(update={"seed": swarm.run.seed + 1})
-        for each in folder(swarm, "foreign").iterdir():
-            forge(each, strange.model_dump_json(indent=2))
-        refused = complaint(swarm, swarm.peers["foreign"], 3, ["checkpoint", "seed", "data_dir"])
-        shutil.rmtree(folder(swarm, "foreign"))
-        swarm.restart("foreign")
+        for path in saved(swarm, first):
+            forge(path, strange.model_dump_json(indent=2))
+        refused = complaint(swarm, swarm.peers[first], 3, ["checkpoint", "seed", "data_dir"])
+        shutil.rmtree(swarm.stage.folder / first / "checkpoints")
+        swarm.restart(first)
         swarm.together()
     return Figures(
         f"{arrival['to_step'] - arrival['from_step']} steps behind: in a round after {behind:.1f} s by "
-        f"{arrival['how']}; foreign: refused after {refused:.1f} s, with the field that differs",
+        f"{arrival['how']}; newer, of step {newest}: the others came from step {meanwhile} to it and said so; "
+        f"foreign: refused after {refused:.1f} s by the field that differs",
         {"behind_seconds": behind, "foreign_seconds": refused},
     )
+
+
+def stop(swarm: Swarm, names: Sequence[str]) -> None:
+    """They leave, each with a checkpoint."""
+    for name in names:
+        swarm.peers[name].leave()
+    swarm.wait(lambda: not any(swarm.peers[name].running for name in names), "they have left", 30)
+
+
+def saved(swarm: Swarm, name: str) -> list[Path]:
+    """That peer's checkpoints, the oldest first."""
+    return sorted((swarm.stage.folder / name / "checkpoints").glob("step-*"))
 
 
 def forge(path: Path, run_json: str) -> None:
