@@ -27,7 +27,7 @@ def play(trial: Trial, phases: Sequence[tuple[str, ...]], within_seconds: float)
         for death in found:
             if death.resume_seconds > within_seconds:
                 raise Failed(
-                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round, "
+                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round without it, "
                     f"at most {within_seconds:g} s were expected"
                 )
             if death.lost_samples:
@@ -35,7 +35,7 @@ def play(trial: Trial, phases: Sequence[tuple[str, ...]], within_seconds: float)
     resumed = [death.resume_seconds for death in found]
     which = ", ".join(f"{death.resume_seconds:.1f} s ({death.phase})" for death in found)
     return Figures(
-        f"next commit by all after {which}; no survivor's sample lost; back in {max(back):.1f} s",
+        f"next round by all others after {which}; none of their samples lost; back in {max(back):.1f} s",
         {
             "resume_median_seconds": statistics.median(resumed),
             "resume_worst_seconds": max(resumed),

@@ -233,7 +233,7 @@ def other_run(trial: Trial) -> Figures:
         late = {name: seconds for name, seconds in numbers.items() if seconds - begins > 5}
         if late:
             raise Failed(f"{late} after the start of the command; {begins:.1f} s of that is starting up")
-    worst = max(numbers.values()) - begins
+    worst = max(0.0, max(numbers.values()) - begins)
     return Figures(
         f"refused within {worst:.1f} s of being up, by the fields that differ; others at {rate / usual:.0%}",
         {**numbers, "startup_seconds": begins, "rate_share": rate / usual},
@@ -277,16 +277,14 @@ def no_token(trial: Trial) -> Figures:
         renamed = encode(invite.model_copy(update={"run_id": "another"}))
         name_seconds = complaint(swarm, newcomer(swarm, "misled", invite=renamed), 2, ["another", "matrix"])
         # All that was said in the round before, said again.
-        since = time.time()
         usual = swarm.pace(trial.pick(15, 5))
         replayer.order("--lie", "replay")
         swarm.watch(2)
         rate = swarm.pace(trial.pick(15, 5))
         if not (said := lies(swarm, replayer.name)):
             raise Failed("the replayer never came to replay")
-        lost = lost_samples(swarm, others, since)
-        if lost or rate < 0.8 * usual:
-            raise Failed(f"replayed messages: {lost} samples lost, {rate / usual:.0%} of the usual rate")
+        if rate < 0.8 * usual:
+            raise Failed(f"with messages replayed {rate / usual:.0%} of the usual rate")
         swarm.watch(1)
     raise Failed(
         f"invites carry no token and do not expire yet. The rest holds: {got['refused']} of {got['asked']} "
@@ -366,9 +364,9 @@ def other_checkpoints(trial: Trial) -> Figures:
         since = time.time()
         swarm.restart(first)
         swarm.together()
-        gave_way = sum(bool(swarm.events(name, "rolled_back", since)) for name in others)
-        if swarm.events(first, "rolled_back", since) or not gave_way:
+        if swarm.events(first, "rolled_back", since) or swarm.step() <= newest:
             raise Failed(f"the checkpoint of step {newest} gave way to others at step {meanwhile}")
+        said = sum(bool(swarm.events(name, "rolled_back", since)) for name in others)
         # Foreign: of another run, which has the same name.
         stop(swarm, [first])
         strange = swarm.run.model_copy(update={"seed": swarm.run.seed + 1})
@@ -380,7 +378,8 @@ def other_checkpoints(trial: Trial) -> Figures:
         swarm.together()
     return Figures(
         f"{arrival['to_step'] - arrival['from_step']} steps behind: in a round after {behind:.1f} s by "
-        f"{arrival['how']}; newer, of step {newest}: the others came from step {meanwhile} to it and said so; "
+        f"{arrival['how']}; newer, of step {newest}: {len(others)} others came to it, {said} could tell "
+        f"that they gave something up; "
         f"foreign: refused after {refused:.1f} s by the field that differs",
         {"behind_seconds": behind, "foreign_seconds": refused},
     )

@@ -106,24 +106,28 @@ class Death:
     phase: str
     step: int
     """That was under way."""
+    commit_seconds: float
+    """Until the last survivor had committed a round again, maybe the one that the victim died in."""
     resume_seconds: float
-    """Until the last survivor had committed a round again."""
+    """Until the last survivor had committed a round without the victim."""
     lost_samples: int
     """That survivors had for that step, and that no round counted."""
     survivors: int
 
 
-def first_commits(swarm: Swarm, names: Sequence[str], at: float, seconds: float, step: int = 0) -> float:
-    """Wait until each of these has committed a round after that time, of that step or later; how long after
-    the last of them did. Raises Failed after so many seconds."""
+def first_commits(
+    swarm: Swarm, names: Sequence[str], at: float, seconds: float, step: int = 0, most: int = 1000
+) -> float:
+    """Wait until each of these has committed a round after that time, of that step or later and with at most
+    so many peers; how long after it the last of them did. Raises Failed after so many seconds."""
 
     def first(name: str) -> float | None:
-        times = (moment(record) for record in swarm.commits(name, at) if record["step"] >= step)
-        return next(times, None)
+        rounds = (each for each in swarm.commits(name, at) if each["step"] >= step and each["peers"] <= most)
+        return next(map(moment, rounds), None)
 
     swarm.wait(
         lambda: all(first(name) for name in names),
-        f"{', '.join(names)} commit a round again, of step {step} or later",
+        f"{', '.join(names)} commit a round of at most {most} again, of step {step} or later",
         seconds,
     )
     return round(max(first(name) or at for name in names) - at, 2)
@@ -152,9 +156,10 @@ def strike(swarm: Swarm, victim: Victim, *phase: str) -> Death:
     told = victim.die(*phase)
     at, step = told["time"], told["step"]
 
-    resumed = first_commits(swarm, survivors, at, RESUME_SECONDS, step)
+    committed = first_commits(swarm, survivors, at, RESUME_SECONDS, step)
+    resumed = first_commits(swarm, survivors, at, RESUME_SECONDS, step, len(survivors))
     lost = lost_samples(swarm, survivors, at)
-    return Death(" ".join(phase), step, resumed, lost, len(survivors))
+    return Death(" ".join(phase), step, committed, resumed, lost, len(survivors))
 
 
 def deaths(
@@ -194,10 +199,16 @@ def main() -> None:
         swarm.together()
         found, back = deaths(swarm, victim, phases)
     for death in found:
-        print(f"{death.phase:<14} resumed in {death.resume_seconds:5.2f} s, lost {death.lost_samples}")
+        print(
+            f"{death.phase:<14} next commit after {death.commit_seconds:5.2f} s, without the victim after "
+            f"{death.resume_seconds:5.2f} s; {death.lost_samples} samples of survivors lost"
+        )
+    commits = [death.commit_seconds for death in found]
     resumed = [death.resume_seconds for death in found]
     report = {
         "deaths": [dataclasses.asdict(death) for death in found],
+        "median_commit_seconds": statistics.median(commits),
+        "worst_commit_seconds": max(commits),
         "median_resume_seconds": statistics.median(resumed),
         "worst_resume_seconds": max(resumed),
         "survivors_samples_lost": sum(death.lost_samples for death in found),
