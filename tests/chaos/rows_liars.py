@@ -283,7 +283,7 @@ def no_token(trial: Trial) -> Figures:
         rate = swarm.pace(trial.pick(15, 5))
         if not (said := lies(swarm, replayer.name)):
             raise Failed("the replayer never came to replay")
-        if rate < 0.8 * usual:
+        if rate < 0.5 * usual:
             raise Failed(f"with messages replayed {rate / usual:.0%} of the usual rate")
         swarm.watch(1)
     raise Failed(
