@@ -179,7 +179,7 @@ def killed_saving(trial: Trial) -> Figures:
 
     chance, times = random.Random(trial.seed), trial.pick(20, 3)
     with trial.swarm(peers=1) as swarm:
-        victim = Victim(swarm, checkpoint_every_steps=1, checkpoints_kept=2)
+        victim = Victim(swarm, checkpoint_every_steps=1, checkpoints_kept=20)
         folder = swarm.stage.folder / victim.name / "checkpoints"
         swarm.together()
         swarm.wait(lambda: latest(folder), "the first checkpoint is written", 30)
@@ -188,17 +188,18 @@ def killed_saving(trial: Trial) -> Figures:
             newest = latest(folder)
             assert newest is not None
             size = sum(file.stat().st_size for file in newest.iterdir())
-            # The last two: all bytes are there, and the folder has its old name, or its new one.
-            at = size + number if number < 2 else chance.randrange(size)
+            # The first two: all bytes are there, and the folder has not got its name yet, or has just got it.
+            at = -1 - number if number < 2 else chance.randrange(size)
             told = victim.die("saving", str(at))
             whole = latest(folder)
             if whole is None:
                 raise Failed(f"no checkpoint is left after a death at byte {at} of {size}")
             step = load(whole).snapshot.position.step  # raises CheckpointError, by name, if a byte is wrong
             loaded += 1
+            since = time.time()
             victim.restart()
             swarm.together()
-            arrival = swarm.last(victim.name, "caught_up")["from_step"]
+            arrival = swarm.events(victim.name, "caught_up", since)[0]["from_step"]
             if arrival != step:
                 raise Failed(
                     f"{told}: it came back at step {arrival}, its last whole checkpoint was of {step}"
