@@ -34,7 +34,6 @@ from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
-from p2ptrain.protocol.lineage import heavier
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
@@ -276,9 +275,7 @@ class Peer:
         self._waste(events.WasteCause.BEHIND)
         self._caught_up_told = began
         member = self.rounds.member
-        others = [
-            peer for peer, at in member.known.items() if peer not in member.lost and heavier(at, before)
-        ]
+        others = {peer: at for peer, at in member.known.items() if peer not in member.lost}
         try:
             arrival = await self._catch_up.from_donor(
                 behind.donor, behind.position, others, afresh=behind.afresh

@@ -44,7 +44,10 @@ SNAPSHOT_STEPS = 50
 MAX_SNAPSHOTS = 3
 KEEP_SECONDS = 120.0
 """A snapshot nobody has asked for so long is dropped: a joiner that was killed is back by then."""
-MAX_AHEAD_STEPS = 256
+HELD_SNAPSHOTS = 4
+"""So many times its size the entries after a snapshot may take beyond the log's limit, for those who download
+it."""
+MAX_AHEAD_STEPS = 128
 REACH_SECONDS = 10.0
 """Whoever wants the snapshot of a step ahead hears after this time, at the latest, to ask again."""
 PACKING_SHARE = 0.1
@@ -124,6 +127,7 @@ class Donor:
             self._step_seconds = took if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * took
         self._arrived_at = now
         self._held = [each for each in self._held if now - each.asked_at < KEEP_SECONDS]
+        self._hold_entries()
 
     # -- entries ---------------------------------------------------------------------------------------------
 
@@ -193,7 +197,16 @@ class Donor:
         self._held.append(held)
         while len(self._held) > MAX_SNAPSHOTS:
             self._held.remove(min(self._held[:-1], key=lambda each: each.asked_at))
+        self._hold_entries()
         return held
+
+    def _hold_entries(self) -> None:
+        """Whoever downloads a snapshot will need the entries after it."""
+        if not self._held:
+            self._log.hold(None)
+            return
+        oldest = min((each.snapshot for each in self._held), key=lambda each: each.position.step)
+        self._log.hold(oldest.position.step, HELD_SNAPSHOTS * len(oldest.blob))
 
     def _given(self, held: _Held) -> Reply:
         held.asked_at = self._now()

@@ -12,7 +12,7 @@ a whole entry, header and all, is found out only where its log does not lead to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
@@ -107,24 +107,28 @@ class CatchUp:
         self._forked = False
 
     async def from_donor(
-        self, donor: PeerId, claimed: Position, others: Iterable[PeerId] = (), *, afresh: bool
+        self, donor: PeerId, claimed: Position, others: Mapping[PeerId, Position], *, afresh: bool
     ) -> Arrival:
         """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there
-        or costs more. What `donor` gives, the `others` may give as well.
+        or costs more. What `donor` gives, the `others` may give as well; where they stand may be old news.
 
         `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
         """
         self._received, self._forked = 0, False
         self._gave.clear()
-        alternatives = spread(self._swarm.peer_id, set(others) - {donor, self._swarm.peer_id})
+        here, me = self._replica.position, self._swarm.peer_id
+        ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
+        alike = others.keys() - ahead - {donor, me}
+        donors = [donor, *spread(me, ahead)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
-        donors = (self._bench.without([donor, *alternatives], self._now()) or [donor])[:MAX_DONORS]
+        donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
         donor = donor if donor in donors else donors[0]
-        if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
+        helpers = [*donors, *spread(me, alike)][:MAX_DONORS]
+        if not afresh and await self._replay(helpers, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
         given_up = await self._given_up(donor, claimed) if self._forked else None
         await self._load_snapshot(donors, donor, claimed, afresh)
-        await self._replay(donors, donor, claimed, or_snapshot=False)
+        await self._replay(helpers, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
