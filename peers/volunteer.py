@@ -33,8 +33,8 @@ from p2ptrain.errors import IncompatibleRun, PeerFault, Unreachable
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import GetRun, PeerId
 from p2ptrain.replica.checkpoint import latest, load, restore
+from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
-from p2ptrain.replica.transfer import Compute
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.tasks import build_task
@@ -124,6 +124,7 @@ async def volunteer(
                 aside=aside,
                 observe=observe,
                 checkpoints=checkpoints,
+                partial=folder / "partial",
             )
             metrics.read_state = lambda: _state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)

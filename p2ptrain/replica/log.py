@@ -81,8 +81,9 @@ def verify_entry(entry: Entry, codec: Codec, chunk_values: int, numel: int) -> N
 class EntryLog:
     """Consecutive entries up to where a replica stands; the oldest are dropped beyond `max_bytes` of payload.
 
-    The newest entry always stays, however large. Lineages stay after their entries went, for the last
-    `MAX_LINEAGES` steps: they tell whether another peer's state lies behind ours.
+    The newest entry always stays, however large, and so do, within a bound, those that a joiner will need who
+    is still downloading the snapshot before them (`hold`). Lineages stay after their entries went, for the
+    last `MAX_LINEAGES` steps: they tell whether another peer's state lies behind ours.
     """
 
     def __init__(self, max_bytes: int, position: Position) -> None:
@@ -93,6 +94,7 @@ class EntryLog:
         """Forget everything; the next entry must follow `position` (after a snapshot was loaded)."""
         self._entries: deque[Entry] = deque()
         self._bytes = 0
+        self.hold(None)
         self._first_lineage = position.step
         self._lineages = bytearray.fromhex(position.lineage)
 
@@ -122,12 +124,22 @@ class EntryLog:
         self._lineages += bytes.fromhex(advance(here, entry.header).lineage)
         self._entries.append(entry)
         self._bytes += len(entry.payload)
-        while self._bytes > self._max_bytes and len(self._entries) > 1:
+        while len(self._entries) > 1 and self._bytes > self._max_bytes + self._held_bytes():
             self._bytes -= len(self._entries.popleft().payload)
         surplus = len(self._lineages) // DIGEST_BYTES - MAX_LINEAGES
         if surplus > 0:
             del self._lineages[: surplus * DIGEST_BYTES]
             self._first_lineage += surplus
+
+    def hold(self, step: int | None, extra_bytes: int = 0) -> None:
+        """Entries from `step` on stay until further notice, though they take up to `extra_bytes` beyond the
+        limit: else a download that is slower than the log is long would never lead anywhere. None: no more.
+        """
+        self._held_from, self._extra_bytes = step, extra_bytes
+
+    def _held_bytes(self) -> int:
+        held = self._held_from is not None and (self.oldest or 0) >= self._held_from
+        return self._extra_bytes if held else 0
 
     def get(self, step: int) -> Entry | None:
         """The entry that led from `step` to `step + 1`, if it is still here."""

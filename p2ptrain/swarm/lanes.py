@@ -30,6 +30,7 @@ from p2ptrain.records import (
     EntryReply,
     GetRun,
     Hello,
+    Later,
     Manifest,
     Message,
     PeerId,
@@ -310,7 +311,7 @@ class Lanes:
         match reply:
             case Refusal():
                 raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
-            case Piece() | EntryReply() | Manifest():
+            case Piece() | EntryReply() | Manifest() | Later():
                 return reply, payload
             case _:
                 raise BadMessage(f"a {reply.kind} in answer to {request.kind}")

@@ -25,6 +25,8 @@ from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.trainer import Peer, train
 
+torch.set_num_threads(1)  # for so little work, threads only wait for each other
+
 INPUTS, HIDDEN, OUTPUTS = 32, 64, 32
 APPLY_SECONDS = 0.002
 """Of virtual time, for everything on the compute thread that is no micro-batch."""
@@ -172,6 +174,7 @@ class Trainer:
                 aside=self._aside,
                 observe=self._observe,
                 checkpoints=self.folder,
+                partial=self.folder / "partial" if self.folder is not None else None,
             )
             async with self.peer:
                 await train(self.peer, training.run)
