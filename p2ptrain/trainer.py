@@ -96,10 +96,11 @@ class Peer:
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
         partial: Path | None = None,
+        lineages: bytes = b"",
     ) -> None:
         """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
-        `partial` the one for a snapshot that is being downloaded."""
+        `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
         self.leaving = False
         self.rounds_joined = 0
@@ -111,7 +112,7 @@ class Peer:
         self.catching_up: Progress | None = None
         """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
         self._caught_up_told = 0.0
-        self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
+        self.log = EntryLog(config.log_megabytes * 2**20, replica.position, lineages)
         self._fingerprint, self._incarnation = fingerprint, incarnation
         self._compute, self._aside, self._observe = compute, aside, observe
         self._checkpoints = checkpoints
@@ -379,6 +380,7 @@ class Peer:
             self.run,
             {"heldout": self.heldout},
             keep=self.config.checkpoints_kept,
+            lineages=self.log.lineages(snapshot.position),
         )
         step = snapshot.position.step
         try:

@@ -105,8 +105,11 @@ async def volunteer(
             compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
             replica, task, print_ = await compute(partial(_build, run, config))
             checkpoints = folder / "checkpoints"
+            lineages = b""
             if (newest := latest(checkpoints)) is not None:
-                await compute(lambda: restore(replica, load(newest)))
+                checkpoint = await compute(partial(load, newest))
+                await compute(partial(restore, replica, checkpoint))
+                lineages = checkpoint.lineages
             swarm.adopt(print_)
             metrics = Metrics(run.run_id, print_)
             metrics.read_traffic = lambda: swarm.traffic
@@ -124,6 +127,7 @@ async def volunteer(
                 aside=aside,
                 observe=observe,
                 checkpoints=checkpoints,
+                lineages=lineages,
                 partial=folder / "partial",
             )
             metrics.read_state = lambda: _state(peer)

@@ -19,10 +19,12 @@ from typing import Any
 from p2ptrain.records import (
     EntryReply,
     GetEntry,
+    GetLineage,
     GetManifest,
     GetPiece,
     GetRun,
     Later,
+    Lineage,
     PeerId,
     Piece,
     Refusal,
@@ -105,6 +107,8 @@ class Donor:
                 payload = entry.payload if with_payload else b""
                 self.served_bytes += len(payload)
                 return EntryReply(header=entry.header), payload
+            case GetLineage(step=step):
+                return Lineage(lineage=self._log.lineage_at(step)), b""
             case GetManifest():
                 return await self._manifest(request), b""
             case GetPiece():

@@ -19,6 +19,8 @@ from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.records import EntryHeader, Position
 
 MAX_LINEAGES = 1_000_000
+KEPT_LINEAGES = 100_000
+"""In a checkpoint: 3 MB at most."""
 DIGEST_BYTES = 32
 
 
@@ -86,9 +88,13 @@ class EntryLog:
     last `MAX_LINEAGES` steps: they tell whether another peer's state lies behind ours.
     """
 
-    def __init__(self, max_bytes: int, position: Position) -> None:
+    def __init__(self, max_bytes: int, position: Position, lineages: bytes = b"") -> None:
+        """`lineages`: of the steps up to `position`, as a checkpoint kept them; without, only of that one."""
         self._max_bytes = max_bytes
         self.restart(position)
+        if lineages.endswith(bytes.fromhex(position.lineage)) and len(lineages) % DIGEST_BYTES == 0:
+            self._first_lineage = position.step + 1 - len(lineages) // DIGEST_BYTES
+            self._lineages = bytearray(lineages)
 
     def restart(self, position: Position) -> None:
         """Forget everything; the next entry must follow `position` (after a snapshot was loaded)."""
@@ -146,6 +152,14 @@ class EntryLog:
         if self.oldest is None or not 0 <= step - self.oldest < len(self._entries):
             return None
         return self._entries[step - self.oldest]
+
+    def lineages(self, position: Position) -> bytes:
+        """Of the last `KEPT_LINEAGES` steps up to that one, oldest first; only its own if it is not of this
+        log."""
+        if self.lineage_at(position.step) != position.lineage:
+            return bytes.fromhex(position.lineage)
+        stop = (position.step - self._first_lineage + 1) * DIGEST_BYTES
+        return bytes(self._lineages[max(stop - KEPT_LINEAGES * DIGEST_BYTES, 0) : stop])
 
     def lineage_at(self, step: int) -> str | None:
         """Lineage digest of the state at `step`, if this log knows it."""

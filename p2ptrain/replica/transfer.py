@@ -23,9 +23,11 @@ from p2ptrain.records import (
     EntryHeader,
     EntryReply,
     GetEntry,
+    GetLineage,
     GetManifest,
     GetPiece,
     Later,
+    Lineage,
     Manifest,
     PeerId,
     Piece,
@@ -126,7 +128,8 @@ class CatchUp:
         helpers = [*donors, *spread(me, alike)][:MAX_DONORS]
         if not afresh and await self._replay(helpers, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
-        given_up = await self._given_up(donor, claimed) if self._forked else None
+        parted = self._forked or await self._parted(donor, claimed)
+        given_up = await self._given_up(donor, claimed) if parted else None
         await self._load_snapshot(donors, donor, claimed, afresh)
         await self._replay(helpers, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
@@ -212,17 +215,34 @@ class CatchUp:
         self._received += len(payload)
         return reply.header, payload
 
+    async def _parted(self, donor: PeerId, claimed: Position) -> bool:
+        """Whether the donor's log is known to have gone another way than this one."""
+        step = min(self._replica.position.step, claimed.step)
+        mine, theirs = self._log.lineage_at(step), await self._lineage(donor, step, claimed)
+        return None not in (mine, theirs) and mine != theirs
+
+    async def _lineage(self, donor: PeerId, step: int, claimed: Position) -> str | None:
+        """Which lineage the donor had at that step; None if it does not know."""
+        if step == claimed.step:
+            return claimed.lineage
+        reply, _ = await self._swarm.request(
+            donor, GetLineage(step=step), timeout_seconds=ANSWER_SECONDS, max_bytes=0
+        )
+        if not isinstance(reply, Lineage):
+            raise BadMessage(
+                f"{donor[-8:]} answered a request for the lineage of step {step} with {reply.kind}"
+            )
+        return reply.lineage
+
     async def _given_up(self, donor: PeerId, claimed: Position) -> int:
         """The samples of the own entries that the donor's log does not have, as far as both logs reach
         back."""
         low, high = self._log.oldest or 0, self._log.step
         while low < high:
             middle = (low + high) // 2
-            try:
-                header, _ = await self._entry(donor, middle, with_payload=False)
-                same = header.parent == self._log.lineage_at(middle)
-            except Refused:
-                same = middle < claimed.step  # so old that the donor has dropped it: taken for common
+            theirs = await self._lineage(donor, middle, claimed)
+            # So old that the donor does not know it: taken for common.
+            same = theirs == self._log.lineage_at(middle) if theirs is not None else middle < claimed.step
             low, high = (middle + 1, high) if same else (low, middle)
         own = (self._log.get(step) for step in range(max(low - 1, 0), self._log.step))
         return sum(entry.header.total_samples for entry in own if entry is not None)

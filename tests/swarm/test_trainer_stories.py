@@ -328,6 +328,29 @@ def test_swarm_goes_on_where_it_was_when_all_peers_restart_from_checkpoints(tmp_
     play(story, folder=tmp_path)
 
 
+def test_fresh_peer_that_is_there_first_after_total_death_gives_way_to_what_was_trained(
+    tmp_path: Path,
+) -> None:
+    async def story(training: Training) -> None:
+        await training.until_step(12)
+        await training.until(lambda: all(life.of(events.CheckpointSaved) for life in training.lives))
+        for name in PACES:
+            await training.kill(name)
+        await asyncio.sleep(60)
+        dora = start(training, "dora")
+        await training.until(lambda: dora.step >= 2)
+        back = [start(training, name) for name in PACES]
+        trained = max((life.replica.position for life in back), key=lambda position: position.weight)
+        assert dora.replica.position.weight < trained.weight
+        await agree(training, trained.step + 5)
+        assert all(life.lineage_at(trained.step) == trained.lineage for life in (*back, dora))
+        (rolled_back,) = dora.of(events.RolledBack)
+        assert rolled_back.samples_lost > 0
+        assert not any(life.of(events.RolledBack) for life in back)
+
+    play(story, folder=tmp_path)
+
+
 # -- deadlines -----------------------------------------------------------------------------------------------
 
 

@@ -174,3 +174,15 @@ def test_log_forgets_the_oldest_lineages_when_there_are_too_many(monkeypatch: py
     log, _, positions = filled(10**6, 9)
     assert [log.lineage_at(step) for step in (5, 6, 9)] == [None, *(positions[s].lineage for s in (6, 9))]
     assert log.step == 9
+
+
+def test_log_knows_lineages_from_before_it_began_when_a_checkpoint_brought_them() -> None:
+    log, _, positions = filled(10**6, 5)
+    kept = log.lineages(positions[3])
+    later = EntryLog(10**6, positions[3], kept)
+    known = [later.lineage_at(step) for step in range(5)]
+    assert known == [*(position.lineage for position in positions[:4]), None]
+    assert later.step == 3
+    assert EntryLog(10**6, positions[3], b"x" * 64).lineage_at(2) is None, "they lead elsewhere"
+    stranger = START.model_copy(update={"lineage": "f" * 64})
+    assert log.lineages(stranger) == b"\xff" * 32, "that state is not of this log"
