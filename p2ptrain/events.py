@@ -440,6 +440,23 @@ class PeerFaulted(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerBenched(_Happened):
+    """A peer has broken the contract so often that it is neither heard nor believed for a while."""
+
+    event: ClassVar[str] = "peer_benched"
+    level: ClassVar[int] = logging.WARNING
+    peer: PeerId
+    offences: int
+    seconds: float
+
+    def sentence(self) -> str:
+        return (
+            f"peer {short(self.peer)} is left out for {duration(self.seconds)}: "
+            f"it broke the contract {self.offences} times"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -471,6 +488,7 @@ Event = (
     | CheckpointSaved
     | CheckpointFailed
     | PeerFaulted
+    | PeerBenched
     | DaemonRestarted
 )
 

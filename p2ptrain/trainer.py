@@ -35,7 +35,7 @@ from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.member import Member
-from p2ptrain.protocol.round import Distrusted, Diverged, Rules, TookOver, Waiting
+from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
@@ -541,6 +541,8 @@ class Peer:
                 self._observe(
                     events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=reason)
                 )
+            case Benched(peer, offences, seconds):
+                self._observe(events.PeerBenched(peer=peer, offences=offences, seconds=seconds))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:
@@ -568,6 +570,8 @@ class Peer:
         bad = isinstance(fault, BadMessage)
         cause = events.FaultCause.BAD_MESSAGE if bad else events.FaultCause.UNREACHABLE
         self._observe(events.PeerFaulted(peer=donor, cause=cause, detail=str(fault)))
+        if bad:
+            self.rounds.offended(donor)
 
     # -- presence --------------------------------------------------------------------------------------------
 

@@ -460,6 +460,7 @@ class Peer:
         theirs = self.sim.verified(log)
         if theirs is None:
             self.sim.happened["refused a donor's log"] += 1
+            self.carry_out(self.machine.offended(donor, self.sim.network.now))
             self.no_help(donor)
         elif not heavier(theirs, self.position):
             self.machine.known[donor] = theirs
