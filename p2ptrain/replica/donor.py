@@ -44,7 +44,7 @@ SNAPSHOT_STEPS = 50
 MAX_SNAPSHOTS = 3
 KEEP_SECONDS = 120.0
 """A snapshot nobody has asked for so long is dropped: a joiner that was killed is back by then."""
-HELD_SNAPSHOTS = 4
+HELD_SNAPSHOTS = 8
 """So many times its size the entries after a snapshot may take beyond the log's limit, for those who download
 it."""
 MAX_AHEAD_STEPS = 128

@@ -319,6 +319,7 @@ def test_joiner_goes_on_where_it_was_when_it_was_killed_in_mid_download(tmp_path
         await training.until(lambda: dora.of(events.CaughtUp))
         caught_up = dora.of(events.CaughtUp)[0]
         assert caught_up.how is CatchUpBy.SNAPSHOT
+        assert caught_up.resumed_bytes == (pieces - 1) * PIECE_BYTES
         assert fetched["get_piece"] <= 53 - pieces + 4
         assert not list((tmp_path / "dora" / "partial").iterdir())
         await arrives(training, dora)
