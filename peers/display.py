@@ -118,7 +118,6 @@ class CatchUpBar:
             rate = TextColumn("{task.fields[rate]} {task.fields[left]}")
             self._bar = Progress(*columns, rate, console=self._console, transient=True)
             self._bar.add_task("", total=None, rate="", left="")
-            self._bar.start()
         self._bar.update(
             self._bar.task_ids[0],
             description=f"catching up: {progress.done:,} of {progress.total:,} {progress.what} from {source}",
@@ -127,6 +126,7 @@ class CatchUpBar:
             rate=f"{progress.bytes_per_second / 1e6:,.1f} MB/s",
             left=left,
         )
+        self._bar.start()  # once it has something to show
 
     def close(self) -> None:
         """Take it off the terminal."""

@@ -155,8 +155,12 @@ class Donor:
                     return self._given(held)
         if wanted.step is None:
             return await self._at(None)
-        if here.step <= wanted.step <= here.step + MAX_AHEAD_STEPS:
+        ahead = wanted.step - here.step
+        soon = ahead <= 1 or 0 < ahead * self._step_seconds <= REACH_SECONDS
+        if 0 <= ahead <= MAX_AHEAD_STEPS and soon:
             return await self._at(wanted.step)
+        if here.weight < wanted.weight:  # a joiner itself, perhaps
+            return Refusal(reason=f"I am at step {here.step}, with {here.weight} samples behind me")
         return self._propose()
 
     async def _at(self, step: int | None) -> Reply:

@@ -121,16 +121,15 @@ class CatchUp:
         here, me = self._replica.position, self._swarm.peer_id
         ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
         alike = others.keys() - ahead - {donor, me}
-        donors = [donor, *spread(me, ahead)]
+        donors = [donor, *spread(me, ahead), *spread(me, alike)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
         donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
         donor = donor if donor in donors else donors[0]
-        helpers = [*donors, *spread(me, alike)][:MAX_DONORS]
-        if not afresh and await self._replay(helpers, donor, claimed, or_snapshot=True):
+        if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
         given_up = await self._given_up(donor, claimed) if self._forked else None
         await self._load_snapshot(donors, donor, claimed, afresh)
-        await self._replay(helpers, donor, claimed, or_snapshot=False)
+        await self._replay(donors, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
