@@ -309,10 +309,13 @@ class CaughtUp(_Happened):
     seconds: float
     donors: int = 1
     """How many gave something."""
+    resumed_bytes: int = 0
+    """Of the snapshot, what an interrupted download had left on disk."""
 
     def sentence(self) -> str:
         donors = "" if self.donors == 1 else f" from {self.donors} donors"
-        received = f"{self.received_bytes / 1e6:,.1f} MB{donors} in {duration(self.seconds)}"
+        here = f" beside {self.resumed_bytes / 1e6:,.1f} MB from before" if self.resumed_bytes else ""
+        received = f"{self.received_bytes / 1e6:,.1f} MB{donors} in {duration(self.seconds)}{here}"
         return f"caught up from step {self.from_step} to {self.to_step} by {self.how.value} ({received})"
 
 

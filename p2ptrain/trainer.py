@@ -312,6 +312,7 @@ class Peer:
                     received_bytes=arrival.received_bytes,
                     seconds=self._now() - began,
                     donors=arrival.donors,
+                    resumed_bytes=arrival.resumed_bytes,
                 )
             )
         finally:

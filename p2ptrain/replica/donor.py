@@ -46,7 +46,7 @@ SNAPSHOT_STEPS = 50
 MAX_SNAPSHOTS = 3
 KEEP_SECONDS = 120.0
 """A snapshot nobody has asked for so long is dropped: a joiner that was killed is back by then."""
-HELD_SNAPSHOTS = 4
+HELD_SNAPSHOTS = 8
 """So many times its size the entries after a snapshot may take beyond the log's limit, for those who download
 it."""
 MAX_AHEAD_STEPS = 128
@@ -159,8 +159,12 @@ class Donor:
                     return self._given(held)
         if wanted.step is None:
             return await self._at(None)
-        if here.step <= wanted.step <= here.step + MAX_AHEAD_STEPS:
+        ahead = wanted.step - here.step
+        soon = ahead <= 1 or 0 < ahead * self._step_seconds <= REACH_SECONDS
+        if 0 <= ahead <= MAX_AHEAD_STEPS and soon:
             return await self._at(wanted.step)
+        if here.weight < wanted.weight:  # a joiner itself, perhaps
+            return Refusal(reason=f"I am at step {here.step}, with {here.weight} samples behind me")
         return self._propose()
 
     async def _at(self, step: int | None) -> Reply:

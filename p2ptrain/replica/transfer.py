@@ -79,6 +79,8 @@ class Arrival:
     received_bytes: int
     donors: int
     """How many gave something."""
+    resumed_bytes: int
+    """Of the snapshot, what an interrupted download had left on disk."""
 
 
 class CatchUp:
@@ -104,7 +106,7 @@ class CatchUp:
         self._watch, self._on_fault = watch, on_fault
         self._snapshot_bytes = replica.max_state_bytes
         self._bench = Bench()
-        self._received = 0
+        self._received = self._resumed = 0
         self._gave: set[PeerId] = set()
         self._forked = False
 
@@ -116,26 +118,25 @@ class CatchUp:
 
         `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
         """
-        self._received, self._forked = 0, False
+        self._received, self._resumed, self._forked = 0, 0, False
         self._gave.clear()
         here, me = self._replica.position, self._swarm.peer_id
         ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
         alike = others.keys() - ahead - {donor, me}
-        donors = [donor, *spread(me, ahead)]
+        donors = [donor, *spread(me, ahead), *spread(me, alike)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
         donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
         donor = donor if donor in donors else donors[0]
-        helpers = [*donors, *spread(me, alike)][:MAX_DONORS]
-        if not afresh and await self._replay(helpers, donor, claimed, or_snapshot=True):
+        if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
         parted = self._forked or await self._parted(donor, claimed)
         given_up = await self._given_up(donor, claimed) if parted else None
         await self._load_snapshot(donors, donor, claimed, afresh)
-        await self._replay(helpers, donor, claimed, or_snapshot=False)
+        await self._replay(donors, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
-        return Arrival(how, given_up, self._received, len(self._gave))
+        return Arrival(how, given_up, self._received, len(self._gave), self._resumed)
 
     # -- replay ----------------------------------------------------------------------------------------------
 
@@ -384,7 +385,7 @@ class CatchUp:
                             case Later(seconds=seconds):
                                 errands.later(donor, number, self._now() + max(seconds, 0.1))
                             case data:
-                                errands.came(donor, number)
+                                errands.came(donor, number, self._now())
                                 pace.add(len(data), self._now())
                                 self._watch(_pieces(assembly, errands, pace, self._now()))
                     except PeerFault as fault:
@@ -404,6 +405,7 @@ class CatchUp:
                 assembly.add(number, data)
             except BadMessage:
                 continue  # torn, when the process died or the power failed: it is fetched again
+            self._resumed += len(data)
 
     async def _piece(self, donor: PeerId, assembly: Assembly, number: int) -> Later | bytes:
         """Fetch a piece into the assembly, and keep it; or hear when to ask again. Raises PeerFault."""

@@ -517,5 +517,6 @@ class Peer:
             return False
         self.lies.remove(lie)
         self.sim.happened[f"lie {lie}"] += 1
+        self.sim.liars.add(self.name)
         self.sim.note(self.name, f"lies: {lie}")
         return True

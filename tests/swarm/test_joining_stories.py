@@ -53,13 +53,18 @@ def play(
     folder: Path | None = None,
     mbit: float = SLOW_MBIT,
     entries: int = 16,
+    hurry: float = 1.0,
 ) -> None:
-    """Tell the story to three peers at step 24 whose logs hold so many entries; in the end, all agree."""
+    """Tell the story to three peers at step 24 whose logs hold so many entries; in the end, all agree.
+
+    With `hurry`, network and micro-batches take so many times less.
+    """
 
     async def whole() -> None:
-        async with Training(MemoryHub(seed=2), folder=folder) as training:
+        hub = MemoryHub(seed=2, latency=(0.01 / hurry, 0.05 / hurry))
+        async with Training(hub, folder=folder) as training:
             for name in DONORS:
-                training.start(name, donor_upload_mbit=mbit)
+                training.start(name, donor_upload_mbit=mbit, batch_seconds=0.1 / hurry)
             await training.until(lambda: all(life.peer is not None for life in training.lives))
             for life in training.lives:
                 life.peer.log._max_bytes = entries * ENTRY_BYTES  # type: ignore[union-attr]
@@ -147,6 +152,21 @@ def test_several_donors_serve_one_snapshot_when_a_newcomer_joins() -> None:
         assert dora.peer.catching_up is None
 
     play(story)
+
+
+def test_donors_meet_at_one_step_when_the_swarm_is_much_faster_than_the_joiner_s_link() -> None:
+    async def story(training: Training) -> None:
+        pace = steps_between(training, training.now - 1, training.now)
+        dora = training.start("dora")
+        training.hub.slow("dora", 20)
+        await training.until(lambda: dora.of(events.CaughtUp))
+        caught_up = dora.of(events.CaughtUp)[0]
+        assert (caught_up.how, caught_up.donors) == (CatchUpBy.SNAPSHOT, 3)
+        assert pace > 20  # a request takes several steps to arrive
+        training.hub.slow("dora", 1)
+        await arrives(training, dora)
+
+    play(story, mbit=0.8, entries=8, hurry=15)
 
 
 def test_donors_keep_to_their_cap_when_four_join_at_once() -> None:
@@ -319,6 +339,7 @@ def test_joiner_goes_on_where_it_was_when_it_was_killed_in_mid_download(tmp_path
         await training.until(lambda: dora.of(events.CaughtUp))
         caught_up = dora.of(events.CaughtUp)[0]
         assert caught_up.how is CatchUpBy.SNAPSHOT
+        assert caught_up.resumed_bytes == (pieces - 1) * PIECE_BYTES
         assert fetched["get_piece"] <= 53 - pieces + 4
         assert not list((tmp_path / "dora" / "partial").iterdir())
         await arrives(training, dora)
