@@ -1,4 +1,4 @@
-"""What holds for all tests. Time is measured in benchmarks and never asserted: hypothesis sets no deadline."""
+"""For all tests. Time is measured in benchmarks and never asserted: hypothesis sets no deadline."""
 
 from hypothesis import settings
 

@@ -8,7 +8,6 @@ reciprocal on some devices, which rounds differently.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +47,7 @@ def outsized(totals: Sequence[Tensor], samples: Sequence[int]) -> int | None:
     whatever the others bring (I5).
     """
     norms = [math.sqrt(squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)]
-    if len(norms) < 3 or not (median := statistics.median_low(norms)):
+    if len(norms) < 3 or not (median := sorted(norms)[(len(norms) - 1) // 2]):
         return None
     longest = max(range(len(norms)), key=norms.__getitem__)
     return longest if norms[longest] > OUTSIZED * median else None
