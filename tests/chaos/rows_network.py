@@ -128,6 +128,7 @@ def halves_apart(trial: Trial) -> Figures:
         must(late == 0, f"{late} steps were committed in a half that is no majority")
         waiting = [name for name in swarm.peers if swarm.events(name, "waiting_changed", cut_at)]
         must(bool(waiting), "no peer says what it waits for")
+        swarm.count()
         swarm.lab.heal()
         bound = swarm.together()
     return Figures(
@@ -150,7 +151,7 @@ def one_apart(trial: Trial) -> Figures:
     shares, heals, given_up = {}, {}, 0
     for quorum in ("any", "majority"):
         changes = {"quorum": quorum} if quorum == "majority" else {}
-        tells = "p2ptrain_rollbacks_total" if quorum == "any" else "p2ptrain_peer_faults_total"
+        tells = "p2ptrain_rollbacks_total" if quorum == "any" else "p2ptrain_waiting"
         with trial.swarm(peers=trial.pick(4, 3), forks=quorum == "any", tells=tells, **changes) as swarm:
             *majority, alone = swarm.peers
             began = time.time()
@@ -158,11 +159,12 @@ def one_apart(trial: Trial) -> Figures:
             cut_at = time.time()
             swarm.lab.part([alone])
             swarm.watch(trial.pick(60, 20))
+            swarm.count()
             healed_at = time.time()
             swarm.lab.heal()
             heals[quorum] = swarm.together()
-            before = swarm.samples(majority, began, cut_at) / (cut_at - began)
-            shares[quorum] = swarm.samples(majority, cut_at, healed_at) / (healed_at - cut_at) / before
+            before = swarm.given(majority, began, cut_at) / (cut_at - began)
+            shares[quorum] = swarm.given(majority, cut_at, healed_at) / (healed_at - cut_at) / before
             must(shares[quorum] >= 0.7, f"{quorum}: the three gave {shares[quorum]:.0%} of before, not 70 %")
             back = swarm.events(alone, "rolled_back", healed_at)
             for name in majority:
