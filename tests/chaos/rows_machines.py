@@ -215,7 +215,7 @@ async def hang():
             writer.close()
         except OSError:
             pass
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
 
 async def main():
     asking = [asyncio.create_task(hang()) for _ in range(hung)]
