@@ -52,7 +52,6 @@ def rehearse(trial: Trial, run: dict[str, Any], *options: str, seconds: float) -
     injected="`p2ptrain chaos --faults crowd`, the joiners on the other half of the processors",
     criterion="all in; the swarm's rate falls by at most 20 % meanwhile",
     gate=False,
-    ci=True,
     deadline_seconds=420,
 )
 def crowd(trial: Trial) -> Figures:

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,7 @@ class Swarm:
         run: RunConfig,
         *,
         peers: int,
-        micro_batch_size: int,
+        peer_file: Mapping[str, Any],
         tells: str | None,
         forks: bool,
     ) -> None:
@@ -66,9 +66,9 @@ class Swarm:
         self.tells, self.forks = tells, forks
         self._ledger = Ledger(run.target_batch_size)
         self._settings = {
-            "micro_batch_size": micro_batch_size,
             "eval_every_steps": 0,
             "metrics_port": METRICS_PORT,
+            **peer_file,
         }
         self.stage = Rehearsal(run, lab.folder, self._heard)
         self.states_compared = 0
