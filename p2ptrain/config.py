@@ -297,6 +297,11 @@ class PeerConfig(Section):
     """Megabytes of past entries kept for peers that missed some steps. Setting it low will make them download
     a whole snapshot instead."""
 
+    donor_upload_mbit: Annotated[float, Field(ge=0, le=1_000_000)] = 0.0
+    """Megabits per second that this peer gives to newcomers' downloads, all of them together. 0: a quarter of
+    what its uplink is seen to carry in rounds. Setting it high will slow down everyone's rounds while
+    somebody joins; setting it low will make newcomers wait."""
+
     eval_every_steps: Annotated[int, Field(ge=0, le=10**9)] = 50
     """Steps between two looks at the held-out loss; 0 for none. Setting it low takes time from training."""
 

@@ -274,6 +274,30 @@ class SamplesWasted(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CatchingUp(_Happened):
+    """How far a catch-up is that takes more than a moment."""
+
+    event: ClassVar[str] = "catching_up"
+    step: int
+    what: str
+    """`pieces` of a snapshot, or `entries` of the log."""
+    done: int
+    total: int
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float
+    eta_seconds: float | None
+    """Until all of these are here; None while unknown."""
+    donors: int
+
+    def sentence(self) -> str:
+        size = f"{self.done_bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB"
+        pace = f"{_count(self.donors, 'donor')}, {self.bytes_per_second / 1e6:,.1f} MB/s"
+        left = "" if self.eta_seconds is None else f", {duration(self.eta_seconds)} left"
+        return f"catching up: {self.done:,} of {self.total:,} {clean(self.what)}, {size} ({pace}{left})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaughtUp(_Happened):
     """The replica adopted the swarm's state."""
 
@@ -283,9 +307,12 @@ class CaughtUp(_Happened):
     how: CatchUpBy
     received_bytes: int
     seconds: float
+    donors: int = 1
+    """How many gave something."""
 
     def sentence(self) -> str:
-        received = f"{self.received_bytes / 1e6:,.1f} MB in {duration(self.seconds)}"
+        donors = "" if self.donors == 1 else f" from {self.donors} donors"
+        received = f"{self.received_bytes / 1e6:,.1f} MB{donors} in {duration(self.seconds)}"
         return f"caught up from step {self.from_step} to {self.to_step} by {self.how.value} ({received})"
 
 
@@ -434,6 +461,7 @@ Event = (
     | RoundAborted
     | LeaderTookOver
     | SamplesWasted
+    | CatchingUp
     | CaughtUp
     | CatchUpFailed
     | RolledBack

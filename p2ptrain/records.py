@@ -268,11 +268,16 @@ class GetEntry(Record):
 
 
 class GetManifest(Record):
-    """The snapshot you would give me."""
+    """The snapshot you would give me. A joiner names a step, the same to several donors: equal states are
+    equal bytes, so it can take its pieces from all of them."""
 
     kind: Literal["get_manifest"] = "get_manifest"
     weight: Count = 0
     """One with fewer samples behind it is of no use to me."""
+    step: Step | None = None
+    """The one at this step, which may be a little ahead; None: whichever you have, or can have now."""
+    exactly: bool = False
+    """At that step and no other; else one that you have at hand is as welcome."""
 
 
 class GetPiece(Record):
@@ -309,6 +314,14 @@ class Manifest(Record):
     """The entry that led to this state; None at step 0."""
 
 
+class Later(Record):
+    """Not now, but ask again: for the snapshot at this step, or for the same in so many seconds."""
+
+    kind: Literal["later"] = "later"
+    step: Step | None = None
+    seconds: Seconds = 0.0
+
+
 class Refusal(Record):
     """No, and why."""
 
@@ -326,7 +339,7 @@ class Hello(Record):
 
 
 Request = GetRun | GetEntry | GetManifest | GetPiece
-Reply = Piece | EntryReply | Manifest | Refusal
+Reply = Piece | EntryReply | Manifest | Later | Refusal
 Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 

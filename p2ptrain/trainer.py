@@ -31,18 +31,22 @@ from p2ptrain.allreduce import (
     Rounds,
 )
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
-from p2ptrain.errors import IncompatibleRun, LocalFault, PeerFault
+from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.protocol.lineage import heavier
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
+from p2ptrain.replica.donor import Compute, Donor
+from p2ptrain.replica.joining import Progress, sent_in_round
 from p2ptrain.replica.log import Entry, EntryLog
+from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Snapshot
-from p2ptrain.replica.transfer import CatchUp, Compute, Donor, Progress
+from p2ptrain.replica.transfer import CatchUp
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import Task
 
@@ -51,6 +55,8 @@ SEE_OFF_SECONDS = 0.05
 PRESENCE_SECONDS = 3.0
 """How often a peer renews its presence record and looks who else is there; the record lives five times as
 long."""
+CATCHING_UP_SECONDS = 5.0
+"""Between two lines about how far a catch-up is; one that takes less is told of when it is done."""
 PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
@@ -90,9 +96,11 @@ class Peer:
         aside: Compute,
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
+        partial: Path | None = None,
     ) -> None:
         """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
-        `observe` is told everything that happens; `checkpoints` is the folder for them, None for none."""
+        `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
+        `partial` the one for a snapshot that is being downloaded."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
         self.leaving = False
         self.rounds_joined = 0
@@ -102,6 +110,8 @@ class Peer:
         self._deadlines_told: events.DeadlinesChanged | None = None
         self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
+        """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
+        self._caught_up_told = 0.0
         self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
         self._fingerprint, self._incarnation = fingerprint, incarnation
         self._compute, self._aside, self._observe = compute, aside, observe
@@ -109,7 +119,8 @@ class Peer:
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
         self._accumulator = Accumulator(replica.numel)
-        self._donor = Donor(canonical_json(run), replica, self.log, compute)
+        upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
+        self.donor = Donor(canonical_json(run), replica, self.log, compute, aside, upload_bytes_per_second)
         rules = Rules(
             target_batch_size=run.target_batch_size,
             min_peers=run.min_peers,
@@ -124,7 +135,18 @@ class Peer:
         )
         member = Member(swarm.peer_id, incarnation, rules)
         self.rounds = Rounds(
-            swarm, member, self._codec, run.chunk_values, self._donor.answer, self._spawn, self._noted
+            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted
+        )
+        self._catch_up = CatchUp(
+            swarm,
+            replica,
+            self.log,
+            self._codec,
+            compute,
+            aside,
+            Partial(partial),
+            self._watch_catch_up,
+            self._donor_failed,
         )
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -223,7 +245,7 @@ class Peer:
         mine, header = self._accumulator.samples, entry.header
         loss = self._loss_sum / mine if mine else None
         self.log.append(entry)
-        self._donor.appended()
+        self.donor.appended()
         await self._digested()
         rate = learning_rate(self.run, header.step)
         await self._compute(self._apply_now, entry)
@@ -247,6 +269,10 @@ class Peer:
         )
         self.rounds_joined += 1
         self.samples_given += mine
+        rank = header.roster.index(self.swarm.peer_id)
+        self.donor.upload.round(
+            sent_in_round(len(entry.payload), header.spans, rank), committed.held - committed.sealed
+        )
         self._start_step(committed.newcomers, settled=True)
         if header.ballot.leader == self.swarm.peer_id and began - self._round_published > PRESENCE_SECONDS:
             self._round_published = began
@@ -257,11 +283,15 @@ class Peer:
         before, began = self.replica.position, self._now()
         await self._digested()
         self._waste(events.WasteCause.BEHIND)
-        transfer = CatchUp(
-            self.swarm, self.replica, self.log, self._codec, self._compute, self._watch_catch_up
-        )
+        self._caught_up_told = began
+        member = self.rounds.member
+        others = [
+            peer for peer, at in member.known.items() if peer not in member.lost and heavier(at, before)
+        ]
         try:
-            arrival = await transfer.from_donor(behind.donor, behind.position, afresh=behind.afresh)
+            arrival = await self._catch_up.from_donor(
+                behind.donor, behind.position, others, afresh=behind.afresh
+            )
         except PeerFault as fault:
             self._observe(events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault)))
             self.rounds.unhelpful(behind.donor)
@@ -283,8 +313,11 @@ class Peer:
                     how=arrival.how,
                     received_bytes=arrival.received_bytes,
                     seconds=self._now() - began,
+                    donors=arrival.donors,
                 )
             )
+        finally:
+            self.catching_up = None
         await self._compute(self._accumulator.reset)
         self._start_step((), settled=False)
 
@@ -452,6 +485,7 @@ class Peer:
         self._in_time = settled
         self._step_began = self._now()
         self.state_digest = None
+        self.donor.arrived()  # before the next micro-batch, so that a snapshot of this step is packed first
         self._digesting = self._spawn(self._digest())
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
 
@@ -515,6 +549,26 @@ class Peer:
 
     def _watch_catch_up(self, progress: Progress) -> None:
         self.catching_up = progress
+        if (now := self._now()) - self._caught_up_told >= CATCHING_UP_SECONDS:
+            self._caught_up_told = now
+            self._observe(
+                events.CatchingUp(
+                    step=self.replica.position.step,
+                    what=progress.what,
+                    done=progress.done,
+                    total=progress.total,
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    bytes_per_second=progress.bytes_per_second,
+                    eta_seconds=progress.eta_seconds,
+                    donors=progress.donors,
+                )
+            )
+
+    def _donor_failed(self, donor: PeerId, fault: PeerFault) -> None:
+        bad = isinstance(fault, BadMessage)
+        cause = events.FaultCause.BAD_MESSAGE if bad else events.FaultCause.UNREACHABLE
+        self._observe(events.PeerFaulted(peer=donor, cause=cause, detail=str(fault)))
 
     # -- presence --------------------------------------------------------------------------------------------
 

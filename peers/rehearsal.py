@@ -84,16 +84,19 @@ def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
 class Child:
     """One command of ours as a process with a folder of its own; it can be started again after its end."""
 
-    def __init__(self, name: str, folder: Path, *arguments: str, inside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, folder: Path, *arguments: str, inside: Sequence[str] = (), scratch: str = ""
+    ) -> None:
         """The folder is made; what the process prints is kept in it, in `output` and `log`.
 
-        `inside`: words before the command that put it somewhere else, such as `ip netns exec NAME`.
+        `inside`: words before the command that put it elsewhere, such as `ip netns exec NAME`; `scratch`:
+        the folder for what it leaves lying about when it is killed.
         """
         self.name, self.folder = name, made(folder)
         self.output, self.log = folder / "output", folder / "log"
         self.awaited = False
         """Whether it is supposed to end."""
-        self._arguments, self._inside = arguments, inside
+        self._arguments, self._inside, self._scratch = arguments, inside, scratch
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -107,7 +110,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": self._scratch},
                 start_new_session=True,  # the terminal's Ctrl-C is for the rehearsal, which knows what to do
             )
 
@@ -227,11 +230,14 @@ class Rehearsal:
         self._heard = heard
         self._tails: dict[str, Tail] = {}
         self._children: list[Child] = []
+        self._scratch = ""
         self._stack = ExitStack()
         self.bootstrap = Child("bootstrap", folder / "bootstrap")
         (folder / "run.toml").write_text(commented_toml(run))
 
     def __enter__(self) -> Self:
+        scratch = tempfile.TemporaryDirectory(prefix=f"p2ptrain-{os.getpid()}-", ignore_cleanup_errors=True)
+        self._scratch = self._stack.enter_context(scratch)
         self._stack.callback(self._end_all)
         self._stack.enter_context(self.interrupts)
         return self
@@ -251,7 +257,7 @@ class Rehearsal:
 
     def child(self, name: str, *arguments: str, inside: Sequence[str] = ()) -> Child:
         """A process that ends with the rehearsal; it is not started."""
-        made_child = Child(name, self.folder / name, *arguments, inside=inside)
+        made_child = Child(name, self.folder / name, *arguments, inside=inside, scratch=self._scratch)
         self._children.append(made_child)
         return made_child
 

@@ -24,7 +24,7 @@ from p2ptrain.records import EntryHeader, Position
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
 from p2ptrain.replica.optimizers import build_optimizer, clip_factor
 from p2ptrain.replica.schedule import learning_rate
-from p2ptrain.replica.snapshot import Snapshot, State, pack, unpack
+from p2ptrain.replica.snapshot import Packed, Snapshot, State, pack, unpack
 
 ParameterTable = list[tuple[str, tuple[int, ...], str]]
 
@@ -117,6 +117,10 @@ class Replica:
     def snapshot(self) -> Snapshot:
         """A copy of the state, to send or to save."""
         return Snapshot(self.position, self.last, self.compute_state_digest(), pack(self._state()))
+
+    def packed(self) -> Packed:
+        """The same, not hashed yet: that may be done elsewhere while this replica goes on."""
+        return Packed(self.position, self.last, self.state_digest, pack(self._state()))
 
     def load_state(self, snapshot: Snapshot) -> None:
         """Adopt a snapshot of this run.

@@ -129,6 +129,24 @@ class Snapshot:
         return tuple(hashlib.sha256(view[at : at + self.piece_bytes]).hexdigest() for at in starts)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A snapshot before it is hashed: copying the state holds up training, hashing the copy does not."""
+
+    position: Position
+    last: EntryHeader | None
+    state_digest: str | None
+    """None if it was not known yet."""
+    blob: bytes
+
+    def snapshot(self) -> Snapshot:
+        """The same with all its digests."""
+        digest = self.state_digest or unpack(self.blob).digest()
+        snapshot = Snapshot(self.position, self.last, digest, self.blob)
+        snapshot.manifest()  # hashes the pieces, once
+        return snapshot
+
+
 # -- getting it ----------------------------------------------------------------------------------------------
 
 

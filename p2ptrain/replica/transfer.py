@@ -1,21 +1,21 @@
-"""State transfer: how a peer gets to where the swarm is, and how it helps others there.
+"""State transfer, the joiner's side: how a peer gets to where the swarm is, in the way of nobody.
 
 A peer that missed a few rounds replays the entries it missed. One that missed more, or whose lineage was
-outweighed, takes a snapshot in hash-checked pieces and then replays. Nobody waits for it: the donor answers
-requests between its own micro-batches, from a copy.
+outweighed, takes a snapshot in hash-checked pieces from several donors at once, and then replays. A donor
+that dies, is silent or sends something wrong is left alone for a while, and the others are asked instead. The
+decisions are in `joining`; what donors do is in `donor`.
 
-Not covered: several donors at once; proof that a snapshot belongs to the lineage that the donor claims for
-it.
+Not covered: proof that a snapshot belongs to the lineage that its donors claim for it; a donor that makes up
+a whole entry, header and all, is found out only where its log does not lead to the claimed position.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from p2ptrain.errors import BadMessage, Refused
+from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
 from p2ptrain.events import CatchUpBy
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.lineage import heavier
@@ -25,99 +25,45 @@ from p2ptrain.records import (
     GetEntry,
     GetManifest,
     GetPiece,
-    GetRun,
+    Later,
     Manifest,
     PeerId,
     Piece,
     Position,
-    Refusal,
     Reply,
-    Request,
+)
+from p2ptrain.replica.donor import QUEUE_SECONDS, REACH_SECONDS, Compute
+from p2ptrain.replica.joining import (
+    LIAR_SECONDS,
+    MAX_DONORS,
+    SILENT_SECONDS,
+    Bench,
+    Elected,
+    Errands,
+    Pace,
+    Progress,
+    common_step,
+    elect,
+    replay_pays,
+    spread,
 )
 from p2ptrain.replica.log import Entry, EntryLog, verify_entry
+from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import Assembly, Snapshot
-from p2ptrain.swarm.port import Buffer, Swarm
+from p2ptrain.swarm.port import Swarm
 
-Compute = Callable[..., Awaitable[Any]]
-"""Runs a function on the one thread that owns the replica's tensors."""
-
-PIECES_AT_ONCE = 4
-REQUEST_SECONDS = 30.0
-NEXT_ENTRY_SECONDS = 1.0
-SNAPSHOT_STEPS = 100
-"""A snapshot older than this is renewed: replaying that many entries takes about as long as the download."""
-
-
-class Donor:
-    """Answers other peers' requests from this peer's run file, log and replica."""
-
-    def __init__(self, run_json: str, replica: Replica, log: EntryLog, compute: Compute) -> None:
-        self._run_json = run_json.encode()
-        self._replica = replica
-        self._log = log
-        self._compute = compute
-        self._snapshots: list[Snapshot] = []  # the newest two: a download may outlast a renewal
-        self._renewing = asyncio.Lock()
-        self._appended = asyncio.Event()
-
-    async def answer(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
-        """The reply and its payload; what cannot be served is refused with the reason."""
-        match request:
-            case GetRun():
-                return Piece(), self._run_json
-            case GetEntry(step=step, with_payload=with_payload):
-                entry = self._log.get(step) or await self._next(step)
-                if entry is None:
-                    return Refusal(reason=f"entry {step} is not in my log"), b""
-                return EntryReply(header=entry.header), entry.payload if with_payload else b""
-            case GetManifest(weight=weight):
-                return (await self._snapshot(weight)).manifest(), b""
-            case GetPiece(state_digest=digest, number=number):
-                for snapshot in self._snapshots:
-                    if snapshot.state_digest == digest and number < len(snapshot.manifest().pieces):
-                        return Piece(), snapshot.piece(number)
-                return Refusal(reason="that snapshot is gone; ask for the manifest again"), b""
-
-    def appended(self) -> None:
-        """The log has a new entry; whoever asked for it a moment too early gets it now."""
-        waiting, self._appended = self._appended, asyncio.Event()
-        waiting.set()
-
-    async def _next(self, step: int) -> Entry | None:
-        """The entry that is being committed right now, if `step` is that one."""
-        if step == self._replica.position.step:
-            try:
-                async with asyncio.timeout(NEXT_ENTRY_SECONDS):
-                    await self._appended.wait()
-            except TimeoutError:
-                return None
-        return self._log.get(step)
-
-    async def _snapshot(self, weight: int) -> Snapshot:
-        """The newest one if it will do, else a fresh one; as heavy as asked for, if this replica is."""
-        async with self._renewing:
-            newest = self._snapshots[-1] if self._snapshots else None
-            here = self._replica.position
-            if newest is not None:
-                replayable = self._log.get(newest.position.step) is not None or newest.position == here
-                recent = here.step - newest.position.step <= SNAPSHOT_STEPS
-                same = self._log.lineage_at(newest.position.step) == newest.position.lineage
-                enough = newest.position.weight >= weight or newest.position == here
-                if replayable and recent and same and enough:
-                    return newest
-            fresh: Snapshot = await self._compute(self._replica.snapshot)
-            self._snapshots = [*self._snapshots[-1:], fresh]
-            return fresh
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a catch-up is, for whoever watches."""
-
-    what: str
-    done: int
-    total: int
+ENTRIES_AT_ONCE = 4
+ANSWER_SECONDS = 5.0
+"""For an answer to begin, beyond what its donor lets us wait on purpose."""
+PACKING_SECONDS = 15.0
+"""For a donor to copy and hash its state."""
+SLOWEST_BYTES_PER_SECOND = 256 * 1024
+"""An answer may take as long as its bytes take at this rate."""
+GRACE_SECONDS = 2.0
+"""Once one donor has offered a snapshot, the others have so long to offer theirs."""
+EXTRA_STEPS = (0, 4, 16, 64)
+"""Added to the step that donors propose, try by try: the swarm may be faster than it seemed."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +75,13 @@ class Arrival:
     """If this peer's log led elsewhere than the donor's: the samples behind its own entries since they
     parted."""
     received_bytes: int
+    donors: int
+    """How many gave something."""
 
 
 class CatchUp:
-    """Bring `replica` and `log` to where `donor` stands. Raises PeerFault if that donor cannot help."""
+    """Brings `replica` and `log` to where a donor stands. Remembers from one time to the next which donors
+    failed."""
 
     def __init__(
         self,
@@ -141,64 +90,117 @@ class CatchUp:
         log: EntryLog,
         codec: Codec,
         compute: Compute,
+        aside: Compute,
+        partial: Partial,
         watch: Callable[[Progress], None] = lambda _: None,
+        on_fault: Callable[[PeerId, PeerFault], None] = lambda *_: None,
     ) -> None:
-        self._swarm, self._replica, self._log = swarm, replica, log
-        self._codec, self._compute, self._watch = codec, compute, watch
+        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others.
+        `on_fault` is told which donor failed, and how."""
+        self._swarm, self._replica, self._log, self._codec = swarm, replica, log, codec
+        self._compute, self._aside, self._partial = compute, aside, partial
+        self._watch, self._on_fault = watch, on_fault
+        self._snapshot_bytes = replica.max_state_bytes
+        self._bench = Bench()
         self._received = 0
+        self._gave: set[PeerId] = set()
         self._forked = False
 
-    async def from_donor(self, donor: PeerId, claimed: Position, *, afresh: bool) -> Arrival:
-        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead
-        there.
+    async def from_donor(
+        self, donor: PeerId, claimed: Position, others: Iterable[PeerId] = (), *, afresh: bool
+    ) -> Arrival:
+        """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there
+        or costs more. What `donor` gives, the `others` may give as well.
 
-        `afresh`: what is here is damaged, so take a snapshot in any case.
+        `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
         """
-        self._received = 0
-        if not afresh and await self._replay(donor, claimed):
-            return Arrival(CatchUpBy.LOG, None, self._received)
+        self._received, self._forked = 0, False
+        self._gave.clear()
+        alternatives = spread(self._swarm.peer_id, set(others) - {donor, self._swarm.peer_id})
+        # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
+        donors = (self._bench.without([donor, *alternatives], self._now()) or [donor])[:MAX_DONORS]
+        donor = donor if donor in donors else donors[0]
+        if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
+            return self._arrival(CatchUpBy.LOG, None)
         given_up = await self._given_up(donor, claimed) if self._forked else None
-        await self._load_snapshot(donor, afresh)
-        await self._replay(donor, claimed)
-        return Arrival(CatchUpBy.SNAPSHOT, given_up, self._received)
+        await self._load_snapshot(donors, donor, claimed, afresh)
+        await self._replay(donors, donor, claimed, or_snapshot=False)
+        return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
-    async def _replay(self, donor: PeerId, claimed: Position) -> bool:
-        """Apply the donor's entries from here to `claimed`. False if they do not lead on from here."""
-        first = self._replica.position.step
-        fetching: asyncio.Task[tuple[EntryHeader, bytes]] | None = None
+    def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
+        return Arrival(how, given_up, self._received, len(self._gave))
+
+    # -- replay ----------------------------------------------------------------------------------------------
+
+    async def _replay(
+        self, donors: Sequence[PeerId], donor: PeerId, claimed: Position, *, or_snapshot: bool
+    ) -> bool:
+        """Apply the entries from here to `claimed`. False if they do not lead on from here, or if a snapshot
+        costs less and that is allowed."""
+        first, now = self._replica.position.step, self._now()
+        pace, received = Pace(now), self._received
+        strangers: set[PeerId] = set()
+        """Donors whose entries do not follow our lineage."""
+        fetching: dict[int, asyncio.Task[tuple[PeerId, Entry]]] = {}
         try:
             while (position := self._replica.position).step < claimed.step:
-                fetching = fetching or self._fetch(donor, position.step)
-                header, payload = await fetching
-                fetching = None
-                if header.parent != position.lineage:
-                    self._forked = True
-                    return False
-                if position.step + 1 < claimed.step:
-                    fetching = self._fetch(donor, position.step + 1)  # on its way while this one is applied
-                entry = Entry(header, payload)
-                verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
+                for step in range(position.step, min(position.step + ENTRIES_AT_ONCE, claimed.step)):
+                    if step not in fetching:
+                        willing = [each for each in donors if each not in strangers]
+                        fetching[step] = asyncio.create_task(
+                            self._entry_of(willing, step), name=f"entry {step}"
+                        )
+                giver, entry = await fetching.pop(position.step)
+                if entry.header.parent != position.lineage:
+                    if giver == donor:
+                        self._forked = True
+                        return False
+                    strangers.add(giver)
+                    continue
                 await self._compute(self._replica.apply, entry)
                 self._log.append(entry)
-                self._watch(Progress("entries", position.step + 1 - first, claimed.step - first))
+                pace.add(len(entry.payload), now := self._now())
+                done, left = position.step + 1 - first, claimed.step - position.step - 1
+                size, rate = len(entry.payload), pace.bytes_per_second(now)
+                came = self._received - received
+                self._watch(
+                    Progress("entries", done, done + left, came, came + left * size, rate, len(self._gave))
+                )
+                pays = done <= ENTRIES_AT_ONCE or replay_pays(left, size, self._snapshot_bytes, rate)
+                if or_snapshot and not pays:
+                    return False
         except Refused:
             return False
         finally:
-            if fetching is not None:
-                fetching.cancel()
+            await _stop(fetching.values())
         if position.lineage == claimed.lineage or not heavier(claimed, position):
             return True
         self._forked = True  # it has more behind it without more steps than here: another log
         return False
 
-    def _fetch(self, donor: PeerId, step: int) -> asyncio.Task[tuple[EntryHeader, bytes]]:
-        return asyncio.create_task(self._entry(donor, step, with_payload=True), name=f"entry {step}")
+    async def _entry_of(self, donors: Sequence[PeerId], step: int) -> tuple[PeerId, Entry]:
+        """Entry `step` from the first of the donors that has it whole. Raises the last one's fault."""
+        last: PeerFault = Unreachable(f"no donor is left for entry {step}")
+        for donor in self._bench.without(donors, self._now()) or donors:
+            try:
+                entry = Entry(*await self._entry(donor, step, with_payload=True))
+                verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
+            except Refused as fault:
+                last = fault  # its log may be shorter than another's
+            except PeerFault as fault:
+                last = fault
+                self._failed(donor, fault)
+            else:
+                self._gave.add(donor)
+                return donor, entry
+        raise last
 
     async def _entry(self, donor: PeerId, step: int, *, with_payload: bool) -> tuple[EntryHeader, bytes]:
+        expected_bytes = self._codec.encoded_bytes(self._replica.numel) if with_payload else 0
         reply, payload = await self._swarm.request(
             donor,
             GetEntry(step=step, with_payload=with_payload),
-            timeout_seconds=REQUEST_SECONDS,
+            timeout_seconds=ANSWER_SECONDS + expected_bytes / SLOWEST_BYTES_PER_SECOND,
             max_bytes=4 * self._replica.numel + 2**20,
         )
         if not isinstance(reply, EntryReply) or reply.header.step != step:
@@ -221,45 +223,217 @@ class CatchUp:
         own = (self._log.get(step) for step in range(max(low - 1, 0), self._log.step))
         return sum(entry.header.total_samples for entry in own if entry is not None)
 
-    async def _load_snapshot(self, donor: PeerId, afresh: bool) -> None:
-        wanted = GetManifest(weight=self._replica.position.weight + (0 if afresh else 1))
-        manifest, _ = await self._swarm.request(donor, wanted, timeout_seconds=REQUEST_SECONDS, max_bytes=0)
-        if not isinstance(manifest, Manifest):
-            raise BadMessage(f"{donor[-8:]} answered a request for a manifest with {manifest.kind}")
-        same = afresh and manifest.position == self._replica.position
-        if not same and not heavier(manifest.position, self._replica.position):
-            raise BadMessage(
-                f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples "
-                f"behind it; this peer already has {self._replica.position.weight}"
-            )
-        if manifest.size_bytes > self._replica.max_state_bytes:
-            raise BadMessage(
-                f"{donor[-8:]} offers a snapshot of {manifest.size_bytes} bytes; "
-                f"this model's is at most {self._replica.max_state_bytes}"
-            )
-        assembly = Assembly(manifest)
-        missing = iter(assembly.missing())
+    # -- the snapshot ----------------------------------------------------------------------------------------
 
-        async def fetch() -> None:
-            for number in missing:
-                _, data = await self._swarm.request(
-                    donor,
-                    GetPiece(state_digest=manifest.state_digest, number=number),
-                    timeout_seconds=REQUEST_SECONDS,
-                    max_bytes=manifest.piece_bytes,
-                )
-                assembly.add(number, data)
-                self._received += len(data)
-                self._watch(
-                    Progress("pieces", len(manifest.pieces) - len(assembly.missing()), len(manifest.pieces))
-                )
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(PIECES_AT_ONCE):
-                    group.create_task(fetch())
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-        snapshot = assembly.snapshot()
+    async def _load_snapshot(
+        self, donors: Sequence[PeerId], donor: PeerId, claimed: Position, afresh: bool
+    ) -> None:
+        elected = await self._elected(donors, donor, claimed, afresh)
+        for liar in elected.outvoted:
+            more = f"{len(elected.donors)} of {len(elected.donors) + len(elected.outvoted)} donors"
+            fault = f"its snapshot of step {elected.manifest.position.step} is not the one that {more} have"
+            self._failed(liar, BadMessage(f"{liar[-8:]}: {fault}"))
+        snapshot = await self._download(elected)
         await self._compute(self._replica.load_state, snapshot)
         self._log.restart(snapshot.position)
+        await self._aside(self._partial.clear)
+
+    async def _elected(
+        self, donors: Sequence[PeerId], donor: PeerId, claimed: Position, afresh: bool
+    ) -> Elected:
+        """The snapshot that as many donors as possible have: they are asked for one at the same step."""
+        begun: Manifest | None = await self._aside(self._partial.manifest)
+        here = self._replica.position
+        if begun is not None and not heavier(begun.position, here):
+            begun = None
+        fresh = here.weight == 0
+        step, exactly = begun.position.step if begun is not None else claimed.step, False
+        best: Elected | None = None
+        for extra in EXTRA_STEPS:
+            offers, proposed, last = await self._offers(donors, step, exactly, afresh)
+            elected = elect(offers, donor, fresh=fresh, begun=begun)
+            if elected is not None and (best is None or len(elected.donors) > len(best.donors)):
+                best = elected
+            if best is not None and (best.manifest == begun or len(best.donors) > len(proposed)):
+                break
+            if not proposed:
+                break
+            step, exactly = common_step(proposed, extra), True
+        if best is None:
+            raise last or Unreachable(f"none of {len(donors)} donors could have a snapshot ready in time")
+        return best
+
+    async def _offers(
+        self, donors: Sequence[PeerId], step: int, exactly: bool, afresh: bool
+    ) -> tuple[dict[PeerId, Manifest], list[int], PeerFault | None]:
+        """What each donor would give, the steps that others propose, and why the last one failed, if one
+        did."""
+        wanted = GetManifest(
+            weight=self._replica.position.weight + (0 if afresh else 1), step=step, exactly=exactly
+        )
+        asked = {
+            asyncio.create_task(self._ask(donor, wanted), name=f"manifest of {donor}"): donor
+            for donor in self._bench.without(donors, self._now()) or donors
+        }
+        offers: dict[PeerId, Manifest] = {}
+        proposed: list[int] = []
+        last: PeerFault | None = None
+        pending, deadline = set(asked), None
+        try:
+            while pending and (deadline is None or self._now() < deadline):
+                patience = None if deadline is None else deadline - self._now()
+                done, pending = await asyncio.wait(
+                    pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    donor = asked[task]
+                    try:
+                        match task.result():
+                            case Manifest() as manifest:
+                                self._check(donor, manifest, afresh)
+                                offers[donor] = manifest
+                                deadline = deadline or self._now() + GRACE_SECONDS
+                            case Later(step=int() as later):
+                                proposed.append(later)
+                            case reply:
+                                raise BadMessage(
+                                    f"{donor[-8:]} answered a request for a manifest with {reply.kind}"
+                                )
+                    except Refused as fault:
+                        last = fault
+                    except PeerFault as fault:
+                        last = fault
+                        self._failed(donor, fault)
+        finally:
+            await _stop(pending)
+        return offers, proposed, last
+
+    async def _ask(self, donor: PeerId, wanted: GetManifest) -> Reply:
+        patience = ANSWER_SECONDS + REACH_SECONDS + PACKING_SECONDS
+        reply, _ = await self._swarm.request(donor, wanted, timeout_seconds=patience, max_bytes=0)
+        return reply
+
+    def _check(self, donor: PeerId, manifest: Manifest, afresh: bool) -> None:
+        """Raises Refused if the snapshot is of no use here, BadMessage if it cannot be one of this run."""
+        here = self._replica.position
+        same = afresh and manifest.position == here
+        if not same and not heavier(manifest.position, here):
+            raise Refused(
+                f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples "
+                f"behind it; this peer already has {here.weight}"
+            )
+        if manifest.size_bytes > self._snapshot_bytes:
+            raise BadMessage(
+                f"{donor[-8:]} offers a snapshot of {manifest.size_bytes} bytes; "
+                f"this model's is at most {self._snapshot_bytes}"
+            )
+        Assembly(manifest)  # its numbers must fit together
+
+    async def _download(self, elected: Elected) -> Snapshot:
+        """All pieces, from all donors that have them. Raises PeerFault once nobody is left who does; what is
+        here by then is on disk for the next time."""
+        manifest = elected.manifest
+        assembly = Assembly(manifest)
+        await self._aside(self._resume, assembly)
+        errands = Errands(assembly.missing(), elected.donors)
+        pace = Pace(self._now())
+        fetching: dict[asyncio.Task[Later | bytes], tuple[PeerId, int]] = {}
+        last: PeerFault = Unreachable("no donor has the snapshot")
+        self._watch(_pieces(assembly, errands, pace, self._now()))
+        try:
+            while errands.missing:
+                for donor, number in errands.ask(self._now()):
+                    task = asyncio.create_task(self._piece(donor, assembly, number), name=f"piece {number}")
+                    fetching[task] = donor, number
+                if not errands.donors:
+                    raise last
+                wake = errands.wake_at(self._now()) - self._now()
+                patience = None if wake == float("inf") else wake
+                if fetching:
+                    await asyncio.wait(fetching, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.sleep(patience or 0.0)
+                for task in [each for each in fetching if each.done()]:
+                    donor, number = fetching.pop(task)
+                    try:
+                        match task.result():
+                            case Later(seconds=seconds):
+                                errands.later(donor, number, self._now() + max(seconds, 0.1))
+                            case data:
+                                errands.came(donor, number)
+                                pace.add(len(data), self._now())
+                                self._watch(_pieces(assembly, errands, pace, self._now()))
+                    except PeerFault as fault:
+                        last = fault
+                        errands.gone(donor, number)
+                        self._failed(donor, fault)
+        finally:
+            await _stop(fetching)
+        snapshot: Snapshot = await self._aside(assembly.snapshot)
+        return snapshot
+
+    def _resume(self, assembly: Assembly) -> None:
+        """Aside: take in what an earlier process has left of this very snapshot."""
+        self._partial.begin(assembly.manifest)
+        for number, data in self._partial.pieces():
+            try:
+                assembly.add(number, data)
+            except BadMessage:
+                continue  # torn, when the process died or the power failed: it is fetched again
+
+    async def _piece(self, donor: PeerId, assembly: Assembly, number: int) -> Later | bytes:
+        """Fetch a piece into the assembly, and keep it; or hear when to ask again. Raises PeerFault."""
+        manifest = assembly.manifest
+        reply, data = await self._swarm.request(
+            donor,
+            GetPiece(state_digest=manifest.state_digest, number=number),
+            timeout_seconds=ANSWER_SECONDS + QUEUE_SECONDS + manifest.piece_bytes / SLOWEST_BYTES_PER_SECOND,
+            max_bytes=manifest.piece_bytes,
+        )
+        match reply:
+            case Later():
+                return reply
+            case Piece():
+                assembly.add(number, data)
+            case _:
+                raise BadMessage(f"{donor[-8:]} answered a request for piece {number} with {reply.kind}")
+        self._received += len(data)
+        self._gave.add(donor)
+        await self._aside(self._partial.keep, number, data)
+        return data
+
+    # -- donors that fail ------------------------------------------------------------------------------------
+
+    def _failed(self, donor: PeerId, fault: PeerFault) -> None:
+        """Leave the donor alone for a while: longer, if it was not the network's fault."""
+        if isinstance(fault, Refused):
+            return  # it only has not what we want
+        seconds = LIAR_SECONDS if isinstance(fault, BadMessage) else SILENT_SECONDS
+        self._bench.put(donor, seconds, self._now())
+        self._on_fault(donor, fault)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _pieces(assembly: Assembly, errands: Errands, pace: Pace, now: float) -> Progress:
+    manifest = assembly.manifest
+    total, left = len(manifest.pieces), len(assembly.missing())
+    done_bytes = min((total - left) * manifest.piece_bytes, manifest.size_bytes)
+    return Progress(
+        "pieces",
+        total - left,
+        total,
+        done_bytes,
+        manifest.size_bytes,
+        pace.bytes_per_second(now),
+        len(errands.donors),
+    )
+
+
+async def _stop(tasks: Iterable[asyncio.Task[object]]) -> None:
+    """Cancel them, and wait until they are over."""
+    stopping = list(tasks)
+    for task in stopping:
+        task.cancel()
+    await asyncio.gather(*stopping, return_exceptions=True)

@@ -36,6 +36,7 @@ from prometheus_client.registry import Collector
 from p2ptrain import PROTOCOL_VERSION, __version__
 from p2ptrain.events import (
     AbortCause,
+    CatchingUp,
     CatchUpBy,
     CatchUpFailed,
     CaughtUp,
@@ -111,6 +112,13 @@ class Wait(StrEnum):
     SILENCE = "silence"
     REDUCE = "reduce"
     DIAL = "dial"
+
+
+class Extent(StrEnum):
+    """How much of something there is."""
+
+    DONE = "done"
+    ALL = "all"
 
 
 class Split(StrEnum):
@@ -211,6 +219,12 @@ class Metrics:
 
         # state
         self._catch_ups = histogram("catch_up_seconds", "Time to adopt the swarm's state.", how=CatchUpBy)
+        self.catch_up_parts = gauge(
+            "catch_up_parts", "Pieces or entries of the catch-up under way; 0 while there is none.", of=Extent
+        )
+        self.catch_up_bytes = gauge(
+            "catch_up_bytes", "Bytes of the catch-up under way; 0 while there is none.", of=Extent
+        )
         self._catch_up_failures = counter("catch_up_failures_total", "Donors that did not bring the state.")
         self._rollbacks = counter("rollbacks_total", "Times that a heavier lineage replaced this replica's.")
         self._rolled_back = counter(
@@ -237,6 +251,8 @@ class Metrics:
         """Lane → bytes (sent, received) so far; a lane that is not in `LANES` is left out."""
         self.read_journal_lost: Callable[[], int] = int
         """Events that the journal could not keep."""
+        self.read_donated: Callable[[], int] = int
+        """Bytes given to peers that were catching up."""
         registry.register(_Readings(self))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -292,7 +308,7 @@ class Metrics:
                 self._deadlines.labels(Wait.DIAL).set(event.dial_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
-            case Joined() | Leaving() | StateHashed() | Previewed():
+            case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp():
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
@@ -339,6 +355,11 @@ class _Readings(Collector):
             for lane in LANES:
                 family.add_metric([lane], traffic.get(lane, (0, 0))[place])
             yield family
+        yield CounterMetricFamily(
+            "p2ptrain_donated_bytes",
+            "Bytes of snapshots and entries given to peers that were catching up.",
+            value=self._metrics.read_donated(),
+        )
         yield CounterMetricFamily(
             "p2ptrain_journal_lost_events",
             "Events that the journal could not keep, for want of disk.",

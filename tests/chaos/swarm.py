@@ -120,7 +120,7 @@ class Swarm:
         ready = len(self.stage.invites())
         if self.bootstrap.pid is None:
             listen, inside = self.lab.place("bootstrap")
-            self.stage.make_bootstrap(listen, (*inside, *self._environment()))
+            self.stage.make_bootstrap(listen, (*inside, *self.environment()))
         self.bootstrap.start()
         self.wait(lambda: len(self.stage.invites()) > ready, "the bootstrap is ready", START_SECONDS)
 
@@ -134,19 +134,21 @@ class Swarm:
         name: str,
         *,
         inside: Sequence[str] = (),
+        through: Sequence[str] = (),
         invite: str = "",
         behind_nat: bool = False,
         start: bool = True,
         **settings: Any,
     ) -> Child:
         """A peer on a new host. `inside`: words before the command that puts it there, such as
-        `Group.inside`; `settings`: of its peer file."""
+        `Group.inside`; `through`: words right before it, such as `victims.rogue`; `settings`: of its peer
+        file."""
         listen, there = self.place(name, behind_nat=behind_nat)
         child = self.stage.make_peer(
             name,
             PeerConfig(**{**self._settings, "listen": (listen,), **settings}),
             listen,
-            inside=(*inside, *there, *self._environment()),
+            inside=(*inside, *there, *self.environment(), *through),
             invite=invite,
         )
         self.told[name] = []
@@ -181,8 +183,8 @@ class Swarm:
     def _child(self, name: str) -> Child:
         return self.bootstrap if name == "bootstrap" else self.peers[name]
 
-    def _environment(self) -> tuple[str, ...]:
-        """Words before a command: its temporary files are in a folder of this lab."""
+    def environment(self) -> tuple[str, ...]:
+        """Words before a command, behind those of its host: its temporary files are in this lab's folder."""
         folder = self.lab.folder / "t"
         folder.mkdir(exist_ok=True)
         return ("env", f"TMPDIR={folder}")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_str
 ) -> None:
     kinds = "kill,leave,bootstrap,spawn"
     options = ("--peers", "3", "--max-peers", "4", "--absence", "0.5", "--seed", "5")
-    chaos = start(*options, "--faults", kinds, "--rate", "40/min", "--seconds", "15")
+    chaos = start(*options, "--faults", kinds, "--rate", "40/min", "--seconds", "12")
     assert chaos.ends(180) == 0, f"{chaos.errors.read_text()}\n{chaos.output.read_text()}"
     receipt, told = chaos.receipt(), chaos.output.read_text()
     assert receipt["problem"] == ""
@@ -75,6 +76,7 @@ def test_swarm_goes_on_and_everybody_comes_back_when_peers_and_bootstrap_are_str
     assert back <= sum(receipt["faults"].values()) - receipt["faults"]["bootstrap"]
     assert receipt["left_over"] == 0
     assert chaos.left() == []
+    assert list(Path(tempfile.gettempdir()).glob(f"p2ptrain-{chaos.process.pid}-*")) == []
 
 
 def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_peer_is_stopped(

@@ -172,6 +172,7 @@ class Trainer:
                 aside=self._aside,
                 observe=self._observe,
                 checkpoints=self.folder,
+                partial=self.folder / "partial" if self.folder is not None else None,
             )
             async with self.peer:
                 await train(self.peer, training.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from p2ptrain.events import (
     AbortCause,
+    CatchingUp,
     CatchUpBy,
     CatchUpFailed,
     CaughtUp,
@@ -52,6 +53,17 @@ COMMITTED = RoundCommitted(
 ABORTED = RoundAborted(step=41, attempt=2, cause=AbortCause.PEER_LOST, dropped=(BERT,), seconds=1.3)
 WASTED = SamplesWasted(step=41, samples=512, cause=WasteCause.BEHIND)
 CAUGHT_UP = CaughtUp(from_step=12, to_step=41, how=CatchUpBy.SNAPSHOT, received_bytes=9_800_000, seconds=2.1)
+CATCHING_UP = CatchingUp(
+    step=12,
+    what="pieces",
+    done=12,
+    total=48,
+    done_bytes=12_600_000,
+    total_bytes=50_300_000,
+    bytes_per_second=4_200_000.0,
+    eta_seconds=9.0,
+    donors=3,
+)
 ROLLED_BACK = RolledBack(from_step=44, to_step=41, samples_lost=1024, lineage="c3" * 32)
 SAVED = CheckpointSaved(step=200, path="checkpoints/step-00000200", size_bytes=3_400_000, seconds=0.038)
 WAITING = WaitingChanged(reason="2 of 3 peers")
@@ -65,6 +77,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     ABORTED,
     LeaderTookOver(step=41, attempt=3, leader=ANNA),
     WASTED,
+    CATCHING_UP,
     CAUGHT_UP,
     CatchUpFailed(from_step=12, donor=BERT, reason="no such snapshot"),
     ROLLED_BACK,

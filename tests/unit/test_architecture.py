@@ -66,6 +66,7 @@ ROOMS = {
     "p2ptrain.swarm": Room(
         WORDS | {"p2ptrain.protocol.estimate"}, names("base58 cryptography msgpack pydantic")
     ),
+    "p2ptrain.swarm.holders": Room(frozenset(), names("psutil")),
     "p2ptrain.swarm.libp2p": Room(WORDS | {"p2ptrain.swarm"}, names("base58 hivemind pydantic")),
     "p2ptrain.replica": Room(
         WORDS | names("p2ptrain.protocol p2ptrain.gradients"),
@@ -73,6 +74,8 @@ ROOMS = {
         ANY - names("asyncio logging random socket subprocess threading time"),
     ),
     "p2ptrain.replica.transfer": Room(LOWER, frozenset(), PURE | {"asyncio"}),
+    "p2ptrain.replica.donor": Room(LOWER, frozenset(), PURE | {"asyncio"}),
+    "p2ptrain.replica.joining": Room(WORDS | {"p2ptrain.protocol"}, frozenset(), PURE - {"logging"}),
     "p2ptrain.tasks": Room(WORDS, TORCH, ANY - names("asyncio random socket subprocess threading time")),
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),
     # 3: loop
@@ -228,6 +231,8 @@ def test_module_imports_only_what_its_room_may(module: str) -> None:
         ("p2ptrain.swarm.lanes", "import torch"),
         ("p2ptrain.swarm.lanes", "from p2ptrain.protocol.member import Member"),
         ("p2ptrain.replica.transfer", "from p2ptrain.swarm.libp2p import Libp2pSwarm"),
+        ("p2ptrain.replica.joining", "import asyncio"),
+        ("p2ptrain.replica.joining", "import torch"),
         ("p2ptrain.replica.replica", "from p2ptrain import trainer"),
         ("p2ptrain.trainer", "import hivemind"),
         ("p2ptrain.trainer", "import time"),

@@ -17,10 +17,10 @@ from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint, r
 from p2ptrain.errors import CheckpointError, ConfigError, IncompatibleRun, InviteError, Refused
 from p2ptrain.records import Averaged, Chunk, GetEntry, GetManifest, Message, PeerId, Reply, Request
 from p2ptrain.replica.checkpoint import MANIFEST, STATE, save
+from p2ptrain.replica.donor import Donor
 from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.replica.snapshot import Snapshot
-from p2ptrain.replica.transfer import Donor
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.memory import MemoryHub
@@ -137,7 +137,7 @@ class LivePeer:
         async def compute(function: Callable[..., Any], *arguments: Any) -> Any:
             return function(*arguments)
 
-        self._donor = Donor(canonical_json(self.replica.run), self.replica, self.log, compute)
+        self._donor = Donor(canonical_json(self.replica.run), self.replica, self.log, compute, compute)
 
     def step(self, steps: int = 1, seed: int = 0) -> LivePeer:
         for _ in range(steps):
