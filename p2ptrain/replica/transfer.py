@@ -12,7 +12,7 @@ a whole entry, header and all, is found out only where its log does not lead to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
@@ -23,9 +23,11 @@ from p2ptrain.records import (
     EntryHeader,
     EntryReply,
     GetEntry,
+    GetLineage,
     GetManifest,
     GetPiece,
     Later,
+    Lineage,
     Manifest,
     PeerId,
     Piece,
@@ -77,6 +79,8 @@ class Arrival:
     received_bytes: int
     donors: int
     """How many gave something."""
+    resumed_bytes: int
+    """Of the snapshot, what an interrupted download had left on disk."""
 
 
 class CatchUp:
@@ -102,33 +106,37 @@ class CatchUp:
         self._watch, self._on_fault = watch, on_fault
         self._snapshot_bytes = replica.max_state_bytes
         self._bench = Bench()
-        self._received = 0
+        self._received = self._resumed = 0
         self._gave: set[PeerId] = set()
         self._forked = False
 
     async def from_donor(
-        self, donor: PeerId, claimed: Position, others: Iterable[PeerId] = (), *, afresh: bool
+        self, donor: PeerId, claimed: Position, others: Mapping[PeerId, Position], *, afresh: bool
     ) -> Arrival:
         """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there
-        or costs more. What `donor` gives, the `others` may give as well.
+        or costs more. What `donor` gives, the `others` may give as well; where they stand may be old news.
 
         `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
         """
-        self._received, self._forked = 0, False
+        self._received, self._resumed, self._forked = 0, 0, False
         self._gave.clear()
-        alternatives = spread(self._swarm.peer_id, set(others) - {donor, self._swarm.peer_id})
+        here, me = self._replica.position, self._swarm.peer_id
+        ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
+        alike = others.keys() - ahead - {donor, me}
+        donors = [donor, *spread(me, ahead), *spread(me, alike)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
-        donors = (self._bench.without([donor, *alternatives], self._now()) or [donor])[:MAX_DONORS]
+        donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
         donor = donor if donor in donors else donors[0]
         if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
-        given_up = await self._given_up(donor, claimed) if self._forked else None
+        parted = self._forked or await self._parted(donor, claimed)
+        given_up = await self._given_up(donor, claimed) if parted else None
         await self._load_snapshot(donors, donor, claimed, afresh)
         await self._replay(donors, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
-        return Arrival(how, given_up, self._received, len(self._gave))
+        return Arrival(how, given_up, self._received, len(self._gave), self._resumed)
 
     # -- replay ----------------------------------------------------------------------------------------------
 
@@ -208,17 +216,34 @@ class CatchUp:
         self._received += len(payload)
         return reply.header, payload
 
+    async def _parted(self, donor: PeerId, claimed: Position) -> bool:
+        """Whether the donor's log is known to have gone another way than this one."""
+        step = min(self._replica.position.step, claimed.step)
+        mine, theirs = self._log.lineage_at(step), await self._lineage(donor, step, claimed)
+        return None not in (mine, theirs) and mine != theirs
+
+    async def _lineage(self, donor: PeerId, step: int, claimed: Position) -> str | None:
+        """Which lineage the donor had at that step; None if it does not know."""
+        if step == claimed.step:
+            return claimed.lineage
+        reply, _ = await self._swarm.request(
+            donor, GetLineage(step=step), timeout_seconds=ANSWER_SECONDS, max_bytes=0
+        )
+        if not isinstance(reply, Lineage):
+            raise BadMessage(
+                f"{donor[-8:]} answered a request for the lineage of step {step} with {reply.kind}"
+            )
+        return reply.lineage
+
     async def _given_up(self, donor: PeerId, claimed: Position) -> int:
         """The samples of the own entries that the donor's log does not have, as far as both logs reach
         back."""
         low, high = self._log.oldest or 0, self._log.step
         while low < high:
             middle = (low + high) // 2
-            try:
-                header, _ = await self._entry(donor, middle, with_payload=False)
-                same = header.parent == self._log.lineage_at(middle)
-            except Refused:
-                same = middle < claimed.step  # so old that the donor has dropped it: taken for common
+            theirs = await self._lineage(donor, middle, claimed)
+            # So old that the donor does not know it: taken for common.
+            same = theirs == self._log.lineage_at(middle) if theirs is not None else middle < claimed.step
             low, high = (middle + 1, high) if same else (low, middle)
         own = (self._log.get(step) for step in range(max(low - 1, 0), self._log.step))
         return sum(entry.header.total_samples for entry in own if entry is not None)
@@ -360,7 +385,7 @@ class CatchUp:
                             case Later(seconds=seconds):
                                 errands.later(donor, number, self._now() + max(seconds, 0.1))
                             case data:
-                                errands.came(donor, number)
+                                errands.came(donor, number, self._now())
                                 pace.add(len(data), self._now())
                                 self._watch(_pieces(assembly, errands, pace, self._now()))
                     except PeerFault as fault:
@@ -380,6 +405,7 @@ class CatchUp:
                 assembly.add(number, data)
             except BadMessage:
                 continue  # torn, when the process died or the power failed: it is fetched again
+            self._resumed += len(data)
 
     async def _piece(self, donor: PeerId, assembly: Assembly, number: int) -> Later | bytes:
         """Fetch a piece into the assembly, and keep it; or hear when to ask again. Raises PeerFault."""

@@ -18,6 +18,7 @@ from p2ptrain.events import (
     Joined,
     LeaderTookOver,
     Leaving,
+    PeerBenched,
     PeerFaulted,
     Previewed,
     ReplicaDiverged,
@@ -87,6 +88,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     SAVED,
     CheckpointFailed(step=400, reason="no space left on device"),
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
+    PeerBenched(peer=BERT, offences=3, seconds=120.0),
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )
