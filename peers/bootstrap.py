@@ -2,7 +2,8 @@
 node.
 
 It trains nothing and decides nothing. If it dies, the swarm goes on, and newcomers can enter by any other
-peer whose address they have; started again, it has the same identity and port.
+peer whose address they have. Started again, it has the same identity and port, and lets newcomers in once
+the swarm has found back to it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ logger = logging.getLogger("p2ptrain")
 
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/31337"
 PRESENCE_SECONDS = 10.0
+SETTLE_SECONDS = 6.0
+"""After a restart: by then the peers have found back, and a newcomer that had come before them would have
+found nobody and begun a log of its own."""
+LOOK_SECONDS = 0.5
 
 
 class _RunFile:
@@ -46,6 +51,8 @@ class _RunFile:
 
     def __init__(self, run: RunConfig) -> None:
         self._run_json = canonical_json(run).encode()
+        self.open = asyncio.Event()
+        """Whether newcomers may come in; those who ask before wait."""
 
     def on_message(self, sender: PeerId, message: Message) -> None:
         """No part in any round."""
@@ -58,6 +65,7 @@ class _RunFile:
 
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
         if isinstance(request, GetRun):
+            await self.open.wait()
             return Piece(), self._run_json
         return Refusal(reason="this is a bootstrap peer: it holds no state"), b""
 
@@ -66,8 +74,10 @@ async def bootstrap(
     run: RunConfig, listen: str, announce: tuple[str, ...], folder: Path, ready: Callable[[str], None]
 ) -> dict[str, object]:
     """Serve the run until a signal comes; `ready` is given the invite once peers can enter."""
+    key = made(folder) / "bootstrap.key"
+    restarted = key.exists()
     swarm = Libp2pSwarm(
-        made(folder) / "bootstrap.key",
+        key,
         run.run_id,
         listen=(listen,),
         announce=announce,
@@ -75,20 +85,26 @@ async def bootstrap(
     )
     with Stop() as stop:
         async with swarm:
-            swarm.serve(_RunFile(run))
+            run_file = _RunFile(run)
+            swarm.serve(run_file)
             invite = Invite(
                 run_id=run.run_id,
                 run_digest=run_digest(run),
                 addresses=tuple(_entrances(swarm.visible_addresses())),
             )
             ready(encode(invite))
-            presence = asyncio.create_task(_keep_present(swarm, run), name="presence")
+            patience = SETTLE_SECONDS if restarted else 0.0
+            beside = [
+                asyncio.create_task(_keep_present(swarm, run), name="presence"),
+                asyncio.create_task(_let_in(swarm, run_file, patience), name="door"),
+            ]
             try:
                 await stop.first()
             finally:
-                presence.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await presence
+                for task in beside:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
             logger.info("leaving (%s); the swarm goes on without its bootstrap", stop.reason)
             return {"run_id": run.run_id, "peer": swarm.peer_id, "invite": encode(invite)}
 
@@ -113,6 +129,17 @@ async def _keep_present(swarm: Libp2pSwarm, run: RunConfig) -> None:
         )
         await swarm.publish(record, ttl_seconds=3 * PRESENCE_SECONDS)
         await asyncio.sleep(PRESENCE_SECONDS)
+
+
+async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: float) -> None:
+    """Open the door once somebody is there who trains, or after that time."""
+    deadline = asyncio.get_running_loop().time() + patience_seconds
+    while asyncio.get_running_loop().time() < deadline:
+        there = await swarm.lookup("presence")
+        if any(isinstance(record, Presence) and record.role == "train" for record in there):
+            break
+        await asyncio.sleep(LOOK_SECONDS)
+    run_file.open.set()
 
 
 def print_invite(invite: str, as_json: bool, say: Callable[[str], None]) -> None:

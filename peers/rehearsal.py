@@ -268,17 +268,21 @@ class Rehearsal:
         self.bootstrap = self.child("bootstrap", *words, inside=inside)
         return self.bootstrap
 
-    def make_peer(self, name: str, config: PeerConfig, listen: str, inside: Sequence[str] = ()) -> Child:
-        """A volunteer, not started; the bootstrap must be ready. It takes any free port of that address."""
+    def make_peer(
+        self, name: str, config: PeerConfig, listen: str, inside: Sequence[str] = (), invite: str = ""
+    ) -> Child:
+        """A volunteer, not started; the bootstrap must be ready unless there is another `invite`. What
+        `config` says of name, folder and address holds; else it takes any free port of `listen`."""
         folder = made(self.folder / name)
         own = {"name": name, "data_dir": str(folder), "listen": (_PORT.sub("0", listen),)}
-        config = config.model_copy(update=own)
+        open_ = own.keys() - config.model_fields_set
+        config = config.model_copy(update={key: own[key] for key in open_})
         peer_file = folder / "peer.toml"
         peer_file.write_text(commented_toml(config))
-        words = ("join", self.invites()[0], "--peer", str(peer_file), "--json")
+        words = ("join", invite or self.invites()[0], "--peer", str(peer_file), "--json")
         self.peers[name] = self.child(name, *words, inside=inside)
         self.chronicle.arrived(name)
-        self._tails[name] = Tail(folder / "journal.jsonl")
+        self._tails[name] = Tail(Path(config.data_dir) / "journal.jsonl")
         return self.peers[name]
 
     def invites(self) -> list[str]:

@@ -15,7 +15,8 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from p2ptrain.errors import ConfigError, LocalFault
 
@@ -56,6 +57,20 @@ class Loopback:
         """It is whole."""
 
 
+@dataclass(frozen=True)
+class Host:
+    """One of `Hosts`: a network namespace, whose device `eth0` is the other end of a cable to the bridge."""
+
+    namespace: str
+    cable: str
+    address: str
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Words before a command that run it there."""
+        return ("ip", "netns", "exec", self.namespace)
+
+
 class Hosts:
     """Each name on a host of its own. A host's processes must have ended before `close`.
 
@@ -64,9 +79,22 @@ class Hosts:
 
     def __init__(self, megabits: float | None = None) -> None:
         self._megabits = megabits
-        self._prefix = f"p2pc{os.getpid()}"
-        self._whole, self._cut = f"{self._prefix}b0", f"{self._prefix}b1"
-        self._cables: dict[str, str] = {}
+        self.prefix = f"p2pc{os.getpid()}"
+        """Of all names that this makes; what is called so is taken away by the next rehearsal at the
+        latest."""
+        self.hosts: dict[str, Host] = {}
+        self._whole, self._cut = f"{self.prefix}b0", f"{self.prefix}b1"
+
+    def __enter__(self) -> Self:
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def open(self) -> None:
         """Make the bridges. Raises LocalFault where the kernel refuses; `close` takes away what is there."""
@@ -76,34 +104,42 @@ class Hosts:
             _ip("link", "set", bridge, "up")
 
     def place(self, name: str) -> tuple[str, Sequence[str]]:
-        number = len(self._cables) + 1
-        host, cable, address = f"{self._prefix}h{number}", f"{self._prefix}v{number}", f"10.83.0.{number}"
-        self._cables[name] = cable
-        _ip("netns", "add", host)
-        _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host)
-        _ip("link", "set", cable, "master", self._whole, "up")
-        _ip("-n", host, "addr", "add", f"{address}/24", "dev", "eth0")
-        _ip("-n", host, "link", "set", "lo", "up")
-        _ip("-n", host, "link", "set", "eth0", "up")
+        number = len(self.hosts) + 1
+        host = Host(f"{self.prefix}h{number}", f"{self.prefix}v{number}", f"10.83.0.{number}")
+        self.hosts[name] = host
+        _ip("netns", "add", host.namespace)
+        _ip("link", "add", host.cable, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+        _ip("link", "set", host.cable, "master", self._whole, "up")
+        _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        _ip("-n", host.namespace, "link", "set", "lo", "up")
+        _ip("-n", host.namespace, "link", "set", "eth0", "up")
         if self._megabits is not None:
-            _tc(self._megabits, "-n", host, "qdisc", "add", "dev", "eth0")
-            _tc(self._megabits, "qdisc", "add", "dev", cable)
-        return f"/ip4/{address}/tcp/{PORT}", ("ip", "netns", "exec", host)
+            _tc(self._megabits, "-n", host.namespace, "qdisc", "add", "dev", "eth0")
+            _tc(self._megabits, "qdisc", "add", "dev", host.cable)
+        return f"/ip4/{host.address}/tcp/{PORT}", host.inside
 
     def part(self, side: Sequence[str]) -> None:
         for name in side:
-            _ip("link", "set", self._cables[name], "master", self._cut)
+            _ip("link", "set", self.hosts[name].cable, "master", self._cut)
 
     def heal(self) -> None:
-        for cable in self._cables.values():
-            _ip("link", "set", cable, "master", self._whole)
+        for host in self.hosts.values():
+            _ip("link", "set", host.cable, "master", self._whole)
+
+    def unplug(self, name: str) -> None:
+        """Pull that host's cable out."""
+        _ip("link", "set", self.hosts[name].cable, "down")
+
+    def plug(self, name: str) -> None:
+        """Put it in again."""
+        _ip("link", "set", self.hosts[name].cable, "up")
 
     def close(self) -> None:
         """Take all of it away, as far as it is there."""
-        for cable in self._cables.values():
+        for host in self.hosts.values():
             # First: a namespace goes only after its last process, and its devices after that.
-            _try_ip("link", "delete", cable)
-            _try_ip("netns", "delete", cable.replace(f"{self._prefix}v", f"{self._prefix}h"))
+            _try_ip("link", "delete", host.cable)
+            _try_ip("netns", "delete", host.namespace)
         for bridge in (self._whole, self._cut):
             _try_ip("link", "delete", bridge)
 
@@ -123,12 +159,8 @@ def site(*, apart: bool, megabits: float | None = None) -> Iterator[Site]:
             "partition and --megabits give each process a network namespace of its own: run it as root, with "
             "iproute2 (apt-get install iproute2), or leave them out"
         )
-    hosts = Hosts(megabits)
-    try:
-        hosts.open()
+    with Hosts(megabits) as hosts:
         yield hosts
-    finally:
-        hosts.close()
 
 
 def half(second: bool) -> tuple[str, ...]:

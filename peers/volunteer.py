@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from p2ptrain import events
+from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.config import (
     PeerConfig,
     RunConfig,
@@ -31,9 +31,9 @@ from p2ptrain.config import (
     parse_run,
     run_digest,
 )
-from p2ptrain.errors import IncompatibleRun, PeerFault, Unreachable
+from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Unreachable
 from p2ptrain.protocol.member import Stage
-from p2ptrain.records import GetRun, PeerId
+from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
@@ -102,12 +102,13 @@ async def volunteer(
             run = await _fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
-                    f"this is another run than the one in the swarm: {'; '.join(differing)} there; "
+                    f"this is another run than the one in the swarm: {'; '.join(differing)}; "
                     "join without --run to take the swarm's, or ask the organizer for the right invite"
                 )
             check_together(run, config)
             compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
             replica, task, print_ = await compute(partial(_build, run, config))
+            await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
             lineages = b""
             if (newest := latest(checkpoints)) is not None:
@@ -181,11 +182,14 @@ async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     for address in invite.addresses:
         peer = PeerId(address.rsplit("/p2p/", 1)[1])
         try:
-            _, payload = await swarm.request(
-                peer, GetRun(), timeout_seconds=RUN_FILE_SECONDS, max_bytes=64 * 1024
-            )
-            run = parse_run(payload)
+            run = await _run_of(swarm, peer)
             if (digest := run_digest(run)) == invite.run_digest:
+                if run.run_id != invite.run_id:
+                    # Under that name it would look for others in vain, and train alone.
+                    raise InviteError(
+                        f"this invite says run {invite.run_id!r}, but leads to {run.run_id!r}; "
+                        "ask the organizer for another one"
+                    )
                 return run
             reasons.append(
                 f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
@@ -196,6 +200,34 @@ async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
         f"none of the invite's peers gave the run file of {invite.run_id} ({'; '.join(reasons)}); "
         "check that the bootstrap is running, or ask the organizer for a new invite"
     )
+
+
+async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, print_: str) -> None:
+    """Raises IncompatibleRun, saying in what, if whoever trains under this run's name trains something else.
+
+    Peers of another fingerprint never meet, so this one would train alone beside them and not know it.
+    """
+    others = [record for record in await swarm.lookup("presence") if isinstance(record, Presence)]
+    strangers = [each for each in others if each.role == "train" and each.peer != swarm.peer_id]
+    if not strangers or any(each.fingerprint == print_ for each in strangers):
+        return
+    other = strangers[0]
+    if other.protocol != PROTOCOL_VERSION:
+        why = f"protocol: {PROTOCOL_VERSION} here, {other.protocol} there; upgrade the older side"
+    else:
+        why = "the shapes of the model's parameters; use the same version of p2ptrain"
+        with contextlib.suppress(PeerFault):
+            if differing := difference(run, await _run_of(swarm, other.peer)):
+                why = f"{'; '.join(differing)}; ask the organizer which is right"
+    raise IncompatibleRun(
+        f"peer {events.short(other.peer)} trains {run.run_id!r} as well, but they differ in {why}"
+    )
+
+
+async def _run_of(swarm: Libp2pSwarm, peer: PeerId) -> RunConfig:
+    """The run that this peer trains. Raises PeerFault."""
+    _, payload = await swarm.request(peer, GetRun(), timeout_seconds=RUN_FILE_SECONDS, max_bytes=64 * 1024)
+    return parse_run(payload)
 
 
 def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:

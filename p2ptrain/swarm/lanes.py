@@ -84,10 +84,10 @@ class _Lane:
         self._waiting_bytes = 0
 
     def offer(self, frame: bytes) -> bool:
-        """Queue the frame; False if the queue is full."""
+        """Queue the frame; False if the queue is full, or the stream has just broken."""
         writer = self.opened.result() if self.opened.done() and not self.opened.exception() else None
         queued = self._waiting_bytes if writer is None else writer.transport.get_write_buffer_size()
-        if queued + len(frame) > MAX_QUEUED_BYTES:
+        if queued + len(frame) > MAX_QUEUED_BYTES or (writer is not None and _is_closed(writer)):
             return False
         if writer is not None:
             writer.write(frame)
@@ -98,7 +98,8 @@ class _Lane:
 
     def start(self, writer: asyncio.StreamWriter) -> None:
         """The stream is open: send what waits."""
-        writer.writelines(self._waiting)
+        if not _is_closed(writer):
+            writer.writelines(self._waiting)
         self._waiting.clear()
         self.opened.set_result(writer)
 
@@ -183,6 +184,8 @@ class Lanes:
             writer = await asyncio.shield(lane.opened)
             async with lane.turn:
                 await writer.drain()  # of a frame whose sender was cancelled
+                if _is_closed(writer):
+                    raise Unreachable("it has just broken")
                 writer.write(frame)
                 writer.write(content)
                 try:
@@ -260,7 +263,7 @@ class Lanes:
             lane.end(str(fault))
             self._lose(to)
             return
-        if kind == "data":
+        if kind == "data" and not _is_closed(writer):
             # `drain` then returns only when the kernel has every byte, and the caller may reuse its buffer.
             writer.transport.set_write_buffer_limits(high=0)
         lane.start(writer)
@@ -372,6 +375,8 @@ class Lanes:
             finally:
                 self._answering[peer] -= 1
                 self._answering += Counter()  # forgets peers at zero
+        if _is_closed(writer):
+            return  # who asked has left meanwhile
         writer.transport.set_write_buffer_limits(high=0)  # `drain` then waits until all has gone
         self._write(writer, "request", reply, payload)
         try:
@@ -485,6 +490,9 @@ class Lanes:
         return header, payload
 
     def _write(self, writer: asyncio.StreamWriter, kind: Kind, header: Wire, payload: Buffer = b"") -> None:
+        """Raises Unreachable if the stream is closed."""
+        if _is_closed(writer):
+            raise Unreachable("the other side has closed the stream")
         content = memoryview(payload).cast("B")
         frame = pack(header, content.nbytes)
         writer.write(frame)
@@ -493,6 +501,12 @@ class Lanes:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _is_closed(writer: asyncio.StreamWriter) -> bool:
+    """asyncio ignores what is written to a closed stream; uvloop raises RuntimeError, which is nobody's
+    fault."""
+    return writer.transport.is_closing()
 
 
 def _named(fingerprint: str) -> str:

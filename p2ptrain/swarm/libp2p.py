@@ -53,6 +53,7 @@ from p2ptrain.records import (
     SignedRecord,
 )
 from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
 from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
@@ -71,8 +72,8 @@ logger = logging.getLogger(__name__)
 use_hivemind_log_handler("nowhere")
 logging.getLogger("hivemind").setLevel(logging.ERROR)
 
-CONNECT_SECONDS = 10.0
-"""At the start, for all initial peers together."""
+CONNECT_SECONDS = 5.0
+"""At the start, for all initial peers together: with the start itself, whoever waits hears within 10 s."""
 TWIN_SECONDS = 3.0
 """For finding out whether our identity is online elsewhere; if it takes longer, it is not."""
 RESTART_SECONDS = 30.0
@@ -84,7 +85,7 @@ UPKEEP_SECONDS = 2.0
 """Between two looks at our own daemon."""
 HANG_SECONDS = 15.0
 """A daemon that does not answer a simple question for so long is killed."""
-REENTER_SECONDS = 10.0
+REENTER_SECONDS = 3.0
 """Between two attempts to get back to initial peers that were lost."""
 
 READ_BUFFER_BYTES = 2**20
@@ -732,7 +733,8 @@ def _reserved(address: str) -> tuple[str, socket.socket]:
         keeper.close()
         if error.errno == errno.EADDRINUSE:
             raise PortBusy(
-                f"{address} is taken by another program; stop that one, or choose another port in `listen`"
+                f"{address} is taken by {port_holder(int(parts[3]))}; stop that one, or choose another port "
+                "in `listen`"
             ) from None
         raise LocalFault(
             f"cannot listen on {address}: {error.strerror}; choose another address or port in `listen`"
@@ -754,8 +756,8 @@ def _sole_user(identity: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         raise LocalFault(
-            f"the identity {identity} is in use by another p2ptrain on this machine; "
-            "stop that one, or give this one an identity file of its own"
+            f"the identity {identity} is in use on this machine by {lock_holder(identity)}; "
+            "stop that one, or give this one a data_dir, and so an identity file of its own"
         ) from None
     return file
 

@@ -116,6 +116,29 @@ def test_join_names_the_field_when_the_swarm_trains_another_run(people: Crew, tm
     complaint(people.join(invite, "peer", "--run", str(other)), 3, "optimizer.lr", "0.5")
 
 
+def test_join_refuses_an_invite_when_it_leads_to_a_run_of_another_name(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "mine", 10))
+    renamed = encode(decode(invite).model_copy(update={"run_id": "theirs"}))
+    complaint(people.join(renamed, "peer"), 2, "'theirs'", "'mine'", "ask the organizer")
+
+
+def test_join_names_the_field_when_others_train_another_run_of_that_name(
+    people: Crew, tmp_path: Path
+) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "mine", 100_000))
+    first = people.join(invite, "first")
+    until(lambda: "round_committed" in first.journal(tmp_path / "first"), lambda: f"a round: {first}")
+    # Entered by the first peer, another run is opened under the same name.
+    (other := tmp_path / "other.toml").write_text(
+        (tmp_path / "mine.toml").read_text() + "[optimizer]\nlr = 0.5\n"
+    )
+    _, theirs = people.bootstrap(other)
+    entrances = (*decode(theirs).addresses[:1], *decode(invite).addresses[:1])
+    mixed = encode(decode(theirs).model_copy(update={"addresses": entrances}))
+    complaint(people.join(mixed, "second"), 3, "optimizer.lr", "0.5 here", "ask the organizer")
+    assert first.process.poll() is None
+
+
 @contextmanager
 def tmpfs(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir(parents=True)

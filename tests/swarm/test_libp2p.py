@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -17,19 +18,33 @@ from typing import Any
 
 import psutil
 import pytest
-from contract import OTHER_RUN, RUN, arrives, ask, chunk, give_run, is_refused, presence, recorded, steps
+from contract import (
+    OTHER_RUN,
+    RUN,
+    Recorder,
+    arrives,
+    ask,
+    chunk,
+    give_run,
+    is_refused,
+    presence,
+    recorded,
+    steps,
+)
 from libp2p_fabric import LOOPBACK, Libp2pFabric
 
+from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.errors import ConfigError, LocalFault, PortBusy, Unreachable
 from p2ptrain.events import DaemonRestarted, FaultCause, PeerFaulted
-from p2ptrain.records import GetManifest, GetRun, Hello, PeerId
+from p2ptrain.records import GetManifest, GetRun, Hello, PeerId, Piece, Reply, Request
 from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.identity import load_or_create
-from p2ptrain.swarm.lanes import ASKING, Kind
+from p2ptrain.swarm.lanes import ASKING, Kind, Lanes
+from p2ptrain.swarm.port import Buffer
 
 pytestmark = pytest.mark.swarm
 
-HELLO = pack(Hello(protocol=1, fingerprint=RUN))
+HELLO = pack(Hello(protocol=PROTOCOL_VERSION, fingerprint=RUN))
 
 
 @pytest.fixture
@@ -442,6 +457,55 @@ def test_peers_meet_when_the_event_loop_is_uvloops(tmp_path: Path) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(meet())
+
+
+def test_peer_goes_on_when_who_asked_has_closed_the_stream_before_the_answer(tmp_path: Path) -> None:
+    """uvloop raises RuntimeError where asyncio ignores what is written to a closed stream."""
+    import uvloop
+
+    outcome: list[BaseException | None] = []
+
+    async def meet() -> None:
+        over = asyncio.Event()
+        lanes = Lanes(PeerId("me"), RUN, nobody, spawn, max_payload_bytes=2**20, on_event=lambda event: None)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async def late(request: Request) -> tuple[Reply, Buffer]:
+                with contextlib.suppress(OSError):
+                    await reader.read()  # until it is reset
+                return Piece(), b"the run"
+
+            heard.answer = late
+            try:
+                await lanes.accept(PeerId("you"), "request", reader, writer)
+                outcome.append(None)
+            except Exception as error:
+                outcome.append(error)
+            over.set()
+
+        heard = Recorder()
+        lanes.serve(heard)
+        server = await asyncio.start_unix_server(serve, tmp_path / "streams")
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(str(tmp_path / "streams"))
+            asking.sendall(HELLO + pack(GetRun()))
+            await heard.until(lambda heard: heard.requests)
+        # The answer to its hello was unread: that is a reset.
+        async with asyncio.timeout(10):
+            await over.wait()
+        server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(meet())
+    assert outcome == [None]
+
+
+async def nobody(peer: PeerId, kind: Kind, seconds: float) -> Any:
+    raise Unreachable("there is nobody")
+
+
+def spawn(work: Any) -> asyncio.Task[None]:
+    return asyncio.create_task(work)
 
 
 def test_hivemind_stays_unimported_when_only_the_rest_of_the_rim_is_used() -> None:

@@ -1,0 +1,562 @@
+"""A volunteer that does one thing wrong: what `p2ptrain join` runs, and one deviation at a named point.
+
+    python -m tests.chaos.rogue --die reducing --number 1 join INVITE --peer peer.toml
+    python -m tests.chaos.rogue --orders FILE join INVITE --peer peer.toml
+
+It is the production process, with its own p2pd: the deviation is put around the production objects from
+outside, and the product knows nothing of it. With `--orders` it behaves until that file is there and says, in
+the same words, what it is to do: `--die reducing --number 1`. A death is SIGKILL to itself. It tells on
+stderr what it did and when, in a line that begins with `rogue: `.
+
+Not covered: liars that speak another protocol altogether, and several liars that know of each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2ptrain import allreduce, trainer
+from p2ptrain import config as config_module
+from p2ptrain.allreduce import Attempt, Contribution, Rounds
+from p2ptrain.config import RunConfig
+from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.round import Apply, Begin, Effect, Send
+from p2ptrain.records import Averaged, Chunk, Commit, Done, Freeze, GetEntry, GetPiece, PeerId
+from p2ptrain.replica import checkpoint
+from p2ptrain.replica.snapshot import Assembly
+from p2ptrain.swarm import lanes
+from p2ptrain.swarm.libp2p import Libp2pSwarm
+from p2ptrain.trainer import Peer
+from peers import cli, offspring, volunteer
+
+SAYS = "rogue: "
+"""How a line of it on stderr begins; JSON follows: `did`, `time` in Unix seconds, and details."""
+FLUSH_SECONDS = 0.05
+"""For what was said before a death to leave p2pd, which dies with the process."""
+ORDER_SECONDS = 0.01
+"""Between two looks for an order. Orders are renamed into place, so one that is there is whole."""
+OFFSPRING = "peers.offspring"
+
+
+@dataclass
+class Rogue:
+    """How to deviate, and what became of it."""
+
+    what: str
+    number: int | None = None
+    """Which one of several: chunks, pieces, messages, bytes. What it counts is said by the deviation."""
+    dying: bool = False
+    """It decides and begins nothing more; what it has said is on its way."""
+    _told: bool = False
+
+    def tell(self, **details: Any) -> None:
+        """Say once that it deviates from here on."""
+        if not self._told:
+            self._told = True
+            line = json.dumps({"did": self.what, "time": time.time(), **details})
+            os.write(2, f"{SAYS}{line}\n".encode())
+
+    def die(self, **details: Any) -> None:
+        """At once."""
+        self.dying = True
+        self.tell(**details)
+        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+    def die_behind(self, **details: Any) -> None:
+        """As soon as what it has said before has left the machine, and saying nothing more."""
+        self.dying = True
+        self.tell(**details)
+        asyncio.get_running_loop().call_later(FLUSH_SECONDS, os.kill, os.getpid(), signal.SIGKILL)
+
+
+Deviation = Callable[[Rogue], None]
+DEATHS: dict[str, Deviation] = {}
+LIES: dict[str, Deviation] = {}
+
+
+def death(install: Deviation) -> Deviation:
+    """A value of `--die`."""
+    DEATHS[install.__name__.replace("_", "-")] = install
+    return install
+
+
+def lie(install: Deviation) -> Deviation:
+    """A value of `--lie`."""
+    LIES[install.__name__.replace("_", "-")] = install
+    return install
+
+
+# -- deaths --------------------------------------------------------------------------------------------------
+
+
+@death
+def accumulating(rogue: Rogue) -> None:
+    """In its micro-batch number N (1) of a step, computed and not yet added."""
+    nth, gradients = rogue.number or 1, Peer._gradients
+
+    def computed(self: Peer, step: int, first: int, count: int) -> float:
+        loss = gradients(self, step, first, count)
+        if first // count + 1 >= nth:
+            rogue.die(step=step, samples=first)
+        return loss
+
+    Peer._gradients = computed
+
+
+def at_effect(
+    rogue: Rogue, fits: Callable[[Rounds, Effect], bool], passed: int, die: Callable[..., None]
+) -> None:
+    """Die once `passed` effects that fit have been carried out in one go; 0: before the first of them."""
+    carry_out = Rounds._carry_out
+
+    def until_death(rounds: Rounds, effects: Iterable[Effect]) -> Iterator[Effect]:
+        fitting = 0
+        for effect in effects:
+            if rogue.dying:
+                return
+            fit = fits(rounds, effect)
+            if not fit or fitting < passed:
+                yield effect
+            fitting += fit
+            if fit and fitting >= passed:
+                at = rounds.member.position
+                what = type(getattr(effect, "message", effect)).__name__
+                die(step=None if at is None else at.step, effect=what)
+
+    Rounds._carry_out = lambda self, effects: carry_out(self, until_death(self, effects))
+
+
+def sends(kind: type) -> Callable[[Rounds, Effect], bool]:
+    return lambda rounds, effect: isinstance(effect, Send) and isinstance(effect.message, kind)
+
+
+@death
+def leading(rogue: Rogue) -> None:
+    """As leader with all reports in, before N (0) of the messages that freeze the round."""
+    at_effect(rogue, sends(Freeze), rogue.number or 0, rogue.die_behind)
+
+
+@death
+def frozen(rogue: Rogue) -> None:
+    """As follower: it has got the freeze, and says nothing on it."""
+
+    def follower(rounds: Rounds, effect: Effect) -> bool:
+        return isinstance(effect, Begin) and effect.freeze.ballot.leader != rounds.member.me
+
+    at_effect(rogue, follower, 0, rogue.die)
+
+
+@death
+def sending(rogue: Rogue) -> None:
+    """As sender, once N (1) of its chunks have left."""
+    nth, send_chunk = rogue.number or 1, Libp2pSwarm.send_chunk
+    sent: dict[Any, int] = {}
+
+    async def sending_chunk(self: Libp2pSwarm, to: PeerId, header: Chunk | Averaged, payload: Any) -> None:
+        if rogue.dying:
+            await asyncio.Event().wait()
+        await send_chunk(self, to, header, payload)
+        if isinstance(header, Chunk):
+            attempt = (header.step, header.ballot)
+            sent[attempt] = sent.get(attempt, 0) + 1
+            if sent[attempt] == nth:
+                rogue.die_behind(step=header.step, chunks=nth)
+
+    Libp2pSwarm.send_chunk = sending_chunk
+    silent_when_dying(rogue)
+
+
+@death
+def reducing(rogue: Rogue) -> None:
+    """As reducer that has averaged N (1) chunks of its span, sent them, and should average the next."""
+    after, average = rogue.number or 1, Attempt._average
+
+    def averaging(self: Attempt, number: int) -> None:
+        if rogue.dying:
+            return
+        if number >= after:
+            rogue.die_behind(step=self.freeze.step, averaged=number)
+        else:
+            average(self, number)
+
+    Attempt._average = averaging
+    silent_when_dying(rogue)
+
+
+@death
+def done(rogue: Rogue) -> None:
+    """As follower that holds every span and has said so."""
+    at_effect(rogue, sends(Done), 1, rogue.die_behind)
+
+
+@death
+def committing(rogue: Rogue) -> None:
+    """As leader, once N (1) of the messages that commit the round have left; 0: when all are done."""
+    at_effect(rogue, sends(Commit), 1 if rogue.number is None else rogue.number, rogue.die_behind)
+
+
+@death
+def applying(rogue: Rogue) -> None:
+    """Committed, as it knows, and not yet applied."""
+    at_effect(rogue, lambda rounds, effect: isinstance(effect, Apply), 0, rogue.die)
+
+
+def silent_when_dying(rogue: Rogue) -> None:
+    """Decides nothing more once it dies."""
+    at_effect(rogue, lambda rounds, effect: False, 0, rogue.die)
+
+
+@death
+def saving(rogue: Rogue) -> None:
+    """At byte N (0) of writing a checkpoint; the flush of a folder counts as one byte, before and after the
+    rename."""
+    at, written = rogue.number or 0, 0
+    write, flush = checkpoint._write, checkpoint._flush
+
+    def writing(path: Path, content: bytes) -> None:
+        nonlocal written
+        if path.name == checkpoint.MODEL:
+            written = 0
+        if at < written + len(content):
+            write(path, content[: at - written])
+            rogue.die(file=path.name, byte=at)
+        write(path, content)
+        written += len(content)
+
+    def flushing(folder: Path) -> None:
+        nonlocal written
+        if at <= written:
+            rogue.die(flush=folder.name, byte=at)
+        flush(folder)
+        written += 1
+
+    checkpoint._write, checkpoint._flush = writing, flushing
+
+
+@death
+def giving(rogue: Rogue) -> None:
+    """As donor that was asked for its piece number N (1)."""
+    nth, on_request = rogue.number or 1, Rounds.on_request
+    asked = 0
+
+    async def answering(self: Rounds, sender: PeerId, request: Any) -> Any:
+        nonlocal asked
+        if isinstance(request, GetPiece):
+            asked += 1
+            if asked >= nth:
+                rogue.die(piece=request.number, to=sender)
+        return await on_request(self, sender, request)
+
+    Rounds.on_request = answering
+
+
+@death
+def joining(rogue: Rogue) -> None:
+    """As joiner that has N (1) pieces of a snapshot."""
+    nth, add = rogue.number or 1, Assembly.add
+    got = 0
+
+    def adding(self: Assembly, number: int, data: bytes) -> None:
+        nonlocal got
+        add(self, number, data)
+        got += 1
+        if got >= nth:
+            rogue.die(pieces=got, of=len(self.manifest.pieces))
+
+    Assembly.add = adding
+
+
+# -- lies in a round -----------------------------------------------------------------------------------------
+
+
+def twisted(rogue: Rogue, twist: Callable[[Attempt, bytes, int], bytes]) -> None:
+    """Other reducers get its chunks twisted; its own span stays sound, so that it goes on with a straight
+    face."""
+    contribute = Attempt.contribute
+
+    def contributing(self: Attempt, contribution: Contribution) -> None:
+        deliver = self._deliver
+
+        def lying(to: PeerId, header: Any, payload: bytes) -> None:
+            if isinstance(header, Chunk) and to != self._me and payload:
+                start, stop = self._ranges[self.freeze.roster.index(to)][header.number]
+                payload = twist(self, payload, stop - start)
+                rogue.tell(step=header.step)
+            deliver(to, header, payload)
+
+        self._deliver = lying
+        try:
+            contribute(self, contribution)
+        finally:
+            del self._deliver
+
+    Attempt.contribute = contributing
+
+
+def pattern(rogue: Rogue, patterns: dict[str, bytes]) -> None:
+    """Bytes that the codec itself would never write."""
+
+    def twist(attempt: Attempt, payload: bytes, values: int) -> bytes:
+        one = patterns[attempt._codec.name]
+        head = len(payload) - values * len(one)  # a scale, if the codec has one
+        return payload[:head] + one * values
+
+    twisted(rogue, twist)
+
+
+def values(rogue: Rogue, change: Callable[[Tensor], Tensor]) -> None:
+    def twist(attempt: Attempt, payload: bytes, values: int) -> bytes:
+        sound = torch.empty(values)
+        attempt._codec.decode(payload, sound)
+        return attempt._codec.encode(change(sound).contiguous())
+
+    twisted(rogue, twist)
+
+
+@lie
+def nan(rogue: Rogue) -> None:
+    """Every value of its gradient is NaN."""
+    pattern(rogue, {"fp32": b"\x00\x00\xc0\x7f", "fp16": b"\x00\x7e"})
+
+
+@lie
+def inf(rogue: Rogue) -> None:
+    """Every value of its gradient is infinite."""
+    pattern(rogue, {"fp32": b"\x00\x00\x80\x7f", "fp16": b"\x00\x7c"})
+
+
+@lie
+def huge(rogue: Rogue) -> None:
+    """Its gradient is a million times as large."""
+    values(rogue, lambda sound: sound * 1e6)
+
+
+@lie
+def flip(rogue: Rogue) -> None:
+    """Its gradient points the other way."""
+    values(rogue, lambda sound: -sound)
+
+
+@lie
+def constant(rogue: Rogue) -> None:
+    """Every value of its gradient is the largest of them."""
+    values(rogue, lambda sound: torch.full_like(sound, float(sound.abs().max())))
+
+
+@lie
+def random(rogue: Rogue) -> None:
+    """Its gradient is noise of the same size."""
+    values(rogue, lambda sound: torch.randn_like(sound) * sound.square().mean().sqrt())
+
+
+@lie
+def samples(rogue: Rogue) -> None:
+    """It claims N (a billion) samples for its contribution."""
+    claimed, contribute = rogue.number or 10**9, Attempt.contribute
+
+    def contributing(self: Attempt, contribution: Contribution) -> None:
+        if contribution.samples:
+            rogue.tell(step=self.freeze.step, claimed=claimed, computed=contribution.samples)
+            contribution = Contribution(contribution.total, claimed)
+        contribute(self, contribution)
+
+    Attempt.contribute = contributing
+
+
+@lie
+def progress(rogue: Rogue) -> None:
+    """It reports N (a billion) samples from the first moment of each step, and brings what it has."""
+    claimed, progressed = rogue.number or 10**9, Member.progressed
+
+    def reporting(self: Member, samples: int, *others: Any) -> list[Effect]:
+        rogue.tell(claimed=claimed, computed=samples)
+        return progressed(self, claimed, *others)
+
+    Member.progressed = reporting
+
+
+@lie
+def replay(rogue: Rogue) -> None:
+    """With each freeze it says again all that it said and sent in the round before."""
+    carry_out, send_chunk = Rounds._carry_out, Libp2pSwarm.send_chunk
+    said: list[Send] = []
+    sent: list[tuple[PeerId, Any, Any]] = []
+
+    def repeating(rounds: Rounds, effects: Iterable[Effect]) -> Iterator[Effect]:
+        for effect in effects:
+            yield effect
+            if isinstance(effect, Send):
+                said.append(effect)
+            elif isinstance(effect, Begin):
+                again, chunks = said[:], sent[:]
+                said.clear()
+                sent.clear()
+                if again:
+                    rogue.tell(step=effect.freeze.step, messages=len(again), chunks=len(chunks))
+                    yield from again
+                    rounds._spawn(resend(rounds, chunks))
+
+    async def resend(rounds: Rounds, chunks: list[tuple[PeerId, Any, Any]]) -> None:
+        for to, header, payload in chunks:
+            await send_chunk(rounds._swarm, to, header, payload)
+
+    async def remembering(self: Libp2pSwarm, to: PeerId, header: Any, payload: Any) -> None:
+        sent.append((to, header, bytes(payload)))
+        await send_chunk(self, to, header, payload)
+
+    Rounds._carry_out = lambda self, effects: carry_out(self, repeating(self, effects))
+    Libp2pSwarm.send_chunk = remembering
+
+
+# -- lies of a donor -----------------------------------------------------------------------------------------
+
+
+def damaged(rogue: Rogue, kind: type) -> None:
+    on_request = Rounds.on_request
+
+    async def answering(self: Rounds, sender: PeerId, request: Any) -> Any:
+        reply, payload = await on_request(self, sender, request)
+        if isinstance(request, kind) and len(payload):
+            rogue.tell(to=sender, request=request.kind)
+            payload = bytearray(payload)
+            payload[len(payload) // 2] ^= 1
+        return reply, payload
+
+    Rounds.on_request = answering
+
+
+@lie
+def pieces(rogue: Rogue) -> None:
+    """One bit of each piece of a snapshot that it gives is wrong."""
+    damaged(rogue, GetPiece)
+
+
+@lie
+def entries(rogue: Rogue) -> None:
+    """One bit of each entry that it gives is wrong."""
+    damaged(rogue, GetEntry)
+
+
+# -- lies about what it is -----------------------------------------------------------------------------------
+
+
+@lie
+def fingerprint(rogue: Rogue) -> None:
+    """It says that it trains something else."""
+    adopt = Libp2pSwarm.adopt
+
+    def adopting(self: Libp2pSwarm, fingerprint: str) -> None:
+        rogue.tell()
+        adopt(self, hashlib.sha256(fingerprint.encode()).hexdigest())
+
+    Libp2pSwarm.adopt = adopting
+
+
+@lie
+def protocol(rogue: Rogue) -> None:
+    """It speaks protocol N (the next one)."""
+    other = rogue.number or lanes.PROTOCOL_VERSION + 1
+    rogue.tell(protocol=other)
+    for module in (config_module, lanes, trainer, volunteer):
+        module.PROTOCOL_VERSION = other
+
+
+@lie
+def config(rogue: Rogue) -> None:
+    """It trains with twice the learning rate of the run file that it was given."""
+    fetch = volunteer._fetch_run
+
+    async def fetching(*arguments: Any) -> RunConfig:
+        run = await fetch(*arguments)
+        rogue.tell(lr=2 * run.optimizer.lr)
+        faster = run.optimizer.model_copy(update={"lr": 2 * run.optimizer.lr})
+        return run.model_copy(update={"optimizer": faster})
+
+    volunteer._fetch_run = fetching
+
+
+@lie
+def stubborn(rogue: Rogue) -> None:
+    """It catches up with nobody, and goes on from where it is: fresh, or from its own checkpoint."""
+
+    async def staying(self: Peer, behind: allreduce.Behind) -> None:
+        rogue.tell(step=self.replica.position.step, theirs=behind.position.step)
+        await self._digested()
+        await self._compute(self._accumulator.reset)
+        self.rounds.unhelpful(behind.donor)
+        self._start_step((), settled=True)
+
+    Peer.catch_up = staying
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def install(what: argparse.Namespace) -> None:
+    table, name = (DEATHS, what.die) if what.die else (LIES, what.lie)
+    table[name](Rogue(name, what.number))
+
+
+def deviations() -> argparse.ArgumentParser:
+    """What an order says."""
+    parser = argparse.ArgumentParser(add_help=False)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--die", choices=DEATHS, help="where it kills itself")
+    which.add_argument("--lie", choices=LIES, help="what is not true")
+    parser.add_argument("--number", type=int, help="the N of the deviation")
+    return parser
+
+
+def obey(orders: Path) -> None:
+    """Wait for an order, in a thread: what is patched is looked up at each call."""
+    while not orders.exists():
+        time.sleep(ORDER_SECONDS)
+    install(deviations().parse_args(orders.read_text().split()))
+
+
+def main() -> None:
+    about = "\n".join(
+        f"  --{option} {name:<14} {' '.join((install.__doc__ or '').split())}"
+        for option, table in (("die", DEATHS), ("lie", LIES))
+        for name, install in table.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos.rogue",
+        parents=[deviations()],
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--orders", type=Path, help="behave until this file says what to do")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="join INVITE …, or what a rehearsal runs")
+    given = parser.parse_args()
+    if given.orders is not None:
+        threading.Thread(target=obey, args=[given.orders], daemon=True).start()
+    elif given.die or given.lie:
+        install(given)
+    else:
+        parser.error("it needs --die, --lie or --orders")
+    # Put before the command of a rehearsal's child, this takes that command's place.
+    begins = given.command.index(OFFSPRING) if OFFSPRING in given.command else -1
+    sys.argv = ["p2ptrain", *given.command[begins + 1 :]]
+    (offspring if begins >= 0 else cli).main()
+
+
+if __name__ == "__main__":
+    main()
