@@ -27,7 +27,7 @@ def play(trial: Trial, phases: Sequence[tuple[str, ...]], within_seconds: float)
         for death in found:
             if death.resume_seconds > within_seconds:
                 raise Failed(
-                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round without "
+                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed without "
                     f"it, at most {within_seconds:g} s were expected"
                 )
             if death.lost_samples:
