@@ -20,13 +20,14 @@ from torch import Tensor
 
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
-from p2ptrain.gradients.aggregation import mean_chunk, squared_norm
+from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
+    Benched,
     Cancel,
     CatchUp,
     Distrusted,
@@ -171,7 +172,7 @@ class Attempt:
         self._parts: dict[tuple[int, int], bytes] = {}  # (member's rank, chunk of my span) → encoded sum
         self._shadow: dict[tuple[int, int], bytes] = {}  # (reducer's rank, chunk) → encoded mean
         self._norm = 0.0
-        self._over = False
+        self._over = self._failed = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
         self._senders = [spawn(self._send_all(peer, outbox)) for peer, outbox in self._outboxes.items()]
         self._timer = asyncio.get_running_loop().call_later(freeze.deadline_seconds, self._overdue)
@@ -266,10 +267,16 @@ class Attempt:
                 self._fail([roster[rank]], AbortCause.NONFINITE, str(fault))
                 return
             parts.append(part)
+        counts = [samples[rank] for rank in ranks]
         if not parts:
             self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
             return
-        encoded = self._codec.encode(mean_chunk(parts, [samples[rank] for rank in ranks]))
+        if (odd := outsized(parts, counts)) is not None:
+            peer = roster[ranks[odd]]
+            detail = f"the gradient of {peer[-8:]} is over {OUTSIZED:,.0f} times as long as the others'"
+            self._fail([peer], AbortCause.BAD_CHUNK, detail)
+            return
+        encoded = self._codec.encode(mean_chunk(parts, counts))
         decoded = torch.empty(stop - start)
         self._codec.decode(encoded, decoded)
         self._norm += squared_norm(decoded)
@@ -313,7 +320,8 @@ class Attempt:
         )
 
     def _fail(self, suspects: Sequence[PeerId], cause: AbortCause, detail: str) -> None:
-        if not self._over and self.header is None:
+        if not self._over and not self._failed and self.header is None:
+            self._failed = True
             self._on_failed(suspects, cause, detail)
 
     async def _send_all(self, peer: PeerId, outbox: _Outbox) -> None:
@@ -335,7 +343,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Distrusted | Faulted | Gone
+Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -394,6 +402,10 @@ class Rounds:
     def informed(self, present: Mapping[PeerId, Position]) -> None:
         """Who is there, from the DHT."""
         self._carry_out(self.member.informed(present, self._now()))
+
+    def offended(self, peer: PeerId) -> None:
+        """A donor broke the contract."""
+        self._carry_out(self.member.offended(peer, self._now()))
 
     def unhelpful(self, donor: PeerId) -> None:
         """The trainer could not get from `donor` what it had promised."""
@@ -520,7 +532,7 @@ class Rounds:
                     self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))
-                case TookOver() | Waiting() | Diverged() | Distrusted():
+                case TookOver() | Waiting() | Diverged() | Distrusted() | Benched():
                     self._note(effect)
                 case _:
                     assert_never(effect)

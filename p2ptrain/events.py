@@ -161,11 +161,14 @@ class DeadlinesChanged(_Happened):
     """For a reduction among as many peers as in the last round."""
     dial_seconds: float
     """For a peer to answer again after its link broke."""
+    request_seconds: float
+    """For a donor to send one megabyte."""
 
     def sentence(self) -> str:
         return (
             f"deadlines: silence {duration(self.silence_seconds)}, "
-            f"averaging {duration(self.reduce_seconds)}, dialling {duration(self.dial_seconds)}"
+            f"averaging {duration(self.reduce_seconds)}, "
+            f"dialling {duration(self.dial_seconds)}, a megabyte {duration(self.request_seconds)}"
         )
 
 
@@ -309,10 +312,13 @@ class CaughtUp(_Happened):
     seconds: float
     donors: int = 1
     """How many gave something."""
+    resumed_bytes: int = 0
+    """Of the snapshot, what an interrupted download had left on disk."""
 
     def sentence(self) -> str:
         donors = "" if self.donors == 1 else f" from {self.donors} donors"
-        received = f"{self.received_bytes / 1e6:,.1f} MB{donors} in {duration(self.seconds)}"
+        here = f" beside {self.resumed_bytes / 1e6:,.1f} MB from before" if self.resumed_bytes else ""
+        received = f"{self.received_bytes / 1e6:,.1f} MB{donors} in {duration(self.seconds)}{here}"
         return f"caught up from step {self.from_step} to {self.to_step} by {self.how.value} ({received})"
 
 
@@ -440,6 +446,23 @@ class PeerFaulted(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerBenched(_Happened):
+    """A peer has broken the contract so often that it is neither heard nor believed for a while."""
+
+    event: ClassVar[str] = "peer_benched"
+    level: ClassVar[int] = logging.WARNING
+    peer: PeerId
+    offences: int
+    seconds: float
+
+    def sentence(self) -> str:
+        return (
+            f"peer {short(self.peer)} is left out for {duration(self.seconds)}: "
+            f"it broke the contract {self.offences} times"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -471,6 +494,7 @@ Event = (
     | CheckpointSaved
     | CheckpointFailed
     | PeerFaulted
+    | PeerBenched
     | DaemonRestarted
 )
 

@@ -267,6 +267,14 @@ class GetEntry(Record):
     with_payload: bool = True
 
 
+class GetLineage(Record):
+    """Which lineage did you have at `step`? Tells whether two logs have parted, also where entries are
+    gone."""
+
+    kind: Literal["get_lineage"] = "get_lineage"
+    step: Step
+
+
 class GetManifest(Record):
     """The snapshot you would give me. A joiner names a step, the same to several donors: equal states are
     equal bytes, so it can take its pieces from all of them."""
@@ -299,6 +307,13 @@ class EntryReply(Record):
 
     kind: Literal["entry"] = "entry"
     header: EntryHeader
+
+
+class Lineage(Record):
+    """The lineage at that step; None if this peer never knew it, or no longer does."""
+
+    kind: Literal["lineage"] = "lineage"
+    lineage: Digest | None
 
 
 class Manifest(Record):
@@ -338,8 +353,8 @@ class Hello(Record):
     """Of the run; see `config.fingerprint`."""
 
 
-Request = GetRun | GetEntry | GetManifest | GetPiece
-Reply = Piece | EntryReply | Manifest | Later | Refusal
+Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
+Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
 Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 

@@ -34,9 +34,8 @@ from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.codecs import codec_named
-from p2ptrain.protocol.lineage import heavier
 from p2ptrain.protocol.member import Member
-from p2ptrain.protocol.round import Distrusted, Diverged, Rules, TookOver, Waiting
+from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
@@ -97,22 +96,23 @@ class Peer:
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
         partial: Path | None = None,
+        lineages: bytes = b"",
     ) -> None:
         """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
-        `partial` the one for a snapshot that is being downloaded."""
+        `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
         self.leaving = False
         self.rounds_joined = 0
         self.samples_given = 0
         self.state_digest: str | None = None
         self._leader_waits = self._waiting_told = ""
-        self._deadlines_told: events.DeadlinesChanged | None = None
+        self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
         """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
         self._caught_up_told = 0.0
-        self.log = EntryLog(config.log_megabytes * 2**20, replica.position)
+        self.log = EntryLog(config.log_megabytes * 2**20, replica.position, lineages)
         self._fingerprint, self._incarnation = fingerprint, incarnation
         self._compute, self._aside, self._observe = compute, aside, observe
         self._checkpoints = checkpoints
@@ -285,9 +285,7 @@ class Peer:
         self._waste(events.WasteCause.BEHIND)
         self._caught_up_told = began
         member = self.rounds.member
-        others = [
-            peer for peer, at in member.known.items() if peer not in member.lost and heavier(at, before)
-        ]
+        others = {peer: at for peer, at in member.known.items() if peer not in member.lost}
         try:
             arrival = await self._catch_up.from_donor(
                 behind.donor, behind.position, others, afresh=behind.afresh
@@ -314,6 +312,7 @@ class Peer:
                     received_bytes=arrival.received_bytes,
                     seconds=self._now() - began,
                     donors=arrival.donors,
+                    resumed_bytes=arrival.resumed_bytes,
                 )
             )
         finally:
@@ -382,6 +381,7 @@ class Peer:
             self.run,
             {"heldout": self.heldout},
             keep=self.config.checkpoints_kept,
+            lineages=self.log.lineages(snapshot.position),
         )
         step = snapshot.position.step
         try:
@@ -542,6 +542,8 @@ class Peer:
                 self._observe(
                     events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=reason)
                 )
+            case Benched(peer, offences, seconds):
+                self._observe(events.PeerBenched(peer=peer, offences=offences, seconds=seconds))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:
@@ -569,6 +571,8 @@ class Peer:
         bad = isinstance(fault, BadMessage)
         cause = events.FaultCause.BAD_MESSAGE if bad else events.FaultCause.UNREACHABLE
         self._observe(events.PeerFaulted(peer=donor, cause=cause, detail=str(fault)))
+        if bad:
+            self.rounds.offended(donor)
 
     # -- presence --------------------------------------------------------------------------------------------
 
@@ -597,13 +601,16 @@ class Peer:
     def _tell_deadlines(self) -> None:
         """Say how long this peer waits for others, and again when that has changed by a quarter."""
         silence, reduce = self.rounds.member.waits()
-        now, told = (silence, reduce, self.swarm.dial_seconds), self._deadlines_told
-        before = (told.silence_seconds, told.reduce_seconds, told.dial_seconds) if told is not None else ()
-        if any(abs(a - b) > 0.25 * b for a, b in zip(now, before, strict=False)) or told is None:
-            self._deadlines_told = events.DeadlinesChanged(
-                silence_seconds=now[0], reduce_seconds=now[1], dial_seconds=now[2]
-            )
-            self._observe(self._deadlines_told)
+        now = {
+            "silence_seconds": silence,
+            "reduce_seconds": reduce,
+            "dial_seconds": self.swarm.dial_seconds,
+            "request_seconds": self._catch_up.request_seconds(2**20),
+        }
+        told = self._deadlines_told
+        if any(abs(value - told.get(name, 0.0)) > 0.25 * told.get(name, 0.0) for name, value in now.items()):
+            self._deadlines_told = now
+            self._observe(events.DeadlinesChanged(**now))
 
     async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the

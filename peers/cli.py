@@ -247,6 +247,16 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+class _ToStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the moment: a progress bar takes its place while it is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # as handlers do: a log that cannot be written ends nothing
+            self.handleError(record)
+
+
 def _run(main: Coroutine[Any, Any, Any]) -> Any:
     """Run a role on uvloop, telling its story on stderr."""
     import asyncio
@@ -257,7 +267,13 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
         factory = None
     else:
         factory = uvloop.new_event_loop
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True)
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO,
+        handlers=[_ToStderr()],
+        force=True,
+    )
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 

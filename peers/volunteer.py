@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.config import (
@@ -40,14 +42,16 @@ from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
-from p2ptrain.telemetry.metrics import Metrics, PeerState, watch_event_loop
+from p2ptrain.telemetry.metrics import Extent, Metrics, PeerState, watch_event_loop
 from p2ptrain.trainer import Peer, train
+from peers.display import CatchUpBar
 from peers.places import data_folder
 from peers.signals import Stop
 
 logger = logging.getLogger("p2ptrain")
 
 RUN_FILE_SECONDS = 20.0
+BAR_SECONDS = 0.25
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
 
@@ -106,8 +110,11 @@ async def volunteer(
             replica, task, print_ = await compute(partial(_build, run, config))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
+            lineages = b""
             if (newest := latest(checkpoints)) is not None:
-                await compute(lambda: restore(replica, load(newest)))
+                checkpoint = await compute(partial(load, newest))
+                await compute(partial(restore, replica, checkpoint))
+                lineages = checkpoint.lineages
             swarm.adopt(print_)
             metrics = Metrics(run.run_id, print_)
             metrics.read_traffic = lambda: swarm.traffic
@@ -125,17 +132,20 @@ async def volunteer(
                 aside=aside,
                 observe=observe,
                 checkpoints=checkpoints,
+                lineages=lineages,
                 partial=folder / "partial",
             )
             metrics.read_state = lambda: _state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
+            metrics.read_donated = lambda: peer.donor.served_bytes
+            _export_catch_up(metrics, peer)
             pages = HealthServer(
                 metrics.page,
                 lambda: _failed_checks(peer),
                 host=config.metrics_host,
                 port=config.metrics_port,
             )
-            async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe):
+            async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe), _bar(peer):
                 peer.metrics_port = pages.port
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
@@ -286,5 +296,38 @@ async def _watched(observe_lag: Callable[[float], None]) -> AsyncIterator[None]:
         watching.cancel()
 
 
+def _export_catch_up(metrics: Metrics, peer: Peer) -> None:
+    def reading(name: str) -> Callable[[], float]:
+        return lambda: float(getattr(peer.catching_up, name, 0))
+
+    metrics.catch_up_parts.labels(Extent.DONE).set_function(reading("done"))
+    metrics.catch_up_parts.labels(Extent.ALL).set_function(reading("total"))
+    metrics.catch_up_bytes.labels(Extent.DONE).set_function(reading("done_bytes"))
+    metrics.catch_up_bytes.labels(Extent.ALL).set_function(reading("total_bytes"))
+
+
+@contextlib.asynccontextmanager
+async def _bar(peer: Peer) -> AsyncIterator[None]:
+    """On a terminal, a bar for as long as the peer catches up; elsewhere its events are lines."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    bar = CatchUpBar(Console(stderr=True))
+    drawing = asyncio.create_task(_draw(bar, peer), name="catch-up bar")
+    try:
+        yield
+    finally:
+        drawing.cancel()
+        bar.close()
+
+
+async def _draw(bar: CatchUpBar, peer: Peer) -> None:
+    while True:
+        bar.show(peer.catching_up)
+        await asyncio.sleep(BAR_SECONDS)
+
+
 def _tell(event: events.Event) -> None:
+    if isinstance(event, events.CatchingUp) and sys.stderr.isatty():
+        return  # there is a bar
     logger.log(event.level, event.sentence())

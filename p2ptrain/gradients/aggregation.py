@@ -7,6 +7,7 @@ reciprocal on some devices, which rounds differently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,24 @@ def mean_chunk(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     for total in brought[1:]:
         mean.add_(total)
     return mean.div_(torch.tensor(sum(samples), dtype=torch.float32, device=mean.device))
+
+
+OUTSIZED = 1e4
+"""Honest peers differ in the norm of their mean gradients by less than a hundred."""
+
+
+def outsized(totals: Sequence[Tensor], samples: Sequence[int]) -> int | None:
+    """Index of a member whose mean gradient is more than `OUTSIZED` times as long as the median one; None if
+    there is none, if there are fewer than three, or if the median is nothing (rows that few use).
+
+    Arguments as in `mean_chunk`, but of those who brought samples. Such a member would own the average,
+    whatever the others bring (I5).
+    """
+    norms = [math.sqrt(squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)]
+    if len(norms) < 3 or not (median := sorted(norms)[(len(norms) - 1) // 2]):
+        return None
+    longest = max(range(len(norms)), key=norms.__getitem__)
+    return longest if norms[longest] > OUTSIZED * median else None
 
 
 def squared_norm(values: Tensor) -> float:

@@ -27,6 +27,7 @@ from p2ptrain.protocol.roster import leader_order
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
+    Benched,
     Cancel,
     CatchUp,
     Diverged,
@@ -57,6 +58,13 @@ MAX_KNOWN = 1024
 
 MAX_PASSED = 10_000
 MAX_UNHELPFUL = 5
+OFFENCES_FORGIVEN = 2
+"""A bit may flip, and a peer may restart in the middle of something."""
+BENCH_SECONDS = 120.0
+BENCH_MOST_SECONDS = 3600.0
+"""The bench for the third offence, and for the eighth and later ones; in between it doubles."""
+CONTRACT = frozenset({AbortCause.BAD_CHUNK, AbortCause.NONFINITE})
+"""Causes that somebody is to blame for, beyond being late or gone."""
 WELCOME_STEPS = 20
 """A newcomer that missed its first round is waited for again after so many steps."""
 
@@ -97,6 +105,8 @@ class Member:
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
         self._unhelpful: Counter[PeerId] = Counter()
+        self._offences: Counter[PeerId] = Counter()
+        self._benched: dict[PeerId, float] = {}
         self._unanswered: set[PeerId] = set()
         self._beat_at = float("inf")
 
@@ -216,7 +226,8 @@ class Member:
     def failed(
         self, ballot: Ballot, suspects: Iterable[PeerId], cause: AbortCause, now: float
     ) -> list[Effect]:
-        """The data plane cannot finish the attempt; `suspects` are those it waited for in vain."""
+        """The data plane cannot finish the attempt; `suspects` are those it waited for in vain, or who broke
+        the contract."""
         if self.stage is not Stage.REDUCING or self.freeze is None or ballot != self.freeze.ballot:
             return []
         if cause is AbortCause.DEADLINE:
@@ -224,7 +235,17 @@ class Member:
         message = Failed(
             step=self.freeze.step, ballot=ballot, suspects=tuple(sorted(suspects)), cause=cause.value
         )
-        return self._settle([Send(self.following, message)], now)
+        leader = self.following
+        effects: list[Effect] = [Send(leader, message)]
+        for peer in suspects if cause in CONTRACT else ():
+            effects += self._offended(peer, now)
+            if peer == leader != self.me:
+                effects += self._lose(leader, now)  # it would not drop itself
+        return self._settle(effects, now)
+
+    def offended(self, peer: PeerId, now: float) -> list[Effect]:
+        """A donor sent something that it cannot have in its log or snapshot."""
+        return self._settle(self._offended(peer, now), now)
 
     def unhelpful(self, donor: PeerId) -> None:
         """The donor could not bring this peer further. It is not gone for that: another is tried first, and
@@ -238,6 +259,8 @@ class Member:
         """The link to a peer was reset (`up`) or could not be restored (not `up`)."""
         if not up:
             return self._settle(self._lose(peer, now), now)
+        if self._is_benched(peer, now):
+            return []
         self.lost.discard(peer)
         effects: list[Effect] = []
         if self.leader is not None:
@@ -251,7 +274,9 @@ class Member:
         others."""
         effects: list[Effect] = []
         self.known = {
-            peer: position for peer, position in sorted(present.items())[:MAX_KNOWN] if peer != self.me
+            peer: position
+            for peer, position in sorted(present.items())[:MAX_KNOWN]
+            if peer != self.me and not self._is_benched(peer, now)
         }
         mine = self.position
         if mine is None or self.stage is Stage.OUTSIDE:
@@ -308,6 +333,8 @@ class Member:
     # -- messages --------------------------------------------------------------------------------------------
 
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
+        if self._is_benched(sender, now):
+            return []
         if sender != self.me:
             self._meet(sender, message.position if isinstance(message, Report | Ask | Answer) else None)
             if sender in self._late:
@@ -559,6 +586,25 @@ class Member:
                 effects += self._conclude(now)
             return effects
         return self._replace_leader(now) if peer == self.following else []
+
+    def _offended(self, peer: PeerId, now: float) -> list[Effect]:
+        """The peer broke the contract towards this one; nobody else's word counts for that."""
+        if peer == self.me:
+            return []
+        if len(self._offences) >= MAX_KNOWN:
+            self._offences.clear()
+        self._offences[peer] += 1
+        surplus = self._offences[peer] - OFFENCES_FORGIVEN
+        if surplus <= 0:
+            return []
+        seconds = min(BENCH_SECONDS * 2 ** (surplus - 1), BENCH_MOST_SECONDS)
+        self._benched = {each: until for each, until in self._benched.items() if until > now}
+        self._benched[peer] = now + seconds
+        self.known.pop(peer, None)
+        return [Benched(peer, self._offences[peer], seconds), *self._lose(peer, now)]
+
+    def _is_benched(self, peer: PeerId, now: float) -> bool:
+        return self._benched.get(peer, now) > now
 
     def _replace_leader(self, now: float) -> list[Effect]:
         """The leader is gone: follow its successor, or be it."""

@@ -100,6 +100,15 @@ class Distrusted:
 
 
 @dataclass(frozen=True)
+class Benched:
+    """For the log: a peer has broken the contract too often; for so long it is neither heard nor believed."""
+
+    peer: PeerId
+    offences: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class TookOver:
     """For the log: this peer now leads, because everyone before it in the order is gone."""
 
@@ -114,4 +123,4 @@ class Waiting:
     reason: str
 
 
-Effect = Send | Begin | Cancel | Apply | CatchUp | Diverged | Distrusted | TookOver | Waiting
+Effect = Send | Begin | Cancel | Apply | CatchUp | Diverged | Distrusted | Benched | TookOver | Waiting

@@ -3,6 +3,7 @@
 - `model.safetensors`: the parameters alone, under the model's own names, for use anywhere else
 - `state.safetensors`: the blob of the snapshot
 - `run.json`: the run file
+- `lineages.bin`: the lineage of each of the last steps, 32 bytes each: what this state's log went through
 - `manifest.json`: position, last entry, size and SHA-256 of each of the others, and of itself
 
 It is written beside its place, flushed to the disk and then renamed. One process writes to a folder at a
@@ -34,7 +35,8 @@ from p2ptrain.records import Count, Digest, EntryHeader, Position
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import Snapshot, State, unpack
 
-MODEL, STATE, RUN, MANIFEST = "model.safetensors", "state.safetensors", "run.json", "manifest.json"
+MODEL, STATE, RUN, LINEAGES = "model.safetensors", "state.safetensors", "run.json", "lineages.bin"
+MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-\d{8,16}")
 MAX_MANIFEST_BYTES = 4 * 2**20
 
@@ -53,7 +55,7 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    format: Literal["p2ptrain-checkpoint-1"] = "p2ptrain-checkpoint-1"
+    format: Literal["p2ptrain-checkpoint-2"] = "p2ptrain-checkpoint-2"
     position: Position
     last: EntryHeader | None
     state_digest: Digest
@@ -76,6 +78,8 @@ class LoadedCheckpoint:
     snapshot: Snapshot
     state: State
     run: RunConfig
+    lineages: bytes
+    """As `EntryLog` takes them."""
     versions: Mapping[str, str]
     extra: Mapping[str, Any]
 
@@ -83,10 +87,19 @@ class LoadedCheckpoint:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def save(directory: Path, snapshot: Snapshot, run: RunConfig, extra: Mapping[str, Any], *, keep: int) -> Path:
+def save(
+    directory: Path,
+    snapshot: Snapshot,
+    run: RunConfig,
+    extra: Mapping[str, Any],
+    *,
+    keep: int,
+    lineages: bytes,
+) -> Path:
     """Write the snapshot as a checkpoint in `directory` and delete all but the `keep` newest there.
 
-    Returns its folder. `extra` is JSON and comes back from `load`, with None for numbers that are not finite.
+    Returns its folder. `lineages` come from `EntryLog.lineages`; `extra` is JSON. Both come back from `load`,
+    with None for numbers that are not finite.
     Raises StorageError, and the checkpoints of other steps are intact, if the disk is full or cannot be
     written.
     """
@@ -94,6 +107,7 @@ def save(directory: Path, snapshot: Snapshot, run: RunConfig, extra: Mapping[str
         MODEL: save_safetensors(dict(unpack(snapshot.blob).parameters), {"format": "pt"}),
         STATE: snapshot.blob,
         RUN: run.model_dump_json(indent=2).encode(),
+        LINEAGES: lineages,
     }
     manifest = CheckpointManifest(
         position=snapshot.position,
@@ -205,7 +219,7 @@ def load(path: Path) -> LoadedCheckpoint:
             path / STATE, f"expected state {manifest.state_digest[:8]}, found {state.digest()[:8]}"
         )
     snapshot = Snapshot(manifest.position, manifest.last, manifest.state_digest, contents[STATE])
-    return LoadedCheckpoint(path, snapshot, state, run, manifest.versions, manifest.extra)
+    return LoadedCheckpoint(path, snapshot, state, run, contents[LINEAGES], manifest.versions, manifest.extra)
 
 
 def restore(replica: Replica, checkpoint: LoadedCheckpoint) -> None:
@@ -248,7 +262,7 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.model_validate_json(_read(file, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise _damaged(file, f"{error.error_count()} of its fields are not as they must be") from error
-    if manifest.files.keys() != {MODEL, STATE, RUN}:
+    if manifest.files.keys() != {MODEL, STATE, RUN, LINEAGES}:
         raise _damaged(file, f"it lists files {sorted(manifest.files)[:5]}")
     if manifest.digest != manifest.own_digest():
         raise _damaged(file, f"expected digest {manifest.digest[:8]}, found {manifest.own_digest()[:8]}")

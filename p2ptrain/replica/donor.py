@@ -19,10 +19,12 @@ from typing import Any
 from p2ptrain.records import (
     EntryReply,
     GetEntry,
+    GetLineage,
     GetManifest,
     GetPiece,
     GetRun,
     Later,
+    Lineage,
     PeerId,
     Piece,
     Refusal,
@@ -44,7 +46,10 @@ SNAPSHOT_STEPS = 50
 MAX_SNAPSHOTS = 3
 KEEP_SECONDS = 120.0
 """A snapshot nobody has asked for so long is dropped: a joiner that was killed is back by then."""
-MAX_AHEAD_STEPS = 256
+HELD_SNAPSHOTS = 8
+"""So many times its size the entries after a snapshot may take beyond the log's limit, for those who download
+it."""
+MAX_AHEAD_STEPS = 128
 REACH_SECONDS = 10.0
 """Whoever wants the snapshot of a step ahead hears after this time, at the latest, to ask again."""
 PACKING_SHARE = 0.1
@@ -102,6 +107,8 @@ class Donor:
                 payload = entry.payload if with_payload else b""
                 self.served_bytes += len(payload)
                 return EntryReply(header=entry.header), payload
+            case GetLineage(step=step):
+                return Lineage(lineage=self._log.lineage_at(step)), b""
             case GetManifest():
                 return await self._manifest(request), b""
             case GetPiece():
@@ -124,6 +131,7 @@ class Donor:
             self._step_seconds = took if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * took
         self._arrived_at = now
         self._held = [each for each in self._held if now - each.asked_at < KEEP_SECONDS]
+        self._hold_entries()
 
     # -- entries ---------------------------------------------------------------------------------------------
 
@@ -151,8 +159,12 @@ class Donor:
                     return self._given(held)
         if wanted.step is None:
             return await self._at(None)
-        if here.step <= wanted.step <= here.step + MAX_AHEAD_STEPS:
+        ahead = wanted.step - here.step
+        soon = ahead <= 1 or 0 < ahead * self._step_seconds <= REACH_SECONDS
+        if 0 <= ahead <= MAX_AHEAD_STEPS and soon:
             return await self._at(wanted.step)
+        if here.weight < wanted.weight:  # a joiner itself, perhaps
+            return Refusal(reason=f"I am at step {here.step}, with {here.weight} samples behind me")
         return self._propose()
 
     async def _at(self, step: int | None) -> Reply:
@@ -193,7 +205,16 @@ class Donor:
         self._held.append(held)
         while len(self._held) > MAX_SNAPSHOTS:
             self._held.remove(min(self._held[:-1], key=lambda each: each.asked_at))
+        self._hold_entries()
         return held
+
+    def _hold_entries(self) -> None:
+        """Whoever downloads a snapshot will need the entries after it."""
+        if not self._held:
+            self._log.hold(None)
+            return
+        oldest = min((each.snapshot for each in self._held), key=lambda each: each.position.step)
+        self._log.hold(oldest.position.step, HELD_SNAPSHOTS * len(oldest.blob))
 
     def _given(self, held: _Held) -> Reply:
         held.asked_at = self._now()

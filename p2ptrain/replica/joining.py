@@ -9,7 +9,7 @@ Not covered: whether a state follows from its lineage. Donors that agree are bel
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -98,8 +98,9 @@ def elect(
 
 PIECES_PER_DONOR = 2
 """Asked of one donor at once: one on its way while the next is being asked for."""
-ASKED_TWICE = 2
-"""When nothing else is missing, so many donors are asked for one piece: a slow one holds nobody up."""
+OVERDUE = 3.0
+"""When nothing else is missing, a piece that takes so many times as long as the others is asked of one more:
+a slow or silent one holds nobody up."""
 
 
 class Errands:
@@ -109,7 +110,10 @@ class Errands:
         self.missing = set(missing)
         self.donors = dict.fromkeys(donors, float("-inf"))
         """Those that still serve → not before when to ask them again."""
-        self._asked: dict[int, set[PeerId]] = {}
+        self._asked: dict[int, dict[PeerId, float]] = {}
+        """Piece → whom it is asked of → since when."""
+        self._usual = float("inf")
+        """Seconds that a piece takes."""
 
     def ask(self, now: float) -> list[tuple[PeerId, int]]:
         """What to ask for now, as (donor, piece)."""
@@ -117,9 +121,9 @@ class Errands:
         for _ in range(PIECES_PER_DONOR):
             for donor, not_before in self.donors.items():
                 if now >= not_before and self.busy(donor) < PIECES_PER_DONOR:
-                    piece = self._next(donor)
+                    piece = self._next(donor, now)
                     if piece is not None:
-                        self._asked.setdefault(piece, set()).add(donor)
+                        self._asked.setdefault(piece, {})[donor] = now
                         asked.append((donor, piece))
         return asked
 
@@ -128,11 +132,14 @@ class Errands:
         return sum(donor in askers for askers in self._asked.values())
 
     def wake_at(self, now: float) -> float:
-        """When a donor that asked to be left alone may be asked again; infinity if none did."""
-        return min((at for at in self.donors.values() if at > now), default=float("inf"))
+        """When there may be something to ask for that there is not now; infinity for not before an answer."""
+        overdue = (self._overdue_at(piece) for piece in self._asked)
+        return min((at for at in (*self.donors.values(), *overdue) if at > now), default=float("inf"))
 
-    def came(self, donor: PeerId, piece: int) -> None:
+    def came(self, donor: PeerId, piece: int, now: float) -> None:
         """The piece is here, and is what it should be."""
+        took = now - self._asked.get(piece, {}).get(donor, now)
+        self._usual = took if self._usual == float("inf") else 0.8 * self._usual + 0.2 * took
         self._over(donor, piece)
         self.missing.discard(piece)
 
@@ -148,17 +155,22 @@ class Errands:
         self.donors.pop(donor, None)
 
     def _over(self, donor: PeerId, piece: int) -> None:
-        askers = self._asked.get(piece, set())
-        askers.discard(donor)
+        askers = self._asked.get(piece, {})
+        askers.pop(donor, None)
         if not askers:
             self._asked.pop(piece, None)
 
-    def _next(self, donor: PeerId) -> int | None:
-        def asked(piece: int) -> Collection[PeerId]:
-            return self._asked.get(piece, ())
+    def _next(self, donor: PeerId, now: float) -> int | None:
+        untouched = self.missing - self._asked.keys()
+        if untouched:
+            return min(untouched)
+        overdue = (piece for piece in self.missing if self._overdue_at(piece) <= now)
+        return min((piece for piece in overdue if donor not in self._asked[piece]), default=None)
 
-        open_ = [each for each in self.missing if len(asked(each)) < ASKED_TWICE and donor not in asked(each)]
-        return min(open_, key=lambda each: (len(asked(each)), each), default=None)
+    def _overdue_at(self, piece: int) -> float:
+        """When a second donor may be asked for this one; infinity if that has been done."""
+        askers = self._asked[piece]
+        return next(iter(askers.values())) + OVERDUE * self._usual if len(askers) == 1 else float("inf")
 
 
 # -- whom to ask, and whom not for a while -------------------------------------------------------------------

@@ -19,6 +19,8 @@ from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.records import EntryHeader, Position
 
 MAX_LINEAGES = 1_000_000
+KEPT_LINEAGES = 100_000
+"""In a checkpoint: 3 MB at most."""
 DIGEST_BYTES = 32
 
 
@@ -81,18 +83,24 @@ def verify_entry(entry: Entry, codec: Codec, chunk_values: int, numel: int) -> N
 class EntryLog:
     """Consecutive entries up to where a replica stands; the oldest are dropped beyond `max_bytes` of payload.
 
-    The newest entry always stays, however large. Lineages stay after their entries went, for the last
-    `MAX_LINEAGES` steps: they tell whether another peer's state lies behind ours.
+    The newest entry always stays, however large, and so do, within a bound, those that a joiner will need who
+    is still downloading the snapshot before them (`hold`). Lineages stay after their entries went, for the
+    last `MAX_LINEAGES` steps: they tell whether another peer's state lies behind ours.
     """
 
-    def __init__(self, max_bytes: int, position: Position) -> None:
+    def __init__(self, max_bytes: int, position: Position, lineages: bytes = b"") -> None:
+        """`lineages`: of the steps up to `position`, as a checkpoint kept them; without, only of that one."""
         self._max_bytes = max_bytes
         self.restart(position)
+        if lineages.endswith(bytes.fromhex(position.lineage)) and len(lineages) % DIGEST_BYTES == 0:
+            self._first_lineage = position.step + 1 - len(lineages) // DIGEST_BYTES
+            self._lineages = bytearray(lineages)
 
     def restart(self, position: Position) -> None:
         """Forget everything; the next entry must follow `position` (after a snapshot was loaded)."""
         self._entries: deque[Entry] = deque()
         self._bytes = 0
+        self.hold(None)
         self._first_lineage = position.step
         self._lineages = bytearray.fromhex(position.lineage)
 
@@ -122,18 +130,36 @@ class EntryLog:
         self._lineages += bytes.fromhex(advance(here, entry.header).lineage)
         self._entries.append(entry)
         self._bytes += len(entry.payload)
-        while self._bytes > self._max_bytes and len(self._entries) > 1:
+        while len(self._entries) > 1 and self._bytes > self._max_bytes + self._held_bytes():
             self._bytes -= len(self._entries.popleft().payload)
         surplus = len(self._lineages) // DIGEST_BYTES - MAX_LINEAGES
         if surplus > 0:
             del self._lineages[: surplus * DIGEST_BYTES]
             self._first_lineage += surplus
 
+    def hold(self, step: int | None, extra_bytes: int = 0) -> None:
+        """Entries from `step` on stay until further notice, though they take up to `extra_bytes` beyond the
+        limit: else a download that is slower than the log is long would never lead anywhere. None: no more.
+        """
+        self._held_from, self._extra_bytes = step, extra_bytes
+
+    def _held_bytes(self) -> int:
+        held = self._held_from is not None and (self.oldest or 0) >= self._held_from
+        return self._extra_bytes if held else 0
+
     def get(self, step: int) -> Entry | None:
         """The entry that led from `step` to `step + 1`, if it is still here."""
         if self.oldest is None or not 0 <= step - self.oldest < len(self._entries):
             return None
         return self._entries[step - self.oldest]
+
+    def lineages(self, position: Position) -> bytes:
+        """Of the last `KEPT_LINEAGES` steps up to that one, oldest first; only its own if it is not of this
+        log."""
+        if self.lineage_at(position.step) != position.lineage:
+            return bytes.fromhex(position.lineage)
+        stop = (position.step - self._first_lineage + 1) * DIGEST_BYTES
+        return bytes(self._lineages[max(stop - KEPT_LINEAGES * DIGEST_BYTES, 0) : stop])
 
     def lineage_at(self, step: int) -> str | None:
         """Lineage digest of the state at `step`, if this log knows it."""

@@ -12,25 +12,29 @@ a whole entry, header and all, is found out only where its log does not lead to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
 from p2ptrain.events import CatchUpBy
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.protocol.estimate import Estimate
 from p2ptrain.protocol.lineage import heavier
 from p2ptrain.records import (
     EntryHeader,
     EntryReply,
     GetEntry,
+    GetLineage,
     GetManifest,
     GetPiece,
     Later,
+    Lineage,
     Manifest,
     PeerId,
     Piece,
     Position,
     Reply,
+    Request,
 )
 from p2ptrain.replica.donor import QUEUE_SECONDS, REACH_SECONDS, Compute
 from p2ptrain.replica.joining import (
@@ -54,12 +58,12 @@ from p2ptrain.replica.snapshot import Assembly, Snapshot
 from p2ptrain.swarm.port import Swarm
 
 ENTRIES_AT_ONCE = 4
-ANSWER_SECONDS = 5.0
-"""For an answer to begin, beyond what its donor lets us wait on purpose."""
+ANSWER_DIALS = 5
+"""An answer must begin within so many times what a peer is given to answer a dial."""
 PACKING_SECONDS = 15.0
 """For a donor to copy and hash its state."""
-SLOWEST_BYTES_PER_SECOND = 256 * 1024
-"""An answer may take as long as its bytes take at this rate."""
+FIRST_BYTES_PER_SECOND = 256 * 1024
+"""Taken for the pace of a donor while nothing was measured."""
 GRACE_SECONDS = 2.0
 """Once one donor has offered a snapshot, the others have so long to offer theirs."""
 EXTRA_STEPS = (0, 4, 16, 64)
@@ -77,6 +81,8 @@ class Arrival:
     received_bytes: int
     donors: int
     """How many gave something."""
+    resumed_bytes: int
+    """Of the snapshot, what an interrupted download had left on disk."""
 
 
 class CatchUp:
@@ -102,33 +108,38 @@ class CatchUp:
         self._watch, self._on_fault = watch, on_fault
         self._snapshot_bytes = replica.max_state_bytes
         self._bench = Bench()
-        self._received = 0
+        self._seconds_per_byte = Estimate(first=1 / FIRST_BYTES_PER_SECOND)
+        self._received = self._resumed = 0
         self._gave: set[PeerId] = set()
         self._forked = False
 
     async def from_donor(
-        self, donor: PeerId, claimed: Position, others: Iterable[PeerId] = (), *, afresh: bool
+        self, donor: PeerId, claimed: Position, others: Mapping[PeerId, Position], *, afresh: bool
     ) -> Arrival:
         """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there
-        or costs more. What `donor` gives, the `others` may give as well.
+        or costs more. What `donor` gives, the `others` may give as well; where they stand may be old news.
 
         `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
         """
-        self._received, self._forked = 0, False
+        self._received, self._resumed, self._forked = 0, 0, False
         self._gave.clear()
-        alternatives = spread(self._swarm.peer_id, set(others) - {donor, self._swarm.peer_id})
+        here, me = self._replica.position, self._swarm.peer_id
+        ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
+        alike = others.keys() - ahead - {donor, me}
+        donors = [donor, *spread(me, ahead), *spread(me, alike)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
-        donors = (self._bench.without([donor, *alternatives], self._now()) or [donor])[:MAX_DONORS]
+        donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
         donor = donor if donor in donors else donors[0]
         if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
-        given_up = await self._given_up(donor, claimed) if self._forked else None
+        parted = self._forked or await self._parted(donor, claimed)
+        given_up = await self._given_up(donor, claimed) if parted else None
         await self._load_snapshot(donors, donor, claimed, afresh)
         await self._replay(donors, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
-        return Arrival(how, given_up, self._received, len(self._gave))
+        return Arrival(how, given_up, self._received, len(self._gave), self._resumed)
 
     # -- replay ----------------------------------------------------------------------------------------------
 
@@ -183,7 +194,7 @@ class CatchUp:
         last: PeerFault = Unreachable(f"no donor is left for entry {step}")
         for donor in self._bench.without(donors, self._now()) or donors:
             try:
-                entry = Entry(*await self._entry(donor, step, with_payload=True))
+                entry = Entry(*await self._entry(donor, step))
                 verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
             except Refused as fault:
                 last = fault  # its log may be shorter than another's
@@ -195,18 +206,31 @@ class CatchUp:
                 return donor, entry
         raise last
 
-    async def _entry(self, donor: PeerId, step: int, *, with_payload: bool) -> tuple[EntryHeader, bytes]:
-        expected_bytes = self._codec.encoded_bytes(self._replica.numel) if with_payload else 0
-        reply, payload = await self._swarm.request(
-            donor,
-            GetEntry(step=step, with_payload=with_payload),
-            timeout_seconds=ANSWER_SECONDS + expected_bytes / SLOWEST_BYTES_PER_SECOND,
-            max_bytes=4 * self._replica.numel + 2**20,
-        )
+    async def _entry(self, donor: PeerId, step: int) -> tuple[EntryHeader, bytes]:
+        numel = self._replica.numel
+        expected_bytes, max_bytes = self._codec.encoded_bytes(numel), 4 * numel + 2**20
+        reply, payload = await self._request(donor, GetEntry(step=step), expected_bytes, max_bytes=max_bytes)
         if not isinstance(reply, EntryReply) or reply.header.step != step:
             raise BadMessage(f"{donor[-8:]} answered a request for entry {step} with {reply.kind}")
         self._received += len(payload)
         return reply.header, payload
+
+    async def _parted(self, donor: PeerId, claimed: Position) -> bool:
+        """Whether the donor's log is known to have gone another way than this one."""
+        step = min(self._replica.position.step, claimed.step)
+        mine, theirs = self._log.lineage_at(step), await self._lineage(donor, step, claimed)
+        return None not in (mine, theirs) and mine != theirs
+
+    async def _lineage(self, donor: PeerId, step: int, claimed: Position) -> str | None:
+        """Which lineage the donor had at that step; None if it does not know."""
+        if step == claimed.step:
+            return claimed.lineage
+        reply, _ = await self._request(donor, GetLineage(step=step))
+        if not isinstance(reply, Lineage):
+            raise BadMessage(
+                f"{donor[-8:]} answered a request for the lineage of step {step} with {reply.kind}"
+            )
+        return reply.lineage
 
     async def _given_up(self, donor: PeerId, claimed: Position) -> int:
         """The samples of the own entries that the donor's log does not have, as far as both logs reach
@@ -214,11 +238,9 @@ class CatchUp:
         low, high = self._log.oldest or 0, self._log.step
         while low < high:
             middle = (low + high) // 2
-            try:
-                header, _ = await self._entry(donor, middle, with_payload=False)
-                same = header.parent == self._log.lineage_at(middle)
-            except Refused:
-                same = middle < claimed.step  # so old that the donor has dropped it: taken for common
+            theirs = await self._lineage(donor, middle, claimed)
+            # So old that the donor does not know it: taken for common.
+            same = theirs == self._log.lineage_at(middle) if theirs is not None else middle < claimed.step
             low, high = (middle + 1, high) if same else (low, middle)
         own = (self._log.get(step) for step in range(max(low - 1, 0), self._log.step))
         return sum(entry.header.total_samples for entry in own if entry is not None)
@@ -309,8 +331,7 @@ class CatchUp:
         return offers, proposed, last
 
     async def _ask(self, donor: PeerId, wanted: GetManifest) -> Reply:
-        patience = ANSWER_SECONDS + REACH_SECONDS + PACKING_SECONDS
-        reply, _ = await self._swarm.request(donor, wanted, timeout_seconds=patience, max_bytes=0)
+        reply, _ = await self._request(donor, wanted, donor_seconds=REACH_SECONDS + PACKING_SECONDS)
         return reply
 
     def _check(self, donor: PeerId, manifest: Manifest, afresh: bool) -> None:
@@ -360,7 +381,7 @@ class CatchUp:
                             case Later(seconds=seconds):
                                 errands.later(donor, number, self._now() + max(seconds, 0.1))
                             case data:
-                                errands.came(donor, number)
+                                errands.came(donor, number, self._now())
                                 pace.add(len(data), self._now())
                                 self._watch(_pieces(assembly, errands, pace, self._now()))
                     except PeerFault as fault:
@@ -380,15 +401,17 @@ class CatchUp:
                 assembly.add(number, data)
             except BadMessage:
                 continue  # torn, when the process died or the power failed: it is fetched again
+            self._resumed += len(data)
 
     async def _piece(self, donor: PeerId, assembly: Assembly, number: int) -> Later | bytes:
         """Fetch a piece into the assembly, and keep it; or hear when to ask again. Raises PeerFault."""
         manifest = assembly.manifest
-        reply, data = await self._swarm.request(
+        reply, data = await self._request(
             donor,
             GetPiece(state_digest=manifest.state_digest, number=number),
-            timeout_seconds=ANSWER_SECONDS + QUEUE_SECONDS + manifest.piece_bytes / SLOWEST_BYTES_PER_SECOND,
+            manifest.piece_bytes,
             max_bytes=manifest.piece_bytes,
+            donor_seconds=QUEUE_SECONDS,
         )
         match reply:
             case Later():
@@ -401,6 +424,35 @@ class CatchUp:
         self._gave.add(donor)
         await self._aside(self._partial.keep, number, data)
         return data
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def request_seconds(self, size_bytes: int) -> float:
+        """How long an answer of that size may take, from what reaching peers and moving bytes took so far."""
+        return ANSWER_DIALS * self._swarm.dial_seconds + 2 * size_bytes * self._seconds_per_byte.bound
+
+    async def _request(
+        self,
+        donor: PeerId,
+        request: Request,
+        size_bytes: int = 0,
+        *,
+        max_bytes: int = 0,
+        donor_seconds: float = 0.0,
+    ) -> tuple[Reply, bytes]:
+        """The answer, of about so many bytes; the donor may let us wait for `donor_seconds` on purpose."""
+        began, patience = self._now(), donor_seconds + self.request_seconds(size_bytes)
+        try:
+            reply, payload = await self._swarm.request(
+                donor, request, timeout_seconds=patience, max_bytes=max_bytes
+            )
+        except Unreachable:
+            if size_bytes and self._now() - began >= patience:
+                self._seconds_per_byte.miss()
+            raise
+        if payload:
+            self._seconds_per_byte.observe((self._now() - began) / len(payload))
+        return reply, payload
 
     # -- donors that fail ------------------------------------------------------------------------------------
 

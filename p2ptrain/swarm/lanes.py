@@ -31,6 +31,7 @@ from p2ptrain.records import (
     GetRun,
     Hello,
     Later,
+    Lineage,
     Manifest,
     Message,
     PeerId,
@@ -314,7 +315,7 @@ class Lanes:
         match reply:
             case Refusal():
                 raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
-            case Piece() | EntryReply() | Manifest() | Later():
+            case Piece() | EntryReply() | Lineage() | Manifest() | Later():
                 return reply, payload
             case _:
                 raise BadMessage(f"a {reply.kind} in answer to {request.kind}")

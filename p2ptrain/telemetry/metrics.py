@@ -50,6 +50,7 @@ from p2ptrain.events import (
     Joined,
     LeaderTookOver,
     Leaving,
+    PeerBenched,
     PeerFaulted,
     Previewed,
     ReplicaDiverged,
@@ -112,6 +113,7 @@ class Wait(StrEnum):
     SILENCE = "silence"
     REDUCE = "reduce"
     DIAL = "dial"
+    REQUEST = "request"
 
 
 class Extent(StrEnum):
@@ -212,6 +214,7 @@ class Metrics:
         self._faults = counter(
             "peer_faults_total", "Things that peers did wrong and this one survived.", cause=FaultCause
         )
+        self._benched = counter("peer_benches_total", "Times that a peer was left out for what it had done.")
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
@@ -300,12 +303,15 @@ class Metrics:
                 self._checkpoint_failures.inc()
             case PeerFaulted():
                 self._faults.labels(event.cause).inc()
+            case PeerBenched():
+                self._benched.inc()
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
                 self._deadlines.labels(Wait.SILENCE).set(event.silence_seconds)
                 self._deadlines.labels(Wait.REDUCE).set(event.reduce_seconds)
                 self._deadlines.labels(Wait.DIAL).set(event.dial_seconds)
+                self._deadlines.labels(Wait.REQUEST).set(event.request_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
             case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp():

@@ -201,14 +201,15 @@ class Lab:
             if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
                 raise NotHere("the relay needs the device /dev/net/tun: load the module tun, or pass it in")
             places = [f"{host.namespace}={host.address}" for host in self.hosts.hosts.values()]
-            self._relay = subprocess.Popen(
-                [sys.executable, "-P", str(_RELAY), *places],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self.folder / "relay.log").open("wb"),
-                text=True,
-                start_new_session=True,
-            )
+            with (self.folder / "relay.log").open("wb") as log:
+                self._relay = subprocess.Popen(
+                    [sys.executable, "-P", str(_RELAY), *places],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
             self._stack.callback(self._end_relay)
             self._answer()
         self._ask(link)

@@ -10,12 +10,12 @@ import importlib
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from p2ptrain.config import BytesTask, RunConfig, Schedule
@@ -144,7 +144,7 @@ class Trial:
         peers: int = 4,
         tells: str | None = None,
         forks: bool = False,
-        micro_batch_size: int = 8,
+        peer_file: Mapping[str, Any] = MappingProxyType({}),
         **changes: Any,
     ) -> Iterator[Swarm]:
         """A swarm in a lab of its own, training together; `changes`: of the run file. I1 to I6 are checked at
@@ -156,7 +156,7 @@ class Trial:
                 lab,
                 self.run(**changes),
                 peers=peers,
-                micro_batch_size=micro_batch_size,
+                peer_file=peer_file,
                 tells=tells,
                 forks=forks,
             ) as swarm,

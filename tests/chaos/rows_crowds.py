@@ -52,7 +52,6 @@ def rehearse(trial: Trial, run: dict[str, Any], *options: str, seconds: float) -
     injected="`p2ptrain chaos --faults crowd`, the joiners on the other half of the processors",
     criterion="all in; the swarm's rate falls by at most 20 % meanwhile",
     gate=False,
-    ci=True,
     deadline_seconds=420,
 )
 def crowd(trial: Trial) -> Figures:
@@ -103,7 +102,7 @@ def storm(trial: Trial) -> Figures:
     37,
     fault="a failure a minute, nobody exempt, steps stretched to 10 s",
     injected="`p2ptrain chaos --faults kill,bootstrap`; all 4 times as fast, or 30 min with --soak",
-    criterion="90 % of attempted rounds commit (torchft: 82.3 %), with 90 % of live peers; 97 % of samples used",
+    criterion="90 % of attempted rounds commit (torchft: 82.3 %) by 90 % of live peers; 97 % of samples used",
     deadline_seconds=420,
 )
 def a_failure_a_minute(trial: Trial) -> Figures:

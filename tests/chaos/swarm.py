@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,7 @@ class Swarm:
         run: RunConfig,
         *,
         peers: int,
-        micro_batch_size: int,
+        peer_file: Mapping[str, Any],
         tells: str | None,
         forks: bool,
     ) -> None:
@@ -66,9 +66,9 @@ class Swarm:
         self.tells, self.forks = tells, forks
         self._ledger = Ledger(run.target_batch_size)
         self._settings = {
-            "micro_batch_size": micro_batch_size,
             "eval_every_steps": 0,
             "metrics_port": METRICS_PORT,
+            **peer_file,
         }
         self.stage = Rehearsal(run, lab.folder, self._heard)
         self.states_compared = 0
@@ -168,7 +168,7 @@ class Swarm:
 
     def kill(self, name: str) -> None:
         """SIGKILL, a peer's or the bootstrap's."""
-        self._count()  # what its metrics said so far
+        self.count()  # what its metrics said so far
         self.kills += 1
         self._child(name).kill()
         self.stage.look()
@@ -239,7 +239,7 @@ class Swarm:
 
         took = self.wait(one_round, f"a round of {', '.join(everyone)}", seconds)
         if not self._before:
-            self._before = self._count()
+            self._before = self.count()
         return took
 
     def wait_steps(self, steps: int, seconds: float, by: Sequence[str] = ()) -> float:
@@ -291,8 +291,12 @@ class Swarm:
             raise Failed(f"no commit in {seconds:g} s without any fault; {self.summary()}")
         return rate
 
-    def samples(self, names: Sequence[str], since: float, until: float) -> int:
-        """That these peers gave to rounds committed in that time."""
+    def samples(self, since: float = 0.0) -> dict[str, int]:
+        """Samples of each peer in committed rounds."""
+        return {name: sum(r["mine"] for r in self.commits(name, since)) for name in self.told}
+
+    def given(self, names: Sequence[str], since: float, until: float) -> int:
+        """Samples that these peers gave to rounds committed in that time."""
         return sum(r["mine"] for name in names for r in self.commits(name, since) if moment(r) <= until)
 
     def summary(self) -> str:
@@ -348,20 +352,22 @@ class Swarm:
         self.told[name].append(record)
         self._ledger.observe(name, record)
 
-    def _count(self) -> dict[tuple[str, int | None], float]:
-        """What the metric `tells` says, on every peer that answers, and said last on those that do not."""
+    def count(self) -> dict[tuple[str, int | None], float]:
+        """The most that the metric `tells` has said so far on every peer, now included: for one that falls
+        again, call it while the fault lasts."""
         for name in self.living():
             with suppress(OSError):
                 if self.tells is not None:
                     series = self.metrics(name)
                     total = sum(value for key, value in series.items() if key.startswith(self.tells))
-                    self._counted[name, self.peers[name].pid] = total
+                    key = name, self.peers[name].pid
+                    self._counted[key] = max(total, self._counted.get(key, 0.0))
         return dict(self._counted)
 
     def _finish(self) -> None:
         """All leave; then I1 to I6."""
         self.look()
-        counted = self._count()
+        counted = self.count()
         self.stage.leave()
         problems = [self.stage.problem] if self.stage.problem else []
         found = audit(self.told, forks=self.forks)

@@ -110,7 +110,8 @@ class Invariants:
             if self.sim.majority and header.step and not self._few_remember(siblings):
                 raise Violation(f"fork: step {header.step} was committed twice under a majority's rule")
             bearers = sorted({peer for sibling in siblings for peer in self._bearers(sibling)})
-            if bearers and not self.sim.story.may_fork:
+            alone = header.ballot.leader in self.sim.liars
+            if bearers and not alone and not self.sim.story.may_fork:
                 raise Violation(f"I1: step {header.step} was committed again while {bearers} had it")
         siblings.add(lineage)
         if lineage not in self._entries:
@@ -179,12 +180,15 @@ class Invariants:
         """Who keeps the entry that led to `lineage` from being lost: while one lives there is no other.
 
         That is whoever has applied it (except for the moment until the others know that it is there), and
-        whoever is about to: a member of its roster, for it was committed because all of them held it.
+        whoever is about to: a member of its roster, for it was committed because all of them held it. A liar
+        may have been benched: then it is not heard, and goes on by itself.
         """
         header = self._entries[lineage]
         members = set(header.roster) - self._dropped(header.roster, (header.parent, header.ballot))
         bearers = []
         for peer in self.sim.survivors():
+            if peer.name in self.sim.liars:
+                continue
             if len(peer.log) > header.step:
                 known = self.sim.network.now - max(peer.born, peer.left) > KNOWN_AFTER_SECONDS
                 if known and self.sim.positions(peer.log[: header.step + 1]).lineage == lineage:

@@ -460,6 +460,7 @@ class Peer:
         theirs = self.sim.verified(log)
         if theirs is None:
             self.sim.happened["refused a donor's log"] += 1
+            self.carry_out(self.machine.offended(donor, self.sim.network.now))
             self.no_help(donor)
         elif not heavier(theirs, self.position):
             self.machine.known[donor] = theirs
@@ -516,5 +517,6 @@ class Peer:
             return False
         self.lies.remove(lie)
         self.sim.happened[f"lie {lie}"] += 1
+        self.sim.liars.add(self.name)
         self.sim.note(self.name, f"lies: {lie}")
         return True

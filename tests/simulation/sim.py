@@ -75,6 +75,8 @@ class Simulation:
         self.happened: Counter[str] = Counter()
         """How often what happened: faults as `fault …`, aborts by cause, what the protocol answered."""
         self.transcript = Transcript()
+        self.liars: set[PeerId] = set()
+        """Who has lied: the others may have stopped to listen to it."""
         self.falls: list[str] = []
         """The phases in which a leader will fall, the next one first."""
         self.crossings: dict[PeerId, list[int]] = {}

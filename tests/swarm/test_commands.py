@@ -12,12 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from p2ptrain.config import RunConfig, run_digest
 from p2ptrain.swarm.access import Invite, decode, encode
+from p2ptrain.telemetry.journal import read_journal
 from tests.swarm.processes import Crew, Process, crew, run_file, until
 from tests.unit.external_tools import run_tool
 
@@ -248,3 +250,86 @@ def test_ctrl_c_once_leaves_cleanly_and_kill_leaves_no_daemon(people: Crew, tmp_
     assert bootstrap.end(10) == 0, bootstrap
     assert decode(json.loads(bootstrap.output.read_text().splitlines()[-1])["invite"]).run_id == "leaving"
     until(lambda: not any(daemon.is_running() for daemon in daemons), "the end of every p2pd", 10)
+
+
+# -- joining -------------------------------------------------------------------------------------------------
+
+
+def downloadable(folder: Path, run_id: str) -> Path:
+    """A run whose snapshot has a dozen pieces, and whose steps take a moment."""
+    path = run_file(folder, run_id, 100_000, batch=64)
+    path.write_text(path.read_text().replace("width = 32", "width = 128").replace("layers = 1", "layers = 2"))
+    return path
+
+
+def told(data_dir: Path, event: str) -> list[dict[str, Any]]:
+    """The events of that name in a peer's journal."""
+    return [line for line in read_journal(data_dir / "journal.jsonl") if line["event"] == event]
+
+
+def rounds(data_dir: Path) -> int:
+    """In how many that peer has taken part."""
+    return len(told(data_dir, "round_committed"))
+
+
+def test_newcomer_that_is_killed_in_mid_download_goes_on_with_it_from_all_peers(
+    people: Crew, tmp_path: Path
+) -> None:
+    _, invite = people.bootstrap(downloadable(tmp_path, "download"))
+    given = {"log_megabytes": 16, "donor_upload_mbit": 6, "checkpoint_every_steps": 0}  # ten entries
+    donors = [people.join(invite, name, **given) for name in ("one", "two")]
+    for donor, name in zip(donors, ("one", "two"), strict=True):
+        until(lambda name=name: rounds(tmp_path / name) > 20, lambda donor=donor: f"rounds: {donor}")
+
+    killed = people.join(invite, "late", **given)
+    partial = tmp_path / "late" / "partial"
+    until(lambda: len(list(partial.glob("*/*.piece"))) >= 5, lambda: f"pieces: {killed}")
+    killed.kill()
+    kept = len(list(partial.glob("*/*.piece")))
+    back = people.join(invite, "late", **given)
+    until(lambda: told(tmp_path / "late", "caught_up"), lambda: f"its arrival: {back}")
+    until(lambda: rounds(tmp_path / "late"), lambda: f"a round: {back}")
+
+    caught_up = told(tmp_path / "late", "caught_up")[0]
+    assert (caught_up["how"], caught_up["donors"]) == ("snapshot", 2)
+    assert not list(partial.iterdir())
+    pages = [f"http://127.0.0.1:{metrics_port(donor)}/metrics" for donor in donors]
+    donated = [figure(page, "p2ptrain_donated_bytes_total") for page in pages]
+    assert min(donated) > 2 * 2**20
+    assert figure(pages[0], 'p2ptrain_catch_up_parts{of="all"}') == 0
+    assert caught_up["resumed_bytes"] >= kept * 2**20 * 0.9  # the last piece is shorter
+    states = [
+        {e["lineage"]: e["state_digest"] for e in told(tmp_path / name, "state_hashed")}
+        for name in ("one", "late")
+    ]
+    common = states[0].keys() & states[1].keys()
+    assert common
+    assert all(states[0][lineage] == states[1][lineage] for lineage in common)
+
+
+def figure(page: str, series: str) -> float:
+    """The value of that series on a metrics page."""
+    with urllib.request.urlopen(page, timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} "))
+
+
+def test_newcomer_joins_when_its_disk_is_too_small_for_the_download(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(downloadable(tmp_path, "no-room"))
+    given = {"log_megabytes": 1, "checkpoint_every_steps": 0}
+    donor = people.join(invite, "one", **given)
+    until(lambda: rounds(tmp_path / "one") > 3, lambda: f"rounds: {donor}")
+    with tmpfs(tmp_path / "late" / "partial", "2m"):
+        late = people.join(invite, "late", **given)
+        until(lambda: rounds(tmp_path / "late"), lambda: f"a round: {late}")
+        assert told(tmp_path / "late", "caught_up")[0]["how"] == "snapshot"
+        late.kill()
+
+
+def test_join_names_the_field_when_its_checkpoint_is_of_another_run(people: Crew, tmp_path: Path) -> None:
+    _, before = people.bootstrap(run_file(tmp_path, "same-name", 6))
+    peer = people.join(before, "peer")
+    assert peer.end(60) == 0, peer
+    _, after = people.bootstrap(run_file(tmp_path, "same-name", 7))
+    again = people.join(after, "peer")
+    complaint(again, 3, "total_steps: 7 here, 6 there", "data_dir", str(tmp_path / "peer" / "checkpoints"))

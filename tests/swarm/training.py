@@ -25,6 +25,8 @@ from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.trainer import Peer, train
 
+torch.set_num_threads(1)  # for so little work, threads only wait for each other
+
 INPUTS, HIDDEN, OUTPUTS = 32, 64, 32
 APPLY_SECONDS = 0.002
 """Of virtual time, for everything on the compute thread that is no micro-batch."""
@@ -102,8 +104,11 @@ class Trainer:
         self.name = PeerId(name)
         self.replica = Replica(model, run, fingerprint(run, parameter_table(model)))
         self.folder = training.folder / name if training.folder is not None else None
+        self.lineages = b""
         if self.folder is not None and (newest := latest(self.folder)) is not None:
-            restore(self.replica, load(newest))
+            checkpoint = load(newest)
+            restore(self.replica, checkpoint)
+            self.lineages = checkpoint.lineages
         self.config = config
         self.peer: Peer | None = None
         self.happened: list[tuple[float, events.Event]] = []
@@ -142,7 +147,9 @@ class Trainer:
     def outside(self) -> bool:
         """Whether it takes part in nothing until it has caught up."""
         assert self.peer is not None
-        return self.peer.rounds.member.stage is Stage.OUTSIDE
+        member = self.peer.rounds.member
+        # While it applies what it holds it is outside, too, but not behind.
+        return member.stage is Stage.OUTSIDE and member.held_header is None
 
     def forget(self) -> None:
         """What happened and how it stood until now: of a replica that was damaged on purpose."""
@@ -172,6 +179,7 @@ class Trainer:
                 aside=self._aside,
                 observe=self._observe,
                 checkpoints=self.folder,
+                lineages=self.lineages,
                 partial=self.folder / "partial" if self.folder is not None else None,
             )
             async with self.peer:

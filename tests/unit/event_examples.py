@@ -18,6 +18,7 @@ from p2ptrain.events import (
     Joined,
     LeaderTookOver,
     Leaving,
+    PeerBenched,
     PeerFaulted,
     Previewed,
     ReplicaDiverged,
@@ -71,7 +72,7 @@ WAITING = WaitingChanged(reason="2 of 3 peers")
 ONE_OF_EACH: tuple[Event, ...] = (
     Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
     WAITING,
-    DeadlinesChanged(silence_seconds=5.0, reduce_seconds=29.0, dial_seconds=1.0),
+    DeadlinesChanged(silence_seconds=5.0, reduce_seconds=29.0, dial_seconds=1.0, request_seconds=13.0),
     COMMITTED,
     StateHashed(step=42, lineage="a1" * 32, state_digest="d4" * 32),
     ABORTED,
@@ -87,6 +88,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     SAVED,
     CheckpointFailed(step=400, reason="no space left on device"),
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
+    PeerBenched(peer=BERT, offences=3, seconds=120.0),
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )

@@ -32,7 +32,7 @@ def tiny() -> BytesTask:
 # -- samples -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(first=st.integers(0, 2**40), a=st.integers(1, 20), b=st.integers(1, 20))
 def test_batch_gives_a_sample_the_same_bytes_however_many_are_drawn_at_once(tiny, first, a, b):
     parts = [tiny.batch(3, "alice", first, a), tiny.batch(3, "alice", first + a, b)]

@@ -18,11 +18,13 @@ from p2ptrain.replica import checkpoint
 from p2ptrain.replica.checkpoint import compare, latest, load, restore, save
 from p2ptrain.replica.replica import Replica
 
-FILES = ["manifest.json", "model.safetensors", "run.json", "state.safetensors"]
+FILES = ["lineages.bin", "manifest.json", "model.safetensors", "run.json", "state.safetensors"]
 
 
 def saved(directory: Path, replica: Replica, keep: int = 10) -> Path:
-    return save(directory, replica.snapshot(), replica.run, {"samples": 40, "note": "five"}, keep=keep)
+    return save(
+        directory, replica.snapshot(), replica.run, {"samples": 40, "note": "five"}, keep=keep, lineages=b"12"
+    )
 
 
 def advanced(replica: Replica, steps: int, seed: int = 0) -> Replica:
@@ -56,6 +58,7 @@ def test_checkpoint_gives_back_what_was_put_in_when_loaded(tmp_path: Path) -> No
     assert sorted(os.listdir(path)) == FILES
     assert os.listdir(tmp_path) == [path.name]
     loaded = load(path)
+    assert loaded.lineages == b"12"
     assert loaded.snapshot == replica.snapshot()
     assert loaded.run == replica.run
     assert loaded.extra == {"samples": 40, "note": "five"}
@@ -71,13 +74,13 @@ def test_model_file_loads_into_a_plain_model_when_used_elsewhere(tmp_path: Path)
 
 def test_save_refuses_extra_when_it_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        save(tmp_path, small_replica().snapshot(), small_run(), {"loss": object()}, keep=1)
+        save(tmp_path, small_replica().snapshot(), small_run(), {"loss": object()}, keep=1, lineages=b"")
     assert os.listdir(tmp_path) == []
 
 
 def test_load_gives_none_for_a_figure_when_training_had_diverged(tmp_path: Path) -> None:
     extra = {"heldout": {"loss": float("nan"), "bits": float("inf"), "seen": 3.5}, "pair": (1, 2)}
-    path = save(tmp_path, small_replica().snapshot(), small_run(), extra, keep=1)
+    path = save(tmp_path, small_replica().snapshot(), small_run(), extra, keep=1, lineages=b"")
     assert load(path).extra == {"heldout": {"loss": None, "bits": None, "seen": 3.5}, "pair": [1, 2]}
 
 
@@ -126,7 +129,7 @@ def test_latest_passes_a_checkpoint_over_when_a_file_is_not_whole(
     [
         (lambda m: m["position"].update(weight=10**9), "expected digest"),
         (lambda m: m["files"].pop("run.json"), "lists files"),
-        (lambda m: m.update(format="p2ptrain-checkpoint-2"), "1 of its fields"),
+        (lambda m: m.update(format="p2ptrain-checkpoint-3"), "1 of its fields"),
         (lambda m: m.update(surprise=1), "1 of its fields"),
         (lambda m: m["extra"].update(samples=41), "expected digest"),
     ],

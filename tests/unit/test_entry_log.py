@@ -131,6 +131,23 @@ def test_log_keeps_the_newest_entry_when_it_alone_exceeds_the_bound() -> None:
     assert log.get(2) == entries[2]
 
 
+def test_log_keeps_what_a_joiner_will_need_when_told_so_and_within_a_bound() -> None:
+    log, entries, _ = filled(100, 5)  # two entries of 40 bytes fit: 3 and 4
+    log.hold(4, extra_bytes=100)
+    more, _ = entries_from(START, 12)
+    for entry in more[5:8]:
+        log.append(entry)
+    assert (log.oldest, log.newest) == (4, 7)
+    for entry in more[8:11]:
+        log.append(entry)
+    assert log.oldest == 6  # five fit into 200 bytes
+    log.hold(None)
+    log.append(more[11])
+    assert log.oldest == 10
+    assert log.get(4) is None
+    assert entries[4] == more[4]
+
+
 def test_log_starts_anywhere_when_a_snapshot_was_loaded() -> None:
     log, _, _ = filled(10**6, 3)
     elsewhere = Position(step=70, lineage="a" * 64, weight=500)
@@ -174,3 +191,15 @@ def test_log_forgets_the_oldest_lineages_when_there_are_too_many(monkeypatch: py
     log, _, positions = filled(10**6, 9)
     assert [log.lineage_at(step) for step in (5, 6, 9)] == [None, *(positions[s].lineage for s in (6, 9))]
     assert log.step == 9
+
+
+def test_log_knows_lineages_from_before_it_began_when_a_checkpoint_brought_them() -> None:
+    log, _, positions = filled(10**6, 5)
+    kept = log.lineages(positions[3])
+    later = EntryLog(10**6, positions[3], kept)
+    known = [later.lineage_at(step) for step in range(5)]
+    assert known == [*(position.lineage for position in positions[:4]), None]
+    assert later.step == 3
+    assert EntryLog(10**6, positions[3], b"x" * 64).lineage_at(2) is None, "they lead elsewhere"
+    stranger = START.model_copy(update={"lineage": "f" * 64})
+    assert log.lineages(stranger) == b"\xff" * 32, "that state is not of this log"

@@ -8,7 +8,17 @@ import math
 from typing import Any, get_args
 
 import pytest
-from event_examples import ABORTED, BERT, COMMITTED, ONE_OF_EACH, SAVED, WAITING, WASTED
+from event_examples import (
+    ABORTED,
+    BERT,
+    CATCHING_UP,
+    CAUGHT_UP,
+    COMMITTED,
+    ONE_OF_EACH,
+    SAVED,
+    WAITING,
+    WASTED,
+)
 
 from p2ptrain.events import CatchUpFailed, Event, clean, duration
 from p2ptrain.records import PeerId
@@ -20,6 +30,15 @@ def test_examples_hold_every_event_when_one_is_added() -> None:
 
 def test_sentence_tells_the_volunteers_story_when_a_round_is_committed() -> None:
     assert COMMITTED.sentence() == "step 41: averaged 4,112 samples from 7 peers in 3.2 s; you gave 512"
+
+
+def test_sentence_tells_how_far_a_catch_up_is_and_what_it_took() -> None:
+    assert CATCHING_UP.sentence() == (
+        "catching up: 12 of 48 pieces, 12.6 of 50.3 MB (3 donors, 4.2 MB/s, 9.0 s left)"
+    )
+    assert CAUGHT_UP.sentence() == "caught up from step 12 to 41 by snapshot (9.8 MB in 2.1 s)"
+    several = dataclasses.replace(CAUGHT_UP, donors=3, resumed_bytes=2_000_000)
+    assert several.sentence().endswith("(9.8 MB from 3 donors in 2.1 s beside 2.0 MB from before)")
 
 
 def test_sentence_has_no_plural_when_there_is_one() -> None:

@@ -9,8 +9,9 @@ from transcripts import RULES, Story, standing_at, tell
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
-from p2ptrain.protocol.round import Begin, Cancel, CatchUp, Send
-from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId
+from p2ptrain.protocol.member import BENCH_SECONDS, Member
+from p2ptrain.protocol.round import Begin, Benched, Cancel, CatchUp, Effect, Send, TookOver
+from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId, Position
 
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
@@ -737,6 +738,67 @@ def test_peer_that_claims_more_samples_than_it_can_have_does_not_fill_the_batch(
           → c: freeze 1/a of a c
         """
     )
+
+
+# -- who breaks the contract ---------------------------------------------------------------------------------
+
+
+def refused(story: Story, member: Member, number: int, by: PeerId) -> list[Effect]:
+    """In attempt `number` of a's, a chunk of that peer breaks the contract."""
+    ballot = Ballot(number=number, leader=A)
+    incarnations = tuple("1.0" if peer != member.me else member.incarnation for peer in (A, B, C))
+    member.received(A, freeze_of(story, ballot=ballot, incarnations=incarnations), story.now)
+    return member.failed(ballot, [by], AbortCause.BAD_CHUNK, story.now)
+
+
+def test_leader_that_breaks_the_contract_is_replaced_since_it_would_not_drop_itself() -> None:
+    story = tell("a b c stand at step 6")
+    effects = refused(story, story.machines[B], 1, A)
+    assert any(isinstance(effect, TookOver) for effect in effects)
+    effects = refused(story, story.machines[C], 1, A)
+    assert [effect.to for effect in effects if isinstance(effect, Send)] == [A, B], (
+        "its failure, and a report"
+    )
+
+
+def test_peer_is_benched_when_it_has_broken_the_contract_three_times_and_heard_again_later() -> None:
+    story = tell("a b c stand at step 6")
+    member = story.machines[B]
+    for number in (1, 2, 3):
+        effects = refused(story, member, number, C)
+        abort = Abort(step=6, ballot=Ballot(number=number, leader=A), cause="bad_chunk", dropped=(C,))
+        member.received(A, abort, story.now)
+        benched = [effect for effect in effects if isinstance(effect, Benched)]
+        assert benched == ([] if number < 3 else [Benched(C, 3, BENCH_SECONDS)])
+    elsewhere = Position(step=9, lineage="9" * 64, weight=10**6)
+    claim = Ask(position=elsewhere)
+    assert member.received(C, claim, story.now) == []
+    assert member.informed({C: elsewhere}, story.now) == []
+    assert member.linked(C, True, story.now) == []
+    later = story.now + BENCH_SECONDS + 1
+    assert CatchUp(C, elsewhere) in member.received(C, claim, later)
+
+
+def test_donor_that_makes_up_entries_is_benched_and_no_longer_taken_for_ahead() -> None:
+    story = tell("a b c stand at step 6")
+    member = story.machines[B]
+    elsewhere = Position(step=9, lineage="9" * 64, weight=10**6)
+    assert CatchUp(C, elsewhere) in member.received(C, Ask(position=elsewhere), story.now)
+    for _ in range(3):
+        effects = member.offended(C, story.now)
+    assert effects == [Benched(C, 3, BENCH_SECONDS)]
+    position, last = standing_at(6, (A, B, C))
+    member.advance(position, last, story.now, settled=False)
+    assert member.received(C, Ask(position=elsewhere), story.now) == []
+    assert member.following == A
+
+
+def test_bench_doubles_with_each_further_offence_up_to_an_hour() -> None:
+    member = tell("a b c stand at step 6").machines[B]
+    seconds = [
+        effect.seconds for _ in range(12) for effect in member.offended(C, 0.0) if isinstance(effect, Benched)
+    ]
+    assert seconds == [120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600, 3600]
 
 
 def freeze_of(story: Story, **changes: object) -> Freeze:

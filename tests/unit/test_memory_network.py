@@ -336,7 +336,7 @@ FAULTS: dict[str, Callable[[Network, PeerId, PeerId], None]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), loss=st.sampled_from([0.0, 0.05]), faults=st.integers(0, 12))
 def test_lane_delivers_a_gapless_beginning_and_tells_of_every_loss_when_anything_happens(
     seed: int, loss: float, faults: int

@@ -100,6 +100,14 @@ def test_series_name_no_peer_when_peers_were_seen(metrics: Metrics) -> None:
     assert "12D3KooW" not in metrics.page().decode()
 
 
+def test_catch_up_and_what_was_given_are_read_when_the_page_is(metrics: Metrics) -> None:
+    assert value(metrics, "catch_up_parts", of="all") == 0
+    metrics.catch_up_parts.labels("done").set_function(lambda: 12)
+    metrics.read_donated = lambda: 5_000_000
+    assert value(metrics, "catch_up_parts", of="done") == 12
+    assert value(metrics, "donated_bytes_total") == 5_000_000
+
+
 def test_round_is_counted_when_committed(metrics: Metrics) -> None:
     metrics.observe(COMMITTED)
     assert value(metrics, "global_step") == 42  # entry 41 leads to step 42

@@ -348,7 +348,7 @@ def test_load_state_changes_nothing_when_a_snapshot_is_not_right(
 GOOD = moved(3).snapshot()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 8 + int.from_bytes(GOOD.blob[:8], "little") + 64), st.integers(1, 255))
 def test_load_state_refuses_or_loads_the_same_when_any_byte_was_changed(at: int, flip: int) -> None:
     blob = bytearray(GOOD.blob)

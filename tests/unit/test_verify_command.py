@@ -33,7 +33,7 @@ DONOR = PeerId("donor")
 
 
 def saved(folder: Path, replica: Replica) -> Path:
-    return save(folder, replica.snapshot(), replica.run, {}, keep=3)
+    return save(folder, replica.snapshot(), replica.run, {}, keep=3, lineages=b"")
 
 
 def advanced(replica: Replica, steps: int, seed: int = 0) -> Replica:

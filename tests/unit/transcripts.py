@@ -29,6 +29,7 @@ from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
+    Benched,
     Cancel,
     CatchUp,
     Distrusted,
@@ -239,6 +240,8 @@ class Story:
                 return f"diverged: {self._digests[ours]} here, {self._digests[theirs]} there"
             case Distrusted(peer, reason):
                 return f"distrusts {peer}: {reason}"
+            case Benched(peer, offences, seconds):
+                return f"benches {peer} for {seconds:.0f} s after {offences} offences"
             case TookOver(_, ballot):
                 return f"takes over as {_ballot(ballot)}"
             case Waiting(reason):
