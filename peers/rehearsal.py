@@ -285,6 +285,12 @@ class Rehearsal:
         self._tails[name] = Tail(Path(config.data_dir) / "journal.jsonl")
         return self.peers[name]
 
+    def forget(self, name: str) -> None:
+        """That peer, which has ended, was never one of them."""
+        self._tails.pop(name).close()
+        self.chronicle.peers.pop(name)
+        self.peers.pop(name)
+
     def invites(self) -> list[str]:
         """The bootstrap's: one for each time that it was ready."""
         if not self.bootstrap.output.exists():

@@ -26,13 +26,6 @@ BENCHED_AFTER = 5
 """Attempts that a liar may spoil before it is let in no more."""
 
 
-def give_up(swarm: Swarm, victim: Victim) -> None:
-    """End the liar, and have it come back honest."""
-    swarm.kill(victim.name)
-    victim.restart()
-    swarm.together()
-
-
 def honest(swarm: Swarm, victim: Victim) -> list[str]:
     return [name for name in swarm.living() if name != victim.name]
 
@@ -47,12 +40,14 @@ def honest(swarm: Swarm, victim: Victim) -> list[str]:
 def not_finite(trial: Trial) -> Figures:
     told, numbers, wrong = [], {}, []
     with trial.swarm(peers=trial.pick(3, 2), tells='p2ptrain_round_aborts_total{cause="nonfinite"}') as swarm:
-        liar = Victim(swarm)
-        swarm.together()
-        others = honest(swarm, liar)
-        usual = swarm.pace(trial.pick(20, 6))
-        largest = max(record["gradient_norm"] for record in swarm.commits(others[0]))
+        others = list(swarm.peers)
+        largest = 0.0
         for lie in ("nan", "inf", "huge"):
+            # Each time another peer: what one has done is held against it.
+            liar = Victim(swarm, f"liar-{lie}")
+            swarm.together()
+            usual = swarm.pace(trial.pick(20, 6))
+            largest = largest or max(record["gradient_norm"] for record in swarm.commits(others[0]))
             since = time.time()
             liar.order("--lie", lie)
             swarm.watch(trial.pick(30, 8))
@@ -79,7 +74,7 @@ def not_finite(trial: Trial) -> Figures:
                 f"{lie}_norm_ratio": norm / largest,
                 f"{lie}_samples_lost": lost_samples(swarm, others, since),
             }
-            give_up(swarm, liar)
+            swarm.disown(liar.name)
     text = "; ".join(told)
     if wrong:
         raise Failed(f"{'; '.join(wrong)}. Measured: {text}")
@@ -138,11 +133,10 @@ def poisoned(trial: Trial) -> Figures:
 def claimed(trial: Trial) -> Figures:
     told, wrong, numbers = [], [], {}
     with trial.swarm(peers=trial.pick(3, 2)) as swarm:
-        liar = Victim(swarm)
-        swarm.together()
-        others = honest(swarm, liar)
-        target = swarm.run.target_batch_size
+        others, target = list(swarm.peers), swarm.run.target_batch_size
         for lie in ("samples", "progress"):
+            liar = Victim(swarm, f"liar-{lie}")
+            swarm.together()
             since = time.time()
             liar.order("--lie", lie)
             swarm.watch(trial.pick(20, 8))
@@ -157,7 +151,7 @@ def claimed(trial: Trial) -> Figures:
                 wrong.append(f"{lie}: {most:,} samples were believed")
             if fewest < target / 2:
                 wrong.append(f"{lie}: a step was taken on {fewest} samples")
-            give_up(swarm, liar)
+            swarm.disown(liar.name)
     if wrong:
         raise Failed(f"{'; '.join(wrong)}. Measured: {'; '.join(told)}")
     return Figures("; ".join(told), numbers)

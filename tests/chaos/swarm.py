@@ -173,6 +173,12 @@ class Swarm:
         self._child(name).kill()
         self.stage.look()
 
+    def disown(self, name: str) -> None:
+        """End that peer, and forget all that it told: a liar's word is no evidence."""
+        self.kill(name)
+        self.told.pop(name)
+        self.stage.forget(name)
+
     def restart(self, name: str) -> None:
         """Start it again, with all that it kept on disk."""
         if name == "bootstrap":
