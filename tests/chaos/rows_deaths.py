@@ -27,8 +27,8 @@ def play(trial: Trial, phases: Sequence[tuple[str, ...]], within_seconds: float)
         for death in found:
             if death.resume_seconds > within_seconds:
                 raise Failed(
-                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round without it, "
-                    f"at most {within_seconds:g} s were expected"
+                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round "
+                    f"without it, at most {within_seconds:g} s were expected"
                 )
             if death.lost_samples:
                 raise Failed(f"{death.phase}: {death.lost_samples} samples of survivors were lost")
