@@ -73,6 +73,7 @@ def crowd(trial: Trial) -> Figures:
     fault="storm: a kill or a newcomer every 0.5 to 2 s, up to 8 peers",
     injected="`p2ptrain chaos --faults kill,spawn`; 10 min with --soak",
     criterion="no gap of 30 s between commits (PCCL: 300 s)",
+    gate=False,
     ci=True,
     deadline_seconds=300,
 )

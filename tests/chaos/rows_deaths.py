@@ -27,8 +27,8 @@ def play(trial: Trial, phases: Sequence[tuple[str, ...]], within_seconds: float)
         for death in found:
             if death.resume_seconds > within_seconds:
                 raise Failed(
-                    f"{death.phase}: {death.resume_seconds:.1f} s until all others committed a round without "
-                    f"it, at most {within_seconds:g} s were expected"
+                    f"{death.phase}: {death.resume_seconds:.1f} s until all survivors committed a round "
+                    f"without it, at most {within_seconds:g} s were expected"
                 )
             if death.lost_samples:
                 raise Failed(f"{death.phase}: {death.lost_samples} samples of survivors were lost")
@@ -179,7 +179,7 @@ def killed_saving(trial: Trial) -> Figures:
 
     chance, times = random.Random(trial.seed), trial.pick(20, 3)
     with trial.swarm(peers=1) as swarm:
-        victim = Victim(swarm, checkpoint_every_steps=1, checkpoints_kept=20)
+        victim = Victim(swarm, checkpoint_every_steps=1, checkpoints_kept=2)
         folder = swarm.stage.folder / victim.name / "checkpoints"
         swarm.together()
         swarm.wait(lambda: latest(folder), "the first checkpoint is written", 30)
@@ -188,18 +188,17 @@ def killed_saving(trial: Trial) -> Figures:
             newest = latest(folder)
             assert newest is not None
             size = sum(file.stat().st_size for file in newest.iterdir())
-            # The first two: all bytes are there, and the folder has not got its name yet, or has just got it.
-            at = -1 - number if number < 2 else chance.randrange(size)
+            # The last two: all bytes are there, and the folder has its old name, or its new one.
+            at = size + number if number < 2 else chance.randrange(size)
             told = victim.die("saving", str(at))
             whole = latest(folder)
             if whole is None:
                 raise Failed(f"no checkpoint is left after a death at byte {at} of {size}")
             step = load(whole).snapshot.position.step  # raises CheckpointError, by name, if a byte is wrong
             loaded += 1
-            since = time.time()
             victim.restart()
             swarm.together()
-            arrival = swarm.events(victim.name, "caught_up", since)[0]["from_step"]
+            arrival = swarm.last(victim.name, "caught_up")["from_step"]
             if arrival != step:
                 raise Failed(
                     f"{told}: it came back at step {arrival}, its last whole checkpoint was of {step}"

@@ -193,7 +193,6 @@ def one_apart(trial: Trial) -> Figures:
     injected="iptables DROP by address, 45 s each",
     criterion="no livelock: never 30 s without a commit, and one digest after",
     gate=False,
-    ci=True,
 )
 def triangle(trial: Trial) -> Figures:
     gaps = {}
@@ -311,7 +310,6 @@ def bad_road(trial: Trial) -> Figures:
     fault="10 Mbit/s",
     injected="tbf on all lines, both ways",
     criterion="no peer is taken for dead; no process grows by 1 MB/min (over 20 min with --soak)",
-    ci=True,
     deadline_seconds=300,
 )
 def narrow(trial: Trial) -> Figures:
