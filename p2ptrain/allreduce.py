@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
@@ -150,11 +151,14 @@ class Attempt:
         codec: Codec,
         chunk_values: int,
         most_samples: int,
+        usual_norm: float,
         spawn: Spawn,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
+        """`usual_norm`: of the last averaged gradient, 0 if there was none."""
         self.freeze = freeze
+        self._usual_norm = usual_norm
         self.began = asyncio.get_running_loop().time()
         self.held = self.began
         self.sealed: float | None = None
@@ -271,7 +275,7 @@ class Attempt:
         if not parts:
             self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
             return
-        if (odd := outsized(parts, counts)) is not None:
+        if (odd := outsized(parts, counts, self._usual_norm)) is not None:
             peer = roster[ranks[odd]]
             detail = f"the gradient of {peer[-8:]} is over {OUTSIZED:,.0f} times as long as the others'"
             self._fail([peer], AbortCause.BAD_CHUNK, detail)
@@ -500,12 +504,14 @@ class Rounds:
             self._carry_out(self.member.failed(freeze.ballot, suspects, cause, self._now()))
 
         self.outcome = None
+        last = self.member.last
         self.attempt = Attempt(
             freeze,
             self._swarm,
             self._codec,
             self._chunk_values,
             self.member.rules.most_samples,
+            math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
             self._spawn,
             on_held,
             on_failed,

@@ -39,15 +39,17 @@ OUTSIZED = 1e4
 """Honest peers differ in the norm of their mean gradients by less than a hundred."""
 
 
-def outsized(totals: Sequence[Tensor], samples: Sequence[int]) -> int | None:
+def outsized(totals: Sequence[Tensor], samples: Sequence[int], usual: float) -> int | None:
     """Index of a member whose mean gradient is more than `OUTSIZED` times as long as the median one; None if
-    there is none, if there are fewer than three, or if the median is nothing (rows that few use).
+    there is none, if there are fewer than three to compare, or if the median is nothing (rows that few use).
 
-    Arguments as in `mean_chunk`, but of those who brought samples. Such a member would own the average,
-    whatever the others bring (I5).
+    Arguments as in `mean_chunk`, but of those who brought samples; `usual`, the norm of the last averaged
+    gradient, counts as one more, 0 for unknown. Such a member would own the average, whatever the others
+    bring (I5).
     """
     norms = [math.sqrt(squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)]
-    if len(norms) < 3 or not (median := sorted(norms)[(len(norms) - 1) // 2]):
+    known = sorted([*norms, usual] if usual else norms)
+    if len(known) < 3 or not (median := known[(len(known) - 1) // 2]):
         return None
     longest = max(range(len(norms)), key=norms.__getitem__)
     return longest if norms[longest] > OUTSIZED * median else None
