@@ -140,16 +140,16 @@ class _Mute:
 
 async def reduced_again(member: Recorded, chance: Random) -> str:
     """What this member says and holds when the same things come in another order."""
-    freeze, swarm, codec, chunk_values, *_ = member.arguments
+    freeze, swarm, codec, *bounds, _spawn, _on_held, _on_failed = member.arguments
     failures: list[str] = []
     Recorded.made = []
     attempt = Recorded(
         freeze,
         _Mute(swarm.peer_id),
         codec,
-        chunk_values,
+        *bounds,
         asyncio.get_running_loop().create_task,
-        lambda header: None,
+        lambda header, seconds: None,
         lambda suspects, cause, detail: failures.append(f"{cause}: {detail}"),
     )
     inputs: list[Any] = [member.contribution, *member.given]
