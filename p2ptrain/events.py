@@ -161,11 +161,14 @@ class DeadlinesChanged(_Happened):
     """For a reduction among as many peers as in the last round."""
     dial_seconds: float
     """For a peer to answer again after its link broke."""
+    request_seconds: float
+    """For a donor to send one megabyte."""
 
     def sentence(self) -> str:
         return (
             f"deadlines: silence {duration(self.silence_seconds)}, "
-            f"averaging {duration(self.reduce_seconds)}, dialling {duration(self.dial_seconds)}"
+            f"averaging {duration(self.reduce_seconds)}, "
+            f"dialling {duration(self.dial_seconds)}, a megabyte {duration(self.request_seconds)}"
         )
 
 

@@ -107,7 +107,7 @@ class Peer:
         self.samples_given = 0
         self.state_digest: str | None = None
         self._leader_waits = self._waiting_told = ""
-        self._deadlines_told: events.DeadlinesChanged | None = None
+        self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
         self.catching_up: Progress | None = None
         """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
@@ -601,13 +601,16 @@ class Peer:
     def _tell_deadlines(self) -> None:
         """Say how long this peer waits for others, and again when that has changed by a quarter."""
         silence, reduce = self.rounds.member.waits()
-        now, told = (silence, reduce, self.swarm.dial_seconds), self._deadlines_told
-        before = (told.silence_seconds, told.reduce_seconds, told.dial_seconds) if told is not None else ()
-        if any(abs(a - b) > 0.25 * b for a, b in zip(now, before, strict=False)) or told is None:
-            self._deadlines_told = events.DeadlinesChanged(
-                silence_seconds=now[0], reduce_seconds=now[1], dial_seconds=now[2]
-            )
-            self._observe(self._deadlines_told)
+        now = {
+            "silence_seconds": silence,
+            "reduce_seconds": reduce,
+            "dial_seconds": self.swarm.dial_seconds,
+            "request_seconds": self._catch_up.request_seconds(2**20),
+        }
+        told = self._deadlines_told
+        if any(abs(value - told.get(name, 0.0)) > 0.25 * told.get(name, 0.0) for name, value in now.items()):
+            self._deadlines_told = now
+            self._observe(events.DeadlinesChanged(**now))
 
     async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
 from p2ptrain.events import CatchUpBy
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.protocol.estimate import Estimate
 from p2ptrain.protocol.lineage import heavier
 from p2ptrain.records import (
     EntryHeader,
@@ -33,6 +34,7 @@ from p2ptrain.records import (
     Piece,
     Position,
     Reply,
+    Request,
 )
 from p2ptrain.replica.donor import QUEUE_SECONDS, REACH_SECONDS, Compute
 from p2ptrain.replica.joining import (
@@ -56,12 +58,12 @@ from p2ptrain.replica.snapshot import Assembly, Snapshot
 from p2ptrain.swarm.port import Swarm
 
 ENTRIES_AT_ONCE = 4
-ANSWER_SECONDS = 5.0
-"""For an answer to begin, beyond what its donor lets us wait on purpose."""
+ANSWER_DIALS = 5
+"""An answer must begin within so many times what a peer is given to answer a dial."""
 PACKING_SECONDS = 15.0
 """For a donor to copy and hash its state."""
-SLOWEST_BYTES_PER_SECOND = 256 * 1024
-"""An answer may take as long as its bytes take at this rate."""
+FIRST_BYTES_PER_SECOND = 256 * 1024
+"""Taken for the pace of a donor while nothing was measured."""
 GRACE_SECONDS = 2.0
 """Once one donor has offered a snapshot, the others have so long to offer theirs."""
 EXTRA_STEPS = (0, 4, 16, 64)
@@ -106,6 +108,7 @@ class CatchUp:
         self._watch, self._on_fault = watch, on_fault
         self._snapshot_bytes = replica.max_state_bytes
         self._bench = Bench()
+        self._seconds_per_byte = Estimate(first=1 / FIRST_BYTES_PER_SECOND)
         self._received = self._resumed = 0
         self._gave: set[PeerId] = set()
         self._forked = False
@@ -191,7 +194,7 @@ class CatchUp:
         last: PeerFault = Unreachable(f"no donor is left for entry {step}")
         for donor in self._bench.without(donors, self._now()) or donors:
             try:
-                entry = Entry(*await self._entry(donor, step, with_payload=True))
+                entry = Entry(*await self._entry(donor, step))
                 verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
             except Refused as fault:
                 last = fault  # its log may be shorter than another's
@@ -203,14 +206,10 @@ class CatchUp:
                 return donor, entry
         raise last
 
-    async def _entry(self, donor: PeerId, step: int, *, with_payload: bool) -> tuple[EntryHeader, bytes]:
-        expected_bytes = self._codec.encoded_bytes(self._replica.numel) if with_payload else 0
-        reply, payload = await self._swarm.request(
-            donor,
-            GetEntry(step=step, with_payload=with_payload),
-            timeout_seconds=ANSWER_SECONDS + expected_bytes / SLOWEST_BYTES_PER_SECOND,
-            max_bytes=4 * self._replica.numel + 2**20,
-        )
+    async def _entry(self, donor: PeerId, step: int) -> tuple[EntryHeader, bytes]:
+        numel = self._replica.numel
+        expected_bytes, max_bytes = self._codec.encoded_bytes(numel), 4 * numel + 2**20
+        reply, payload = await self._request(donor, GetEntry(step=step), expected_bytes, max_bytes=max_bytes)
         if not isinstance(reply, EntryReply) or reply.header.step != step:
             raise BadMessage(f"{donor[-8:]} answered a request for entry {step} with {reply.kind}")
         self._received += len(payload)
@@ -226,9 +225,7 @@ class CatchUp:
         """Which lineage the donor had at that step; None if it does not know."""
         if step == claimed.step:
             return claimed.lineage
-        reply, _ = await self._swarm.request(
-            donor, GetLineage(step=step), timeout_seconds=ANSWER_SECONDS, max_bytes=0
-        )
+        reply, _ = await self._request(donor, GetLineage(step=step))
         if not isinstance(reply, Lineage):
             raise BadMessage(
                 f"{donor[-8:]} answered a request for the lineage of step {step} with {reply.kind}"
@@ -334,8 +331,7 @@ class CatchUp:
         return offers, proposed, last
 
     async def _ask(self, donor: PeerId, wanted: GetManifest) -> Reply:
-        patience = ANSWER_SECONDS + REACH_SECONDS + PACKING_SECONDS
-        reply, _ = await self._swarm.request(donor, wanted, timeout_seconds=patience, max_bytes=0)
+        reply, _ = await self._request(donor, wanted, donor_seconds=REACH_SECONDS + PACKING_SECONDS)
         return reply
 
     def _check(self, donor: PeerId, manifest: Manifest, afresh: bool) -> None:
@@ -410,11 +406,12 @@ class CatchUp:
     async def _piece(self, donor: PeerId, assembly: Assembly, number: int) -> Later | bytes:
         """Fetch a piece into the assembly, and keep it; or hear when to ask again. Raises PeerFault."""
         manifest = assembly.manifest
-        reply, data = await self._swarm.request(
+        reply, data = await self._request(
             donor,
             GetPiece(state_digest=manifest.state_digest, number=number),
-            timeout_seconds=ANSWER_SECONDS + QUEUE_SECONDS + manifest.piece_bytes / SLOWEST_BYTES_PER_SECOND,
+            manifest.piece_bytes,
             max_bytes=manifest.piece_bytes,
+            donor_seconds=QUEUE_SECONDS,
         )
         match reply:
             case Later():
@@ -427,6 +424,35 @@ class CatchUp:
         self._gave.add(donor)
         await self._aside(self._partial.keep, number, data)
         return data
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def request_seconds(self, size_bytes: int) -> float:
+        """How long an answer of that size may take, from what reaching peers and moving bytes took so far."""
+        return ANSWER_DIALS * self._swarm.dial_seconds + 2 * size_bytes * self._seconds_per_byte.bound
+
+    async def _request(
+        self,
+        donor: PeerId,
+        request: Request,
+        size_bytes: int = 0,
+        *,
+        max_bytes: int = 0,
+        donor_seconds: float = 0.0,
+    ) -> tuple[Reply, bytes]:
+        """The answer, of about so many bytes; the donor may let us wait for `donor_seconds` on purpose."""
+        began, patience = self._now(), donor_seconds + self.request_seconds(size_bytes)
+        try:
+            reply, payload = await self._swarm.request(
+                donor, request, timeout_seconds=patience, max_bytes=max_bytes
+            )
+        except Unreachable:
+            if size_bytes and self._now() - began >= patience:
+                self._seconds_per_byte.miss()
+            raise
+        if payload:
+            self._seconds_per_byte.observe((self._now() - began) / len(payload))
+        return reply, payload
 
     # -- donors that fail ------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class Wait(StrEnum):
     SILENCE = "silence"
     REDUCE = "reduce"
     DIAL = "dial"
+    REQUEST = "request"
 
 
 class Extent(StrEnum):
@@ -310,6 +311,7 @@ class Metrics:
                 self._deadlines.labels(Wait.SILENCE).set(event.silence_seconds)
                 self._deadlines.labels(Wait.REDUCE).set(event.reduce_seconds)
                 self._deadlines.labels(Wait.DIAL).set(event.dial_seconds)
+                self._deadlines.labels(Wait.REQUEST).set(event.request_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
             case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp():

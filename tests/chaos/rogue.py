@@ -224,27 +224,26 @@ def silent_when_dying(rogue: Rogue) -> None:
 
 @death
 def saving(rogue: Rogue) -> None:
-    """At byte N (0) of writing a checkpoint; the flush of a folder counts as one byte, before and after the
-    rename."""
-    at, written = rogue.number or 0, 0
+    """At byte N (0) of writing a checkpoint; -1: before it gets its name, -2: right after."""
+    at, written, flushed = rogue.number or 0, 0, 0
     write, flush = checkpoint._write, checkpoint._flush
 
     def writing(path: Path, content: bytes) -> None:
-        nonlocal written
+        nonlocal written, flushed
         if path.name == checkpoint.MODEL:
-            written = 0
-        if at < written + len(content):
+            written = flushed = 0
+        if 0 <= at < written + len(content):
             write(path, content[: at - written])
             rogue.die(file=path.name, byte=at)
         write(path, content)
         written += len(content)
 
     def flushing(folder: Path) -> None:
-        nonlocal written
-        if at <= written:
-            rogue.die(flush=folder.name, byte=at)
+        nonlocal flushed
+        flushed += 1
+        if at == -flushed:
+            rogue.die(flush=folder.name)
         flush(folder)
-        written += 1
 
     checkpoint._write, checkpoint._flush = writing, flushing
 

@@ -102,10 +102,14 @@ def poisoned(trial: Trial) -> Figures:
         "chunk_values": 4096,
         "heartbeat_seconds": 0.5,
         "silence_seconds": 3.0,
+        "min_peers": 5,  # none begins before all are there
     }
     for lie in ("", "flip", "constant", "random"):
-        with trial.swarm(peers=4, **settings) as swarm:
+        with trial.swarm(peers=0, **settings) as swarm:
+            for number in range(4):
+                swarm.add(f"peer-{number + 1}")
             swarm.add("fifth", through=rogue("--lie", lie) if lie else ())
+            swarm.together()
             swarm.wait_steps(steps - swarm.step(), 300)
             rounds = [
                 record
@@ -251,6 +255,7 @@ def refusals(swarm: Swarm, since: float) -> list[Record]:
     fault="no token, an expired one, replayed messages, wrong swarm name",
     injected="a stranger; a lying volunteer; changed invites",
     criterion="refused; no byte of state is given",
+    deadline_seconds=360,
 )
 def no_token(trial: Trial) -> Figures:
     with trial.swarm(peers=trial.pick(3, 2)) as swarm:
@@ -283,7 +288,7 @@ def no_token(trial: Trial) -> Figures:
         rate = swarm.pace(trial.pick(15, 5))
         if not (said := lies(swarm, replayer.name)):
             raise Failed("the replayer never came to replay")
-        if rate < 0.8 * usual:
+        if rate < 0.5 * usual:
             raise Failed(f"with messages replayed {rate / usual:.0%} of the usual rate")
         swarm.watch(1)
     raise Failed(

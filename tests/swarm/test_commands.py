@@ -276,10 +276,10 @@ def test_newcomer_that_is_killed_in_mid_download_goes_on_with_it_from_all_peers(
     people: Crew, tmp_path: Path
 ) -> None:
     _, invite = people.bootstrap(downloadable(tmp_path, "download"))
-    given = {"log_megabytes": 1, "donor_upload_mbit": 6, "checkpoint_every_steps": 0}
+    given = {"log_megabytes": 16, "donor_upload_mbit": 6, "checkpoint_every_steps": 0}  # ten entries
     donors = [people.join(invite, name, **given) for name in ("one", "two")]
     for donor, name in zip(donors, ("one", "two"), strict=True):
-        until(lambda name=name: rounds(tmp_path / name) > 3, lambda donor=donor: f"rounds: {donor}")
+        until(lambda name=name: rounds(tmp_path / name) > 20, lambda donor=donor: f"rounds: {donor}")
 
     killed = people.join(invite, "late", **given)
     partial = tmp_path / "late" / "partial"
@@ -287,6 +287,7 @@ def test_newcomer_that_is_killed_in_mid_download_goes_on_with_it_from_all_peers(
     killed.kill()
     kept = len(list(partial.glob("*/*.piece")))
     back = people.join(invite, "late", **given)
+    until(lambda: told(tmp_path / "late", "caught_up"), lambda: f"its arrival: {back}")
     until(lambda: rounds(tmp_path / "late"), lambda: f"a round: {back}")
 
     caught_up = told(tmp_path / "late", "caught_up")[0]

@@ -268,15 +268,15 @@ def test_training_goes_on_when_streams_are_reset_all_the_time() -> None:
 
 def test_no_sample_counts_twice_when_a_peer_stays_behind_because_its_donor_dies() -> None:
     async def story(training: Training) -> None:
-        await training.kill("carl")
-        bert = training.peers["bert"]
-        training.hub.partition([["anna"], ["bert"]])
-        await training.until(lambda: training.peers["anna"].step > bert.step)
+        await training.kill("bert")
+        anna, carl = training.peers["anna"], training.peers["carl"]
+        training.hub.partition([["anna"], ["carl"]])
+        await training.until(lambda: carl.replica.position.weight > anna.replica.position.weight + 100)
         training.hub.heal()
-        await training.until(lambda: bert.outside())
-        await training.kill("anna")
-        await training.until(lambda: bert.of(events.CatchUpFailed))
-        await agree(training, bert.step + 2)
+        await training.until(lambda: anna.outside())
+        await training.kill("carl")
+        await training.until(lambda: anna.of(events.CatchUpFailed))
+        await agree(training, anna.step + 2)
 
     play(story)
 

@@ -147,7 +147,9 @@ class Trainer:
     def outside(self) -> bool:
         """Whether it takes part in nothing until it has caught up."""
         assert self.peer is not None
-        return self.peer.rounds.member.stage is Stage.OUTSIDE
+        member = self.peer.rounds.member
+        # While it applies what it holds it is outside, too, but not behind.
+        return member.stage is Stage.OUTSIDE and member.held_header is None
 
     def forget(self) -> None:
         """What happened and how it stood until now: of a replica that was damaged on purpose."""

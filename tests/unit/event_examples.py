@@ -72,7 +72,7 @@ WAITING = WaitingChanged(reason="2 of 3 peers")
 ONE_OF_EACH: tuple[Event, ...] = (
     Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
     WAITING,
-    DeadlinesChanged(silence_seconds=5.0, reduce_seconds=29.0, dial_seconds=1.0),
+    DeadlinesChanged(silence_seconds=5.0, reduce_seconds=29.0, dial_seconds=1.0, request_seconds=13.0),
     COMMITTED,
     StateHashed(step=42, lineage="a1" * 32, state_digest="d4" * 32),
     ABORTED,
