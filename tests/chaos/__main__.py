@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,6 +64,9 @@ def play(row: Row, seeds: Sequence[int], form: Form) -> Played:
             which = f" (seed {seed})" if len(seeds) > 1 else ""
             print(f"    everything is kept in {folder}", file=sys.stderr)
             return played(Result.FAIL, f"{reason}{which}")
+        except Exception as mistake:  # of ours; the other rows are still to be played
+            traceback.print_exc()
+            return played(Result.FAIL, f"the row itself is broken: {mistake!r}")
     shutil.rmtree(folder)
     return played(Result.PASS, " / ".join(each.text for each in figures))
 
