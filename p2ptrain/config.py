@@ -258,8 +258,9 @@ class PeerConfig(Section):
     peers on one machine need two."""
 
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """Samples per forward and backward pass, at most the run's `target_batch_size`. Setting it high will need
-    more memory and make the others wait for a slow machine; setting it low will compute less efficiently."""
+    """Samples per forward and backward pass, at most the run's `target_batch_size`; fewer, while a pass of so
+    many takes longer than the swarm's step. Setting it high will need more memory and make the others wait
+    for a slow machine; setting it low will compute less efficiently."""
 
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads for computing. Setting it to the number of cores will make the machine sluggish for its

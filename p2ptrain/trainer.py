@@ -62,6 +62,15 @@ PREVIEW_LENGTH = 100
 """In the task's units: for text, characters. Others wait for this peer meanwhile."""
 
 
+def fitting_batch_size(size: int, brought: int, configured: int) -> int:
+    """Samples in the next micro-batch, after a step to which this peer brought so many: half of them, if its
+    micro-batches outlast the step and nothing it computes counts; twice as many, up to what is configured,
+    where several fit into one."""
+    if not brought:
+        return max(size // 2, 1)
+    return min(2 * size, configured) if brought >= 4 * size else size
+
+
 async def train(peer: Peer, run: RunConfig) -> None:
     """Accumulate a large batch, average it with the swarm, take one synchronized step; repeat."""
     await peer.arrive()  # start from the swarm's state, never from our own guess
@@ -154,6 +163,8 @@ class Peer:
         self._batch_step = 0
         self._late_batch: asyncio.Future[float] | None = None
         """The micro-batch that was under way when this step began, and so is of one that is over."""
+        self._batch_size = self._batch_count = config.micro_batch_size
+        """Of the next micro-batch, and of the one under way."""
         self._batch_began = self._batch_seconds = 0.0
         self._drawn = 0
         self._loss_sum = 0.0
@@ -269,6 +280,7 @@ class Peer:
         )
         self.rounds_joined += 1
         self.samples_given += mine
+        self._batch_size = fitting_batch_size(self._batch_size, mine, self.config.micro_batch_size)
         rank = header.roster.index(self.swarm.peer_id)
         self.donor.upload.round(
             sent_in_round(len(entry.payload), header.spans, rank), committed.held - committed.sealed
@@ -405,7 +417,10 @@ class Peer:
     # -- micro-batches ---------------------------------------------------------------------------------------
 
     def _begin_batch(self) -> None:
-        count, step = self.config.micro_batch_size, self.replica.position.step
+        count, step = self._batch_size, self.replica.position.step
+        if count != self._batch_count:
+            self._batch_seconds *= count / self._batch_count
+            self._batch_count = count
         self._batch_step, self._batch_began = step, self._now()
         self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
         self._drawn += count
@@ -437,7 +452,7 @@ class Peer:
         assert self._batch is not None
         batch, self._batch = self._batch, None
         loss_sum = await batch
-        count = self.config.micro_batch_size
+        count = self._batch_count
         if batch is self._late_batch:
             self._late_batch = None
             self._observe(
@@ -465,7 +480,7 @@ class Peer:
     def _report(self) -> None:
         in_flight, finish = 0, 0.0
         if self._batch not in (None, self._late_batch):
-            in_flight = self.config.micro_batch_size
+            in_flight = self._batch_count
             finish = max(self._batch_began + self._batch_seconds - self._now(), 0.0)
         self.rounds.progressed(
             self._accumulator.samples, in_flight, finish, self._batch_seconds, self.state_digest

@@ -5,8 +5,8 @@ nobody computes a micro-batch in vain, the leader freezes as soon as the micro-b
 fill the target, and lets those that matter finish. A member that is far slower than the rest is not waited
 for: it brings what it has.
 
-Not covered: choosing micro-batch sizes; a peer whose single micro-batch is longer than the whole step brings
-nothing.
+Not covered: choosing micro-batch sizes (`trainer` does); a peer that needs longer than a step for a single
+sample brings nothing.
 """
 
 from __future__ import annotations

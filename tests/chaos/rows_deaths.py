@@ -190,7 +190,7 @@ def killed_saving(trial: Trial) -> Figures:
             size = sum(file.stat().st_size for file in newest.iterdir())
             # The last two: all bytes are there, and the folder has its old name, or its new one.
             at = size + number if number < 2 else chance.randrange(size)
-            told = victim.die("saving", str(at))
+            told, since = victim.die("saving", str(at)), time.time()
             whole = latest(folder)
             if whole is None:
                 raise Failed(f"no checkpoint is left after a death at byte {at} of {size}")
@@ -198,7 +198,7 @@ def killed_saving(trial: Trial) -> Figures:
             loaded += 1
             victim.restart()
             swarm.together()
-            arrival = swarm.last(victim.name, "caught_up")["from_step"]
+            arrival = swarm.events(victim.name, "caught_up", since)[0]["from_step"]
             if arrival != step:
                 raise Failed(
                     f"{told}: it came back at step {arrival}, its last whole checkpoint was of {step}"

@@ -190,7 +190,7 @@ class Trainer:
             if getattr(function, "__name__", "") == "_gradients":
                 step, first, count = arguments
                 self.drawn.setdefault(step, set()).update(range(first, first + count))
-                await asyncio.sleep(self._batch_seconds)
+                await asyncio.sleep(self._batch_seconds * count / self.config.micro_batch_size)
             else:
                 await asyncio.sleep(APPLY_SECONDS)
             result = function(*arguments)
