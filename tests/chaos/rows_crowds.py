@@ -79,7 +79,6 @@ def crowd(trial: Trial) -> Figures:
     injected="`p2ptrain chaos --faults kill,spawn`; 10 min with --soak",
     criterion="no gap of 30 s between commits (PCCL: 300 s)",
     gate=False,
-    ci=True,
     deadline_seconds=300,
 )
 def storm(trial: Trial) -> Figures:

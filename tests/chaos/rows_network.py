@@ -274,7 +274,6 @@ def _round_trips(swarm: Swarm) -> float:
     injected="relay, 10 ms each way, each alone and all at once",
     criterion="no wrong digest; 95 % of attempted rounds commit",
     gate=False,
-    ci=True,
 )
 def bad_road(trial: Trial) -> Figures:
     faults = {"loss": 0.05, "reorder": 0.1, "duplicate": 0.05, "corrupt": 0.01}

@@ -174,7 +174,7 @@ def test_peers_wait_when_too_few_are_left_and_go_on_when_one_comes() -> None:
 
 def test_peer_that_is_too_slow_for_a_whole_micro_batch_brings_a_smaller_one() -> None:
     async def story(training: Training) -> None:
-        snail = training.start("snail", micro_batch_size=16, batch_seconds=1.0)  # a step takes a quarter of it
+        snail = training.start("snail", micro_batch_size=16, batch_seconds=1.0)  # four steps
         await training.until(lambda: snail.of(events.RoundCommitted))
         await training.until_step(training.peers["anna"].step + 60)
         brought = [event.mine for event in snail.of(events.RoundCommitted)]
