@@ -110,7 +110,7 @@ def no_disk(trial: Trial) -> Figures:
         since = time.time()
         swarm.wait(lambda: swarm.events("full", "checkpoint_saved", since), "checkpoints again", 60)
     return Figures(
-        f"training went on; older checkpoint loads; saved again after; said: {failures['full'][:50]}…",
+        f"training went on; older checkpoint loads; saved again after; said: {failures['full'].partition(' to ')[0]} …",
         {"checkpoints_failed": float(len(swarm.events("full", "checkpoint_failed")))},
     )
 

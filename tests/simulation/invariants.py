@@ -85,8 +85,8 @@ class Invariants:
         self._declared.add((attempt, header.digest))
         missing = set(header.roster) - self._holders[attempt, header.digest]
         gone = self._dropped(header.roster, attempt)
-        if peer.name != header.ballot.leader or peer.name in gone:
-            # A successor decides with those that live and answer.
+        if peer.name in gone or peer.machine.ballot != header.ballot:
+            # A successor, of others or of itself, decides with those that live and answer.
             missing = set() if self.sim.story.may_fork else missing - gone - self.sim.hung()
         if missing:
             raise Violation(f"I1: {peer.name} commits step {header.step}, which {missing} does not hold")
