@@ -109,8 +109,9 @@ def no_disk(trial: Trial) -> Figures:
         (disk / "ballast").unlink()
         since = time.time()
         swarm.wait(lambda: swarm.events("full", "checkpoint_saved", since), "checkpoints again", 60)
+    said = failures["full"].partition(" to ")[0]
     return Figures(
-        f"training went on; older checkpoint loads; saved again after; said: {failures['full'].partition(' to ')[0]} …",
+        f"training went on; older checkpoint loads; saved again after; said: {said} …",
         {"checkpoints_failed": float(len(swarm.events("full", "checkpoint_failed")))},
     )
 
