@@ -39,6 +39,7 @@ from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
+from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
@@ -50,7 +51,10 @@ from peers.signals import Stop
 
 logger = logging.getLogger("p2ptrain")
 
-RUN_FILE_SECONDS = 20.0
+RUN_FILE_SECONDS = 6.0
+"""For one answer; a run file is a few kilobytes."""
+RUN_FILE_PAUSES_SECONDS = (0.5, 1.0)
+"""Before the second and the third time of asking."""
 BAR_SECONDS = 0.25
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
@@ -224,8 +228,17 @@ async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, print_: str
     )
 
 
-async def _run_of(swarm: Libp2pSwarm, peer: PeerId) -> RunConfig:
+async def _run_of(swarm: Swarm, peer: PeerId) -> RunConfig:
     """The run that this peer trains. Raises PeerFault."""
+    for pause in RUN_FILE_PAUSES_SECONDS:
+        try:
+            return await _ask_run(swarm, peer)
+        except Unreachable:
+            await asyncio.sleep(pause)  # a stream may break while both ends are well
+    return await _ask_run(swarm, peer)
+
+
+async def _ask_run(swarm: Swarm, peer: PeerId) -> RunConfig:
     _, payload = await swarm.request(peer, GetRun(), timeout_seconds=RUN_FILE_SECONDS, max_bytes=64 * 1024)
     return parse_run(payload)
 
