@@ -47,9 +47,11 @@ def outsized(totals: Sequence[Tensor], samples: Sequence[int], usual: float) -> 
     gradient, counts as one more, 0 for unknown. Such a member would own the average, whatever the others
     bring (I5).
     """
+    if len(totals) + bool(usual) < 3:
+        return None
     norms = [math.sqrt(squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)]
     known = sorted([*norms, usual] if usual else norms)
-    if len(known) < 3 or not (median := known[(len(known) - 1) // 2]):
+    if not (median := known[(len(known) - 1) // 2]):
         return None
     longest = max(range(len(norms)), key=norms.__getitem__)
     return longest if norms[longest] > OUTSIZED * median else None

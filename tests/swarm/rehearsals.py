@@ -13,23 +13,10 @@ from typing import Any
 
 import psutil
 
-SMALL_RUN = """
-run_id = "small"
-total_steps = 1000000
-target_batch_size = 48  # a step takes as long as with a larger model
-chunk_values = 4096
-heartbeat_seconds = 0.5
-silence_seconds = 3.0
+from tests.swarm.processes import RUN
 
-[task]
-layers = 1
-width = 32
-heads = 2
-context = 32
-
-[schedule]
-warmup_steps = 2
-"""
+SMALL_RUN = RUN.format(run_id="small", steps=1_000_000, batch=48)
+"""A step takes as long as with a larger model."""
 
 
 class Started:
