@@ -395,6 +395,7 @@ class _Chaos:
             crowd=self._crowd_figures(ended),
             longest_gap_seconds=round(ledger.longest_gap_seconds(self._began, ended), 2),
             lineages=ledger.lineages,
+            died_out=ledger.died_out,
             rollbacks=ledger.rollbacks,
             states_compared=chronicle.compared,
             digests_equal=not differences,

@@ -79,6 +79,8 @@ class Receipt:
     """Between two commits."""
     lineages: int
     """The most that there were of one step; 1 if the log never parted."""
+    died_out: int
+    """Of those, the ones that nobody rolled back from: all who had committed them were killed."""
     rollbacks: int
     states_compared: int
     digests_equal: bool
@@ -131,7 +133,8 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         "back by replay": _spread_words(receipt.rejoin_by_replay_seconds, "after the start"),
         "by snapshot": _spread_words(receipt.rejoin_by_snapshot_seconds, "after the start"),
         "longest gap": f"{receipt.longest_gap_seconds:.1f} s between two commits",
-        "lineages": f"{receipt.lineages} at most; {receipt.rollbacks} rollbacks",
+        "lineages": f"{receipt.lineages} at most; {receipt.rollbacks} rollbacks"
+        + f"; {receipt.died_out} died with their peers" * (receipt.died_out > 0),
         "replicas": replica_words(receipt.digests_equal, receipt.states_compared),
         "held-out loss": _loss_words(receipt),
         "memory": f"grew by at most {growth[fastest]:.2f} MB/min ({fastest})"

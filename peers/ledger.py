@@ -56,6 +56,8 @@ class _Commit:
     """Peers that were there when the first one told of it."""
     told: int = 0
     """Samples by peers whose journals tell of this round."""
+    held_by: set[str] = field(default_factory=set)
+    """Whose journals tell of it, and who were not killed since."""
 
 
 @dataclass
@@ -154,6 +156,7 @@ class Ledger:
             live = sum(each.live for each in self._lives.values())
             self._commits[key] = _Commit(at, record["samples"], record["peers"], live)
         self._commits[key].told += record["mine"]
+        self._commits[key].held_by.add(name)
         self._committed_attempts.add((record["step"], record["attempt"]))
         self._told.append(_Told(at, name, record["step"]))
         life.since, life.committed_step = at, record["step"]
@@ -171,6 +174,9 @@ class Ledger:
         if killed and life.trains:
             others = frozenset(other for other, each in self._lives.items() if each.trains and other != name)
             self._kills.append(_Kill(at, name, others))
+        if killed:
+            for commit in self._commits.values():
+                commit.held_by.discard(name)
         life.live = False
 
     def restarted(self, name: str) -> None:
@@ -200,6 +206,13 @@ class Ledger:
     def lineages(self) -> int:
         """The most that there were of one step; 1 if the log never parted."""
         return max(Counter(step for step, _ in self._commits).values(), default=0)
+
+    @property
+    def died_out(self) -> int:
+        """The most of one step that had a rival, and nobody to roll back: all who were in them were killed."""
+        lineages = Counter(step for step, _ in self._commits)
+        dead = Counter(step for (step, _), commit in self._commits.items() if not commit.held_by)
+        return max((min(count, lineages[step] - 1) for step, count in dead.items()), default=0)
 
     @property
     def last_commit_at(self) -> float:

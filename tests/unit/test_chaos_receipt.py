@@ -32,6 +32,7 @@ QUIET = Receipt(
     crowd=None,
     longest_gap_seconds=1.0,
     lineages=1,
+    died_out=0,
     rollbacks=0,
     states_compared=0,
     digests_equal=True,

@@ -77,6 +77,27 @@ def test_rounds_of_both_sides_count_when_they_trained_apart(two: Ledger) -> None
     assert (two.attempted, two.committed, two.lineages) == (3, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("killed", "died_out"),
+    [((), 0), (("peer-1",), 0), (("peer-1", "peer-2"), 1), (("peer-1", "peer-2", "peer-3"), 1)],
+)
+def test_lineage_has_died_out_when_all_who_committed_it_were_killed(
+    two: Ledger, killed: tuple[str, ...], died_out: int
+) -> None:
+    for name, lineage in {"peer-1": "a", "peer-2": "a", "peer-3": "b"}.items():
+        two.observe(name, committed(1, 3, lineage=lineage * 64))
+    for name in killed:
+        two.gone(name, NOON + 4, killed=True)
+    assert (two.lineages, two.died_out) == (2, died_out)
+
+
+def test_no_lineage_has_died_out_when_nobody_went_another_way(two: Ledger) -> None:
+    for name in ("peer-1", "peer-2"):
+        two.observe(name, committed(1, 3))
+        two.gone(name, NOON + 4, killed=True)
+    assert two.died_out == 0
+
+
 def test_samples_add_up_when_some_are_wasted_rolled_back_or_lost(two: Ledger) -> None:
     for name in ("peer-1", "peer-2"):
         two.observe(name, committed(0, 10))
