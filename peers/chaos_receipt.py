@@ -37,7 +37,7 @@ class Twin:
 
 @dataclass(frozen=True)
 class BesideTwin:
-    """Both losses at the last of our points that the twin has come to as well, with the same samples behind."""
+    """Both losses at the last of our points that the twin has come to as well: equal samples behind."""
 
     samples: int
     loss: float
