@@ -173,8 +173,8 @@ class Attempt:
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
         ]
         self._on_held, self._on_failed = on_held, on_failed
-        self._parts: dict[tuple[int, int], bytes] = {}  # (member's rank, chunk of my span) → encoded sum
-        self._shadow: dict[tuple[int, int], bytes] = {}  # (reducer's rank, chunk) → encoded mean
+        self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._shadow: dict[tuple[int, int], Buffer] = {}  # (reducer's rank, chunk) → encoded mean
         self._norm = 0.0
         self._over = self._failed = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
@@ -197,7 +197,7 @@ class Attempt:
                 encoded = self._codec.encode(contribution.total[start:stop]) if contribution.samples else b""
                 self._deliver(reducer, header, encoded)
 
-    def receive(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    def receive(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's
         name."""
         if self._over:
@@ -233,7 +233,7 @@ class Attempt:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    def _deliver(self, to: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    def _deliver(self, to: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         if to == self._me:
             self.receive(to, header, payload)
         else:
@@ -456,7 +456,7 @@ class Rounds:
             self._note(Gone(peer))
         self._carry_out(self.member.linked(peer, up, self._now()))
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is
         dropped."""
         patience = self._now() + self.member.deadlines.silence_seconds([sender])

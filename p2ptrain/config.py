@@ -281,6 +281,11 @@ class PeerConfig(Section):
     """Addresses to tell other peers in place of those in `listen`, for a machine behind a forwarded port. A
     wrong one makes this peer unreachable."""
 
+    data_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """TCP port to take gradients on, at the addresses in `listen` or `announce`. 0 takes any free port, which
+    changes at each start: set one to open it in your router. Where no connection can be made either way,
+    gradients go over the slower connection that peers have anyway."""
+
     metrics_host: Annotated[str, Field(max_length=255)] = "127.0.0.1"
     """Address to serve metrics and health on. `0.0.0.0` will show them to all who can reach this machine."""
 

@@ -57,7 +57,7 @@ class _RunFile:
     def on_message(self, sender: PeerId, message: Message) -> None:
         """No part in any round."""
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """No part in any round."""
 
     def on_link(self, peer: PeerId, up: bool) -> None:

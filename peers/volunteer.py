@@ -99,6 +99,7 @@ async def volunteer(
             initial_peers=invite.addresses,
             listen=config.listen,
             announce=config.announce,
+            data_port=config.data_port,
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
@@ -122,6 +123,7 @@ async def volunteer(
             swarm.adopt(print_)
             metrics = Metrics(run.run_id, print_)
             metrics.read_traffic = lambda: swarm.traffic
+            metrics.read_carriers = lambda: swarm.carriers
             metrics.read_journal_lost = lambda: journal.lost
             observers.append(metrics.observe)
             peer = Peer(

@@ -76,8 +76,8 @@ class Recorder:
         self.messages.append((sender, message))
         self._changed.set()
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
-        self.chunks.append((sender, header, payload))
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
+        self.chunks.append((sender, header, bytes(payload)))
         self._changed.set()
         await self.gate.wait()
 

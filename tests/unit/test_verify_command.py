@@ -149,7 +149,7 @@ class LivePeer:
     def on_message(self, sender: PeerId, message: Message) -> None:
         """Takes part in no round here."""
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Takes part in no round here."""
 
     def on_link(self, peer: PeerId, up: bool) -> None:
