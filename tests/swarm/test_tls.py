@@ -269,12 +269,11 @@ async def test_listener_wants_a_certificate(sides: Any) -> None:
 async def test_others_get_in_when_strangers_connect_and_stall(
     sides: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "HANDSHAKE_SECONDS", 0.2)
-    monkeypatch.setattr(tls, "MAX_HANDSHAKES", 2)
+    monkeypatch.setattr(tls, "HANDSHAKE_SECONDS", 0.3)
     alice, bob = await pair(sides)
     stalling = [socket.create_connection(("127.0.0.1", bob.carrier.port)) for _ in range(4)]
     await alice.connected(bob)
-    await until(lambda: bob.carrier.faults["handshake"] == 4)
+    await until(lambda: bob.carrier.faults["handshake"] >= 4)
     for connection in stalling:
         connection.close()
 
