@@ -117,6 +117,9 @@ class Gone:
     peer: PeerId
 
 
+LEAST_SENT_BYTES = 64 * 1024
+"""So much fits into the buffers on the way: how long it took says nothing."""
+
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task whose failure is ours and ends the program."""
 
@@ -139,6 +142,29 @@ class _Outbox:
     def rewind(self) -> None:
         self.sent = 0
         self.wake.set()
+
+
+@dataclass
+class _Pace:
+    """How fast this peer sends while it has something to send."""
+
+    sent_bytes: int = 0
+    seconds: float = 0.0
+    _sending: int = 0
+    _since: float = 0.0
+
+    def begins(self, now: float) -> None:
+        """One more frame is on its way."""
+        if not self._sending:
+            self._since = now
+        self._sending += 1
+
+    def ends(self, now: float, sent_bytes: int) -> None:
+        """The carrier has taken so much of one of them."""
+        self._sending -= 1
+        self.sent_bytes += sent_bytes
+        if not self._sending:
+            self.seconds += now - self._since
 
 
 class Attempt:
@@ -175,6 +201,7 @@ class Attempt:
         self._on_held, self._on_failed = on_held, on_failed
         self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
         self._shadow: dict[tuple[int, int], Buffer] = {}  # (reducer's rank, chunk) → encoded mean
+        self._pace = _Pace()
         self._norm = 0.0
         self._over = self._failed = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
@@ -219,6 +246,14 @@ class Attempt:
         """The link to `peer` was reset: say everything again."""
         if peer in self._outboxes:
             self._outboxes[peer].rewind()
+
+    @property
+    def sent_at(self) -> float | None:
+        """Bytes per second while this peer had something to send; None if it sent next to nothing."""
+        pace = self._pace
+        return (
+            pace.sent_bytes / pace.seconds if pace.sent_bytes >= LEAST_SENT_BYTES and pace.seconds else None
+        )
 
     def payload(self) -> bytes:
         """The averaged bytes, spans in roster order, once all are here."""
@@ -336,12 +371,17 @@ class Attempt:
                 continue
             header, payload = outbox.frames[outbox.sent]
             outbox.sent += 1
+            loop, taken = asyncio.get_running_loop(), 0
+            self._pace.begins(loop.time())
             try:
                 await self._swarm.send_chunk(peer, header, payload)
+                taken = len(payload)
             except Unreachable:
                 # Either the link comes back and `rewind` says everything again, or the peer is lost and the
                 # leader ends the attempt.
                 outbox.sent = len(outbox.frames)
+            finally:
+                self._pace.ends(loop.time(), taken)
 
 
 # -- the machine and its surroundings ------------------------------------------------------------------------
@@ -490,6 +530,8 @@ class Rounds:
 
     def _end(self, outcome: Outcome) -> None:
         if self.attempt is not None:
+            if (rate := self.attempt.sent_at) is not None:
+                self.member.sent_at(rate)
             self.attempt.close()
             self.attempt = None
         self.outcome = outcome

@@ -19,6 +19,7 @@ Id = Annotated[PeerId, Field(min_length=1, max_length=128)]
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)]
+BytesPerSecond = Annotated[float, Field(ge=0.0, le=1e15, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=300)]
 Incarnation = Annotated[str, Field(max_length=32)]
 """Changes whenever a peer has lost what it held in memory: at its start, and at each catch-up."""
@@ -109,6 +110,8 @@ class Report(Record):
     """Expected time from sending this until the micro-batch in flight is done."""
     batch_seconds: Seconds
     """What one micro-batch takes this peer, measured; 0 before the first."""
+    rate: BytesPerSecond = 0.0
+    """At which it sends in rounds while it has something to send, measured; 0 before the first."""
     state_digest: Digest | None = None
     """Digest of the parameters at `position`, once known."""
 

@@ -209,7 +209,7 @@ class Ledger:
 
     @property
     def died_out(self) -> int:
-        """The most of one step that had a rival, and nobody to roll back: all who were in them were killed."""
+        """Of `lineages`, those that nobody rolled back from: all who had committed them were killed."""
         lineages = Counter(step for step, _ in self._commits)
         dead = Counter(step for (step, _), commit in self._commits.items() if not commit.held_by)
         return max((min(count, lineages[step] - 1) for step, count in dead.items()), default=0)

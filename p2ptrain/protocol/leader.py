@@ -22,7 +22,7 @@ from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
 from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.round import Distrusted, Effect, Rules, Send, Waiting
-from p2ptrain.protocol.spans import share_out
+from p2ptrain.protocol.spans import balanced, share_out
 from p2ptrain.records import (
     Abort,
     Answer,
@@ -314,7 +314,7 @@ class Leader:
             ballot=self.ballot,
             roster=tuple(roster),
             incarnations=tuple(self.reports[peer].report.incarnation for peer in roster),
-            spans=share_out(self.rules.values, [1.0] * len(roster)),
+            spans=share_out(self.rules.values, balanced([self.reports[peer].report.rate for peer in roster])),
             finishing=full.finishing,
             cutoff_seconds=full.cutoff_seconds,
             deadline_seconds=deadline_seconds,

@@ -58,6 +58,8 @@ MAX_KNOWN = 1024
 
 MAX_PASSED = 10_000
 MAX_UNHELPFUL = 5
+RATE_GAIN = 0.25
+"""Of each newly measured sending rate; spans follow the mean."""
 OFFENCES_FORGIVEN = 2
 """A bit may flip, and a peer may restart in the middle of something."""
 BENCH_SECONDS = 120.0
@@ -102,6 +104,7 @@ class Member:
         self.lost: set[PeerId] = set()
         self.known: dict[PeerId, Position] = {}
         self._report: Report | None = None
+        self._rate = 0.0
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
         self._unhelpful: Counter[PeerId] = Counter()
@@ -164,6 +167,7 @@ class Member:
             in_flight=0,
             finish_seconds=0.0,
             batch_seconds=0.0,
+            rate=self._rate,
         )
         for peer in newcomers:
             self._meet(peer)
@@ -209,9 +213,14 @@ class Member:
             in_flight=in_flight,
             finish_seconds=finish_seconds,
             batch_seconds=batch_seconds,
+            rate=self._rate,
             state_digest=state_digest,
         )
         return self._settle(self._speak(), now)
+
+    def sent_at(self, rate: float) -> None:
+        """In a round that ended, this peer sent so many bytes per second while it had something to send."""
+        self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
 
     def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
         """The data plane holds every span of the attempt that `header` names, so long after this peer had

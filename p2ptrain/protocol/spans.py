@@ -1,9 +1,44 @@
-"""Who reduces which slice of the gradient, and how a slice is cut into chunks."""
+"""Who reduces which slice of the gradient, and how a slice is cut into chunks.
+
+Not covered: a peer's rates up and down are not told apart, and neither are its links to single others.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from itertools import accumulate
+
+MOST_OF_MEDIAN = 8.0
+"""A rate counts for no more than so many medians: who boasts does not get to reduce everything."""
+STEPS_PER_OCTAVE = 4
+"""Of a rate in medians, which is rounded to them (by 9 % at most): spans stay where they are while measured
+rates waver."""
+
+
+def balanced(rates: Sequence[float]) -> list[float]:
+    """Shares of the gradient, 1 in sum, with which members that send at these rates end as early as can be.
+
+    `rates`: bytes per second in roster order, 0 for unknown, which counts as the median. Of n members, one
+    with share x sends 1 - x to the other reducers and x to each of the n - 1 others: 1 + (n - 2) x of the
+    gradient in all, and receives as much. Whoever takes longer than the others with no share at all gets
+    none; those that have one end together. This is the optimum of the linear program that minimises the
+    longest time, and then the next longest; with two members, shares change nothing and are equal.
+    """
+    members = len(rates)
+    known = sorted(rate for rate in rates if rate > 0)
+    if members < 3 or not known:
+        return [1 / members] * members
+    usual = statistics.median(known)
+    each = [_rounded(min(rate / usual, MOST_OF_MEDIAN)) if rate > 0 else 1.0 for rate in rates]
+    fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
+    for count, rate in enumerate(fastest_first, 1):
+        sum_of_rates += rate
+        ends = (members - 2 + count) / sum_of_rates  # if only these have shares
+        if count == members or fastest_first[count] * ends <= 1:
+            break
+    return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
 
 
 def share_out(values: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -25,3 +60,7 @@ def chunk_ranges(start: int, stop: int, chunk_values: int) -> list[tuple[int, in
 def chunk_count(start: int, stop: int, chunk_values: int) -> int:
     """How many chunks `chunk_ranges` gives."""
     return -(-(stop - start) // chunk_values)
+
+
+def _rounded(medians: float) -> float:
+    return math.exp2(round(STEPS_PER_OCTAVE * math.log2(medians)) / STEPS_PER_OCTAVE)

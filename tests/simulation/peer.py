@@ -6,6 +6,7 @@ in. Everything that decides is `p2ptrain.protocol`.
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -291,6 +292,7 @@ class Peer:
         self.sim.invariants.contents[header.digest] = max(content, key=len)
         self.sim.invariants.held(self, header)
         now = self.sim.network.now
+        self.machine.sent_at(1.0 + zlib.crc32(f"{self.name}{header.digest}".encode()) % 1000)
         self.carry_out(self.machine.held(header, now - (attempt.sealed or now), now))
 
     def average(self, attempt: Attempt, number: int) -> None:

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2ptrain.protocol.spans import chunk_count, chunk_ranges, share_out
+from p2ptrain.protocol.spans import (
+    MOST_OF_MEDIAN,
+    STEPS_PER_OCTAVE,
+    balanced,
+    chunk_count,
+    chunk_ranges,
+    share_out,
+)
 
 shares = st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(lambda s: sum(s) > 0)
 
@@ -36,3 +43,36 @@ def test_equal_shares_give_equal_spans() -> None:
 def test_shares_are_refused_when_they_cannot_be_shares(parts: list[float]) -> None:
     with pytest.raises(ValueError, match="shares must be"):
         share_out(10, parts)
+
+
+exact = st.integers(0, 3 * STEPS_PER_OCTAVE).map(lambda step: 2 ** (step / STEPS_PER_OCTAVE))
+"""Rates that are neither rounded nor beyond the bound."""
+
+
+@given(st.lists(exact, min_size=3, max_size=31).filter(lambda rates: len(rates) % 2 == 1))
+def test_members_that_reduce_end_together_and_the_others_could_not_end_earlier(rates: list[float]) -> None:
+    shares, reducers = balanced(rates), len(rates) - 2
+    assert sum(shares) == pytest.approx(1)
+    # The median of an odd number is one of them, so ratios to it are not rounded either.
+    ends = [(1 + reducers * share) / rate for share, rate in zip(shares, rates, strict=True)]
+    together = [end for end, share in zip(ends, shares, strict=True) if share]
+    assert together == pytest.approx([together[0]] * len(together))
+    assert min(ends) == pytest.approx(together[0])
+
+
+def test_slow_uplink_sends_its_own_gradient_and_reduces_nothing() -> None:
+    shares = balanced([10e6, 20e6, 50e6, 100e6])
+    assert shares[0] == 0
+    # What 10 Mbit/s take for the gradient bounds the round; everybody else is done by then.
+    assert max((1 + 2 * x) / rate for x, rate in zip(shares, [10, 20, 50, 100], strict=True)) == 1 / 10
+
+
+@pytest.mark.parametrize(
+    "rates", [[5.0], [1.0, 9.0], [0.0, 0.0, 0.0], [100.0, 101.0, 99.0, 98.0], [7.0, 0, 0]]
+)
+def test_shares_are_equal_when_nothing_speaks_for_others(rates: list[float]) -> None:
+    assert balanced(rates) == pytest.approx([1 / len(rates)] * len(rates))
+
+
+def test_boaster_gets_no_more_than_a_very_fast_peer() -> None:
+    assert balanced([1.0, 1.0, 1.0, 1e15]) == balanced([1.0, 1.0, 1.0, MOST_OF_MEDIAN])
