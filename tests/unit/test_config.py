@@ -170,7 +170,8 @@ WRONG_RUNS = {
     "[schedule]\nfinal_ratio = nan": "schedule.final_ratio in FILE must be a number from 0 to 1, but is NaN",
     "[task]\ncorpus = ''": 'task.corpus in FILE must be text of 1 to 300 characters, but is ""',
     "codec = 'int7'": (
-        'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk", but is "int7"'
+        'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk" or "lowrank", '
+        'but is "int7"'
     ),
     "strategy = 'local'": 'strategy in FILE must be "sync", but is "local"',
     "run_id = 'My Run'": (
