@@ -21,8 +21,10 @@ from torch import Tensor
 
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
+from p2ptrain.gradients.accumulator import Sent
 from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.gradients.feedback import Owed
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -63,6 +65,8 @@ class Committed:
 
     entry: Entry
     newcomers: tuple[PeerId, ...]
+    sent: Sequence[Sent]
+    """This peer's contribution as the entry has it, if the codec loses something."""
     sealed: float
     """Loop time of sealing the contribution, and of holding every span."""
     held: float
@@ -178,11 +182,13 @@ class Attempt:
         chunk_values: int,
         most_samples: int,
         usual_norm: float,
+        owed: Owed,
         spawn: Spawn,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
-        """`usual_norm`: of the last averaged gradient, 0 if there was none."""
+        """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
+        since the last commit."""
         self.freeze = freeze
         self._usual_norm = usual_norm
         self.began = asyncio.get_running_loop().time()
@@ -198,6 +204,8 @@ class Attempt:
             chunk_ranges(start, stop, chunk_values)
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
         ]
+        self.owed = owed.moved(*freeze.spans[self._reduction.rank :][:2])
+        self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
         self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
         self._shadow: dict[tuple[int, int], Buffer] = {}  # (reducer's rank, chunk) → encoded mean
@@ -222,6 +230,8 @@ class Attempt:
                     samples=contribution.samples,
                 )
                 encoded = self._codec.encode(contribution.total[start:stop]) if contribution.samples else b""
+                if contribution.samples and self._codec.feedback:
+                    self.sent.append((start, stop, encoded))
                 self._deliver(reducer, header, encoded)
 
     def receive(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
@@ -315,9 +325,7 @@ class Attempt:
             detail = f"the gradient of {peer[-8:]} is over {OUTSIZED:,.0f} times as long as the others'"
             self._fail([peer], AbortCause.BAD_CHUNK, detail)
             return
-        encoded = self._codec.encode(mean_chunk(parts, counts))
-        decoded = torch.empty(stop - start)
-        self._codec.decode(encoded, decoded)
+        encoded, decoded = self.owed.encode(start, mean_chunk(parts, counts))
         self._norm += squared_norm(decoded)
         last = number == len(self._ranges[reduction.rank]) - 1
         header = Averaged(
@@ -414,6 +422,7 @@ class Rounds:
         """How the last attempt, or the wait for one, ended; the trainer takes it and sets None."""
         self._swarm = swarm
         self._codec = codec
+        self._owed = Owed(codec)
         self._chunk_values = chunk_values
         self._serve = serve
         self._spawn = spawn
@@ -429,8 +438,10 @@ class Rounds:
     def advance(
         self, position: Position, last: EntryHeader | None, newcomers: Iterable[PeerId], *, settled: bool
     ) -> None:
-        """The replica stands at `position` now."""
+        """The replica stands at `position` now; what was owed counts no more if no commit led there."""
         self.outcome = None
+        if not settled:
+            self._owed = Owed(self._codec)
         self._carry_out(
             self.member.advance(position, last, self._now(), newcomers=newcomers, settled=settled)
         )
@@ -554,6 +565,7 @@ class Rounds:
             self._chunk_values,
             self.member.rules.most_samples,
             math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
+            self._owed,
             self._spawn,
             on_held,
             on_failed,
@@ -577,7 +589,8 @@ class Rounds:
                     assert attempt is not None
                     assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
-                    self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
+                    self._owed = attempt.owed
+                    self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))
                 case TookOver() | Waiting() | Diverged() | Distrusted() | Benched():

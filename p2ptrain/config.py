@@ -180,9 +180,11 @@ class RunConfig(Section):
     """Most peers in one round; when there are more, those that bring most samples are in. Setting it high
     will multiply connections and cut the gradient into ever smaller spans."""
 
-    codec: Literal["fp32", "fp16"] = "fp16"
+    codec: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk", "lowrank"] = "fp16"
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
-    2. Replicas stay bit-equal with either, because all peers decode the same bytes."""
+    2, `bf16` to 8 bits in 2, `int8` in 1.02, `int4` in 0.53, `topk` only the largest 1/32 of the values, in
+    0.13, `lowrank` in about 0.08. What the last five lose is sent with later steps. Replicas stay bit-equal
+    with any, because all peers decode the same bytes."""
 
     chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 65_536
     """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will

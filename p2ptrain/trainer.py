@@ -40,7 +40,7 @@ from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, sent_in_round
-from p2ptrain.replica.log import Entry, EntryLog
+from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
@@ -259,7 +259,7 @@ class Peer:
         self.donor.appended()
         await self._digested()
         rate = learning_rate(self.run, header.step)
-        await self._compute(self._apply_now, entry)
+        await self._compute(self._apply_now, committed)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -488,10 +488,10 @@ class Peer:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _apply_now(self, entry: Entry) -> None:
+    def _apply_now(self, committed: Committed) -> None:
         """On the compute thread."""
-        self.replica.apply(entry)
-        self._accumulator.reset()
+        self.replica.apply(committed.entry)
+        self._accumulator.settle(self._codec, committed.sent)
 
     def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
         # Even if the step is the same as before, after a catch-up that failed: its samples are drawn anew, so

@@ -169,7 +169,10 @@ WRONG_RUNS = {
     ),
     "[schedule]\nfinal_ratio = nan": "schedule.final_ratio in FILE must be a number from 0 to 1, but is NaN",
     "[task]\ncorpus = ''": 'task.corpus in FILE must be text of 1 to 300 characters, but is ""',
-    "codec = 'int8'": 'codec in FILE must be "fp32" or "fp16", but is "int8"',
+    "codec = 'int7'": (
+        'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk" or "lowrank", '
+        'but is "int7"'
+    ),
     "strategy = 'local'": 'strategy in FILE must be "sync", but is "local"',
     "run_id = 'My Run'": (
         f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "My Run"'
@@ -282,7 +285,7 @@ runs = st.builds(
     run_id=st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True),
     seed=st.integers(0, 2**31 - 1),
     target_batch_size=st.integers(1, 2**24),
-    codec=st.sampled_from(["fp32", "fp16"]),
+    codec=st.sampled_from(["fp32", "fp16", "int8"]),
     task=st.builds(
         BytesTask, corpus=st.text(min_size=1, max_size=300, alphabet=st.characters(exclude_categories=["Cs"]))
     ),
