@@ -29,6 +29,7 @@ from p2ptrain.allreduce import (
     Note,
     Outcome,
     Rounds,
+    at_once,
 )
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
@@ -102,12 +103,14 @@ class Peer:
         incarnation: str,
         compute: Compute,
         aside: Compute,
+        work: Compute = at_once,
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
         partial: Path | None = None,
         lineages: bytes = b"",
     ) -> None:
-        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
+        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others,
+        and `work` the sums of a round, on one beside the event loop;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
         `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
@@ -144,7 +147,7 @@ class Peer:
         )
         member = Member(swarm.peer_id, incarnation, rules)
         self.rounds = Rounds(
-            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted
+            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted, work
         )
         self._catch_up = CatchUp(
             swarm,

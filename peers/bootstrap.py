@@ -60,6 +60,9 @@ class _RunFile:
     async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """No part in any round."""
 
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
+
     def on_link(self, peer: PeerId, up: bool) -> None:
         """Peers come and go."""
 

@@ -112,6 +112,7 @@ async def volunteer(
                 )
             check_together(run, config)
             compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
+            work = _threads(stack, "reduce", 1)
             replica, task, print_ = await compute(partial(_build, run, config))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
@@ -136,6 +137,7 @@ async def volunteer(
                 incarnation=secrets.token_hex(8),
                 compute=compute,
                 aside=aside,
+                work=work,
                 observe=observe,
                 checkpoints=checkpoints,
                 lineages=lineages,

@@ -46,8 +46,8 @@ class Codec(Protocol):
         """Size of `count` encoded values, in bytes."""
         ...
 
-    def encode(self, values: Tensor) -> bytes:
-        """The bytes of a chunk (float32 [n], contiguous).
+    def encode(self, values: Tensor) -> Buffer:
+        """The bytes of a chunk (float32 [n], contiguous); they may be those of `values` itself.
 
         Raises ValueError if a value is not finite or beyond `LARGEST`: what we send was ours to check.
         """
@@ -78,9 +78,9 @@ class Fp32:
     def encoded_bytes(self, count: int) -> int:
         return 4 * count
 
-    def encode(self, values: Tensor) -> bytes:
+    def encode(self, values: Tensor) -> Buffer:
         _largest_to_send(values)
-        return values.numpy().tobytes()
+        return values.numpy().data.cast("B").toreadonly()
 
     def decode(self, data: Buffer, out: Tensor) -> None:
         _check_size(self, data, out)
@@ -249,7 +249,7 @@ def _to_levels(values: Tensor, block: int, most: int) -> tuple[memoryview, Tenso
     _largest_to_send(largest)
     scales = largest.div_(_float32(most)).clamp_(min=_SMALLEST_NORMAL).to(torch.bfloat16)
     levels = torch.mul(rows, scales.float().reciprocal_()[:, None]).round_().to(torch.int8)
-    return memoryview(scales.view(torch.int16).numpy()), levels.view(-1)[:count]
+    return scales.view(torch.int16).numpy().data, levels.view(-1)[:count]
 
 
 def _from_levels(codec: Codec, data: Buffer, levels: Tensor, block: int, out: Tensor) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from p2ptrain.gradients.codecs import LARGEST, Codec
+from p2ptrain.gradients.codecs import LARGEST, Buffer, Codec
 
 
 class Owed:
@@ -34,7 +34,7 @@ class Owed:
             moved._lost[low - start : high - start] = kept
         return moved
 
-    def encode(self, start: int, mean: Tensor) -> tuple[bytes, Tensor]:
+    def encode(self, start: int, mean: Tensor) -> tuple[Buffer, Tensor]:
         """The mean (float32 [n], which is used up) of the values from `start` on, plus what was owed to them:
         as bytes, and as everyone will decode these. What they lose is owed from now on."""
         if self._codec.feedback:

@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 16 * 1024
 """That of an averaged chunk names the samples of up to 256 members: some 5 kB."""
 READ_AHEAD_FRAMES = 2
 """Frames that may wait to be taken."""
-WRITE_AHEAD_BYTES = 2**20
+WRITE_AHEAD_BYTES = 2**18
 """Encrypted, and not yet in the kernel's hands; beyond this a writer waits."""
 SLICE_BYTES = 2**18
 """What is encrypted at once: while it is in the cache, it goes to the kernel."""

@@ -278,7 +278,9 @@ class Lanes:
 
     def place(self, sender: PeerId, header: Wire, size: int) -> memoryview | None:
         """Where the payload of a chunk that is about to come directly shall be written; None: wherever."""
-        return None
+        if self._handler is None or self._closed or not isinstance(header, Chunk | Averaged):
+            return None
+        return self._handler.place(sender, header, size)
 
     async def deliver(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """A chunk came directly."""

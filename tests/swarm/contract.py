@@ -81,6 +81,9 @@ class Recorder:
         self._changed.set()
         await self.gate.wait()
 
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
+
     def on_link(self, peer: PeerId, up: bool) -> None:
         self.links.append((peer, up))
         self._changed.set()

@@ -152,6 +152,9 @@ class LivePeer:
     async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Takes part in no round here."""
 
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
+
     def on_link(self, peer: PeerId, up: bool) -> None:
         """Peers come and go."""
 
