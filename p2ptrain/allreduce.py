@@ -187,6 +187,16 @@ _Key = tuple[int, int]
 """(reducer's rank, number) of a chunk of the entry."""
 
 
+def touched_memory(size_bytes: int) -> memoryview:
+    """Memory that the kernel has really given: the first touch of a page costs as much as a copy of it."""
+    memory = np.empty(size_bytes, np.uint8)
+    memory[::_PAGE_BYTES] = 0
+    return memory.data
+
+
+_PAGE_BYTES = 4096
+
+
 class _Shadow:
     """The averaged bytes of all spans, in one piece of memory; each chunk is received straight into it.
 
@@ -194,13 +204,18 @@ class _Shadow:
     each other. What comes a second time, over the other carrier, is kept beside.
     """
 
-    def __init__(self, ranges: Sequence[Sequence[tuple[int, int]]], codec: Codec) -> None:
+    def __init__(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], codec: Codec, memory: memoryview | None
+    ) -> None:
+        """`memory`: for it to be in, if large enough; whoever gives it does not use it again."""
         self._bounds: dict[_Key, tuple[int, int]] = {}
         at = 0
         for rank, chunks in enumerate(ranges):
             for number, (start, stop) in enumerate(chunks):
                 self._bounds[rank, number] = at, (at := at + codec.encoded_bytes(stop - start))
-        self._memory = np.empty(at, np.uint8).data  # unlike a bytearray, not zeroed first
+        if memory is None or memory.nbytes < at:
+            memory = np.empty(at, np.uint8).data
+        self._memory = memory[:at]
         self._lent: dict[_Key, memoryview] = {}
         self._beside: dict[_Key, Buffer] = {}
 
@@ -247,11 +262,12 @@ class Attempt:
         spawn: Spawn,
         work: Work,
         scratch: Scratch,
+        memory: memoryview | None,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
         """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
-        since the last commit."""
+        since the last commit; `memory`: for the averaged bytes, if it is large enough."""
         self.freeze = freeze
         self._usual_norm = usual_norm
         self.began = asyncio.get_running_loop().time()
@@ -274,7 +290,7 @@ class Attempt:
         self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
         self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
-        self._shadow = _Shadow(self._ranges, codec)
+        self._shadow = _Shadow(self._ranges, codec, memory)
         self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
         self._pace = _Pace()
         self._norm = 0.0
@@ -532,6 +548,8 @@ class Rounds:
         self._spawn = spawn
         self._note = note
         self._work, self._scratch = work, Scratch()
+        self._memory: memoryview | None = None
+        self._entry_bytes = 0
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
@@ -547,6 +565,8 @@ class Rounds:
         self.outcome = None
         if not settled:
             self._owed = Owed(self._codec)
+        if settled and self._memory is None:
+            self._spawn(self._fetch_memory())
         self._carry_out(
             self.member.advance(position, last, self._now(), newcomers=newcomers, settled=settled)
         )
@@ -680,10 +700,16 @@ class Rounds:
             self._spawn,
             self._work,
             self._scratch,
+            self._memory,
             on_held,
             on_failed,
         )
+        self._memory = None
         self._change()
+
+    async def _fetch_memory(self) -> None:
+        """Have memory ready for an entry of about the last one's size, while nobody waits for it."""
+        self._memory = await self._work(touched_memory, self._entry_bytes + self._entry_bytes // 64 + 1024)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         if self._closed:
@@ -702,6 +728,7 @@ class Rounds:
                     assert attempt is not None
                     assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
+                    self._entry_bytes = len(entry.payload)
                     self._owed = attempt.owed
                     self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):

@@ -48,7 +48,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
     import torch
 
     from p2ptrain import PROTOCOL_VERSION
-    from p2ptrain.allreduce import Attempt, Contribution
+    from p2ptrain.allreduce import Attempt, Contribution, touched_memory
     from p2ptrain.config import RunConfig
     from p2ptrain.events import Carrier
     from p2ptrain.gradients.codecs import codec_named
@@ -108,6 +108,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
 
     async def average(step: int, codec_name: str, roster: list[PeerId], seconds: float) -> dict[str, Any]:
         codec, ended = codec_named(codec_name), loop.create_future()
+        memory = await work(touched_memory, codec.encoded_bytes(values) + 2**16)  # as while they compute
         freeze = Freeze(
             step=step,
             parent="e" * 64,
@@ -133,6 +134,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
                 group.create_task,
                 work,
                 scratch,
+                memory,
                 lambda header, _: ended.set_result(header.digest),
                 lambda suspects, cause, detail: ended.set_exception(RuntimeError(f"{cause}: {detail}")),
             )
