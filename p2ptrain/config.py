@@ -186,7 +186,9 @@ class RunConfig(Section):
     0.13, `lowrank` in about 0.08. What the last five lose is sent with later steps. Replicas stay bit-equal
     with any, because all peers decode the same bytes."""
 
-    chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 65_536
+    # Measured with 2 peers on loopback, a round of 100 MB of fp32 over TLS: 0.38 s of one core per peer with
+    # 65,536 values, 0.28 s with 131,072, 0.25 s with 262,144. A chunk in fp16 takes 21 ms at 100 Mbit/s.
+    chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 131_072
     """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will
     spend time on headers; setting it high will leave the network idle while the first chunk is encoded."""
 

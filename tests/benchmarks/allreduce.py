@@ -2,13 +2,13 @@
 
     python tests/benchmarks/allreduce.py --peers 2 --megabytes 100 [--rounds 7]
 
-Ours is an `Attempt` as in training, with a roster that is fixed beforehand: encoding, sending, adding in roster
-order, checking, hashing, until every peer holds the same bytes; per carrier and codec. hivemind's is the
-all-reduce of its `DecentralizedAverager`, in a group that was formed beforehand. gloo's is torch's `all_reduce`,
-without encryption, checks or names, for peers that never leave. Each peer is a process on loopback with one
-torch thread. All contenders are up all the time and take turns; what counts is the median of the rounds, each
-from the last peer's start to the last one's end on one monotonic clock. A whole round of a tiny model, with
-freeze, commit and step, is measured after that, by `round_latency`.
+Ours is an `Attempt` as in training, with a roster that is fixed beforehand: encoding, sending, adding in
+roster order, checking, hashing, until every peer holds the same bytes; per carrier and codec. hivemind's is
+the all-reduce of its `DecentralizedAverager`, in a group that was formed beforehand. gloo's is torch's
+`all_reduce`, without encryption or checks, for peers that never leave. Each peer is a process on loopback
+with one torch thread. All contenders are up all the time and take turns; what counts is the median of the
+rounds, each from the last peer's start to the last one's end on one monotonic clock. A whole round of a tiny
+model, with freeze, commit and step, is measured after that, by `round_latency`.
 
 Not covered: the internet.
 """
@@ -149,7 +149,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
             usage = resource.getrusage(resource.RUSAGE_SELF)
             spent = usage.ru_utime + usage.ru_stime - cpu
             # What others still need of it goes out before it is told that all is over.
-            while any(box.sent < len(box.frames) for box in attempt._outboxes.values()):
+            while any(box.sent < len(box.frames) for box in attempt._outboxes.values()):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.02)
             attempt.close()

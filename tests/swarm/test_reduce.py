@@ -107,7 +107,6 @@ async def average(
 
 async def over(folder: Path, data_port: int | None, work: Work) -> dict[str, tuple[EntryHeader, bytes]]:
     """By codec, what two peers held in the end: both the same. With a data port, it came over TLS."""
-    folder.mkdir(exist_ok=True)
     fabric = Libp2pFabric(folder)
     try:
         swarms = sorted(
@@ -145,7 +144,7 @@ async def over(folder: Path, data_port: int | None, work: Work) -> dict[str, tup
 async def test_peers_hold_the_same_bytes_whichever_way_the_chunks_went_and_whoever_added_them(
     tmp_path: Path,
 ) -> None:
-    """The same identities, and so the same roster, over TLS with a thread that adds and over libp2p without."""
+    """The same identities, and so the same roster: over TLS with a thread that adds, over libp2p without."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1) as thread:
 
