@@ -4,7 +4,10 @@
 bytes: it sends this peer's contribution to every reducer, averages this peer's own span, and collects the
 averaged chunks of all spans in a shadow buffer that touches nothing until the round is committed.
 
-Not covered: the numeric work of an attempt runs on the event loop, chunk by chunk.
+Numeric work is done by whatever `Work` the caller gives, a thread beside the event loop for instance, while
+other chunks are sent and received. Its order and so its results are the same for any.
+
+Not covered: contributions that come faster than they are added wait in memory, at most a span of each member.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
-from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
+from p2ptrain.gradients.accumulator import Sent
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.gradients.feedback import Owed
+from p2ptrain.gradients.reducing import Scratch, Spoilt, average_chunk, check_chunk
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -63,6 +68,8 @@ class Committed:
 
     entry: Entry
     newcomers: tuple[PeerId, ...]
+    sent: Sequence[Sent]
+    """This peer's contribution as the entry has it, if the codec loses something."""
     sealed: float
     """Loop time of sealing the contribution, and of holding every span."""
     held: float
@@ -120,6 +127,15 @@ class Gone:
 LEAST_SENT_BYTES = 64 * 1024
 """So much fits into the buffers on the way: how long it took says nothing."""
 
+Work = Callable[..., Awaitable[Any]]
+"""Runs a function with its arguments, one after the other, and gives its result."""
+
+
+async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`Work` that is done here and now."""
+    return function(*arguments)
+
+
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task whose failure is ours and ends the program."""
 
@@ -167,6 +183,70 @@ class _Pace:
             self.seconds += now - self._since
 
 
+_Key = tuple[int, int]
+"""(reducer's rank, number) of a chunk of the entry."""
+
+
+def touched_memory(size_bytes: int) -> memoryview:
+    """Memory that the kernel has really given: the first touch of a page costs as much as a copy of it."""
+    memory = np.empty(size_bytes, np.uint8)
+    memory[::_PAGE_BYTES] = 0
+    return memory.data
+
+
+_PAGE_BYTES = 4096
+
+
+class _Shadow:
+    """The averaged bytes of all spans, in one piece of memory; each chunk is received straight into it.
+
+    A place is lent once: two connections that bring the same chunk, one of them stalled, must not write over
+    each other. What comes a second time, over the other carrier, is kept beside.
+    """
+
+    def __init__(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], codec: Codec, memory: memoryview | None
+    ) -> None:
+        """`memory`: for it to be in, if large enough; whoever gives it does not use it again."""
+        self._bounds: dict[_Key, tuple[int, int]] = {}
+        at = 0
+        for rank, chunks in enumerate(ranges):
+            for number, (start, stop) in enumerate(chunks):
+                self._bounds[rank, number] = at, (at := at + codec.encoded_bytes(stop - start))
+        if memory is None or memory.nbytes < at:
+            memory = np.empty(at, np.uint8).data
+        self._memory = memory[:at]
+        self._lent: dict[_Key, memoryview] = {}
+        self._beside: dict[_Key, Buffer] = {}
+
+    def lend(self, key: _Key, size: int) -> memoryview | None:
+        """The place of that chunk, if it is one, of that size, and not lent yet."""
+        start, stop = self._bounds.get(key, (0, 0))
+        if key in self._lent or size != stop - start:
+            return None
+        place = self._lent[key] = self._memory[start:stop]
+        return place
+
+    def own(self, key: _Key) -> memoryview:
+        """The place of a chunk that nobody else has to do with."""
+        start, stop = self._bounds[key]
+        return self._memory[start:stop]
+
+    def place_of(self, key: _Key, payload: Buffer) -> memoryview | None:
+        """Where that payload still has to be copied to; None if it is there already, or kept beside."""
+        if self._lent.get(key) is payload:
+            return None
+        if (place := self.lend(key, len(payload))) is None:
+            self._beside[key] = payload
+        return place
+
+    def payload(self) -> Buffer:
+        """All of it, once all of it is here."""
+        if not self._beside:
+            return self._memory.toreadonly()
+        return b"".join(self._beside.get(key, self._memory[slice(*at)]) for key, at in self._bounds.items())
+
+
 class Attempt:
     """The transfers of one attempt; `on_held` or `on_failed` is called when they are over."""
 
@@ -178,11 +258,16 @@ class Attempt:
         chunk_values: int,
         most_samples: int,
         usual_norm: float,
+        owed: Owed,
         spawn: Spawn,
+        work: Work,
+        scratch: Scratch,
+        memory: memoryview | None,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
     ) -> None:
-        """`usual_norm`: of the last averaged gradient, 0 if there was none."""
+        """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
+        since the last commit; `memory`: for the averaged bytes, if it is large enough."""
         self.freeze = freeze
         self._usual_norm = usual_norm
         self.began = asyncio.get_running_loop().time()
@@ -193,38 +278,41 @@ class Attempt:
         self._me = swarm.peer_id
         self._swarm = swarm
         self._codec = codec
+        self._work = work
+        self._scratch = scratch
+        self._spawn = spawn
         self._reduction = Reduction(freeze, self._me, chunk_values, most_samples)
         self._ranges = [
             chunk_ranges(start, stop, chunk_values)
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
         ]
+        self.owed = owed.moved(*freeze.spans[self._reduction.rank :][:2])
+        self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
-        self._parts: dict[tuple[int, int], bytes] = {}  # (member's rank, chunk of my span) → encoded sum
-        self._shadow: dict[tuple[int, int], bytes] = {}  # (reducer's rank, chunk) → encoded mean
+        self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._shadow = _Shadow(self._ranges, codec, memory)
+        self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
         self._pace = _Pace()
         self._norm = 0.0
         self._over = self._failed = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
-        self._senders = [spawn(self._send_all(peer, outbox)) for peer, outbox in self._outboxes.items()]
+        self._part_came = asyncio.Event()
+        self._tasks = [spawn(self._send_all(peer, outbox)) for peer, outbox in self._outboxes.items()]
+        self._tasks.append(spawn(self._reduce()))
         self._timer = asyncio.get_running_loop().call_later(freeze.deadline_seconds, self._overdue)
 
     def contribute(self, contribution: Contribution) -> None:
         """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
         self.sealed = asyncio.get_running_loop().time()
-        for rank, reducer in enumerate(self.freeze.roster):
-            ranges = self._ranges[rank] if contribution.samples else self._ranges[rank][:1]
-            for number, (start, stop) in enumerate(ranges):
-                header = Chunk(
-                    step=self.freeze.step,
-                    parent=self.freeze.parent,
-                    ballot=self.freeze.ballot,
-                    number=number,
-                    samples=contribution.samples,
-                )
-                encoded = self._codec.encode(contribution.total[start:stop]) if contribution.samples else b""
-                self._deliver(reducer, header, encoded)
+        self._tasks.append(self._spawn(self._contribute(contribution)))
 
-    def receive(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        """Where the payload of a frame of this attempt, about to arrive, shall be written; None: wherever."""
+        if self._over or not isinstance(header, Averaged) or sender not in self._outboxes:
+            return None
+        return self._shadow.lend((self.freeze.roster.index(sender), header.number), size)
+
+    async def receive(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's
         name."""
         if self._over:
@@ -233,7 +321,7 @@ class Attempt:
             if isinstance(header, Chunk):
                 self._take_part(sender, header, payload)
             else:
-                self._take_mean(sender, header, payload)
+                await self._take_mean(sender, header, payload)
         except BadMessage as fault:
             self._fail([sender], AbortCause.BAD_CHUNK, str(fault))
 
@@ -255,26 +343,48 @@ class Attempt:
             pace.sent_bytes / pace.seconds if pace.sent_bytes >= LEAST_SENT_BYTES and pace.seconds else None
         )
 
-    def payload(self) -> bytes:
+    def payload(self) -> Buffer:
         """The averaged bytes, spans in roster order, once all are here."""
-        return b"".join(self._shadow[key] for key in sorted(self._shadow))
+        return self._shadow.payload()
 
     def close(self) -> None:
         """Stop all transfers."""
         self._over = True
         self._timer.cancel()
-        for sender in self._senders:
-            sender.cancel()
+        for task in self._tasks:
+            task.cancel()
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    def _deliver(self, to: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
-        if to == self._me:
-            self.receive(to, header, payload)
-        else:
-            self._outboxes[to].put(header, payload)
+    async def _contribute(self, contribution: Contribution) -> None:
+        """Encode and send, a chunk for each reducer in turn, so that all have something to do from the
+        start."""
+        roster, mine = self.freeze.roster, self._reduction.rank
+        others_first = [*range(mine + 1, len(roster)), *range(mine + 1)]
+        most = max(map(len, self._ranges)) if contribution.samples else 1
+        for number in range(most):
+            for rank in others_first:
+                if number >= len(self._ranges[rank]):
+                    continue
+                start, stop = self._ranges[rank][number]
+                header = Chunk(
+                    step=self.freeze.step,
+                    parent=self.freeze.parent,
+                    ballot=self.freeze.ballot,
+                    number=number,
+                    samples=contribution.samples,
+                )
+                encoded: Buffer = b""
+                if contribution.samples:
+                    encoded = await self._work(self._codec.encode, contribution.total[start:stop])
+                    if self._codec.feedback:
+                        self.sent.append((start, stop, encoded))
+                if rank == mine:
+                    await self.receive(self._me, header, encoded)
+                else:
+                    self._outboxes[roster[rank]].put(header, encoded)
 
-    def _take_part(self, sender: PeerId, chunk: Chunk, payload: bytes) -> None:
+    def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer) -> None:
         reduction = self._reduction
         if not reduction.accept(sender, chunk):
             return
@@ -286,71 +396,88 @@ class Attempt:
                     f"chunk {chunk.number} from {sender[-8:]} has {len(payload)} bytes, not {expected}"
                 )
             self._parts[rank, chunk.number] = payload
-        for number in reduction.ready():
-            self._average(number)
-            if self._over:
-                return
+        self._part_came.set()
 
-    def _average(self, number: int) -> None:
+    async def _reduce(self) -> None:
+        """Average the chunks of my span, in order, as soon as all members' parts of each are here."""
+        while not self._over:
+            for number in self._reduction.ready():
+                await self._average(number)
+                if self._over or self._failed:
+                    return
+            await self._part_came.wait()
+            self._part_came.clear()
+
+    async def _average(self, number: int) -> None:
         """All of chunk `number` is here: sum in roster order, divide once, encode once, same bytes to all."""
         reduction, roster = self._reduction, self.freeze.roster
         start, stop = self._ranges[reduction.rank][number]
-        ranks = reduction.contributors()
-        samples = reduction.samples
-        parts = []
-        for rank in ranks:
-            part = torch.empty(stop - start)
-            try:
-                self._codec.decode(self._parts.pop((rank, number)), part)
-            except BadMessage as fault:
-                self._fail([roster[rank]], AbortCause.NONFINITE, str(fault))
-                return
-            parts.append(part)
-        counts = [samples[rank] for rank in ranks]
-        if not parts:
+        ranks, samples = reduction.contributors(), reduction.samples
+        if not ranks:
             self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
             return
-        if (odd := outsized(parts, counts, self._usual_norm)) is not None:
-            peer = roster[ranks[odd]]
-            detail = f"the gradient of {peer[-8:]} is over {OUTSIZED:,.0f} times as long as the others'"
-            self._fail([peer], AbortCause.BAD_CHUNK, detail)
+        parts = [self._parts.pop((rank, number)) for rank in ranks]
+        counts = [samples[rank] for rank in ranks]
+        key = reduction.rank, number
+        encoded = self._shadow.own(key)
+        try:
+            norm, digest = await self._work(
+                average_chunk,
+                self._codec,
+                self._scratch,
+                parts,
+                counts,
+                self._usual_norm,
+                self.owed,
+                start,
+                stop - start,
+                encoded,
+            )
+        except Spoilt as fault:
+            peer = roster[ranks[fault.index]]
+            if fault.finite:
+                self._fail([peer], AbortCause.BAD_CHUNK, f"the gradient of {peer[-8:]} is {fault}")
+            else:
+                self._fail([peer], AbortCause.NONFINITE, str(fault))
             return
-        encoded = self._codec.encode(mean_chunk(parts, counts))
-        decoded = torch.empty(stop - start)
-        self._codec.decode(encoded, decoded)
-        self._norm += squared_norm(decoded)
-        last = number == len(self._ranges[reduction.rank]) - 1
+        self._norm += norm
         header = Averaged(
             step=self.freeze.step,
             parent=self.freeze.parent,
             ballot=self.freeze.ballot,
             number=number,
             samples=samples,
-            squared_norm=self._norm if last else None,
+            squared_norm=self._norm if number == len(self._ranges[reduction.rank]) - 1 else None,
         )
-        for peer in roster:
-            if peer != self._me:
-                self._deliver(peer, header, encoded)
-        self._deliver(self._me, header, encoded)
+        for outbox in self._outboxes.values():
+            outbox.put(header, encoded.toreadonly())
+        reduction.receive(self._me, header)
+        self._look_at_all(key, digest)
 
-    def _take_mean(self, reducer: PeerId, averaged: Averaged, payload: bytes) -> None:
-        reduction = self._reduction
-        if not reduction.receive(reducer, averaged):
+    async def _take_mean(self, reducer: PeerId, averaged: Averaged, payload: Buffer) -> None:
+        rank = self.freeze.roster.index(reducer) if reducer in self._outboxes else -1
+        if not self._reduction.receive(reducer, averaged):
             return
-        rank = self.freeze.roster.index(reducer)
+        key = rank, averaged.number
         start, stop = self._ranges[rank][averaged.number]
-        if reducer != self._me:
-            # Checked now and not when applying: after the commit it would be too late to refuse.
-            self._codec.decode(payload, torch.empty(stop - start))
-        self._shadow[rank, averaged.number] = payload
-        if reduction.complete and self.header is None:
-            digest = hashlib.sha256()
-            for key in sorted(self._shadow):
-                digest.update(hashlib.sha256(self._shadow[key]).digest())
-            self.header = reduction.header(digest.hexdigest())
-            self._timer.cancel()
-            self.held = asyncio.get_running_loop().time()
-            self._on_held(self.header, self.held - (self.sealed or self.held))
+        place = self._shadow.place_of(key, payload)
+        try:
+            digest = await self._work(check_chunk, self._codec, self._scratch, payload, stop - start, place)
+        except BadMessage as fault:
+            self._fail([reducer], AbortCause.BAD_CHUNK, str(fault))
+            return
+        self._look_at_all(key, digest)
+
+    def _look_at_all(self, key: _Key, digest: bytes) -> None:
+        """One more mean is here. With the last one, this peer holds what it would commit."""
+        self._digests[key] = digest
+        if self._over or self.header is not None or len(self._digests) < sum(map(len, self._ranges)):
+            return
+        digests = hashlib.sha256(b"".join(self._digests[key] for key in sorted(self._digests)))
+        self.header = self._reduction.header(digests.hexdigest())
+        self._timer.cancel()
+        self.held = asyncio.get_running_loop().time()
+        self._on_held(self.header, self.held - (self.sealed or self.held))
 
     def _overdue(self) -> None:
         suspects = self._reduction.suspects()
@@ -407,6 +534,7 @@ class Rounds:
         serve: Serve,
         spawn: Spawn,
         note: Callable[[Note], None],
+        work: Work = at_once,
     ) -> None:
         self.member = member
         self.attempt: Attempt | None = None
@@ -414,10 +542,14 @@ class Rounds:
         """How the last attempt, or the wait for one, ended; the trainer takes it and sets None."""
         self._swarm = swarm
         self._codec = codec
+        self._owed = Owed(codec)
         self._chunk_values = chunk_values
         self._serve = serve
         self._spawn = spawn
         self._note = note
+        self._work, self._scratch = work, Scratch()
+        self._memory: memoryview | None = None
+        self._entry_bytes = 0
         self._turn = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
@@ -429,8 +561,12 @@ class Rounds:
     def advance(
         self, position: Position, last: EntryHeader | None, newcomers: Iterable[PeerId], *, settled: bool
     ) -> None:
-        """The replica stands at `position` now."""
+        """The replica stands at `position` now; what was owed counts no more if no commit led there."""
         self.outcome = None
+        if not settled:
+            self._owed = Owed(self._codec)
+        if settled and self._memory is None:
+            self._spawn(self._fetch_memory())
         self._carry_out(
             self.member.advance(position, last, self._now(), newcomers=newcomers, settled=settled)
         )
@@ -496,14 +632,14 @@ class Rounds:
             self._note(Gone(peer))
         self._carry_out(self.member.linked(peer, up, self._now()))
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Give the frame to its attempt. One that is early waits here, and its lane with it; a late one is
         dropped."""
         patience = self._now() + self.member.deadlines.silence_seconds([sender])
         while not self._closed:
             attempt, position = self.attempt, self.member.position
             if attempt is not None and attempt.awaits(header):
-                attempt.receive(sender, header, payload)
+                await attempt.receive(sender, header, payload)
                 return
             if position is None or not position.step <= header.step <= position.step + 1:
                 return
@@ -515,6 +651,12 @@ class Rounds:
                     return
             if not await self.changed(patience - self._now()):
                 return
+
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        attempt = self.attempt
+        if attempt is None or not attempt.awaits(header):
+            return None
+        return attempt.place(sender, header, size)
 
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
         return await self._serve(sender, request)
@@ -554,11 +696,20 @@ class Rounds:
             self._chunk_values,
             self.member.rules.most_samples,
             math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
+            self._owed,
             self._spawn,
+            self._work,
+            self._scratch,
+            self._memory,
             on_held,
             on_failed,
         )
+        self._memory = None
         self._change()
+
+    async def _fetch_memory(self) -> None:
+        """Have memory ready for an entry of about the last one's size, while nobody waits for it."""
+        self._memory = await self._work(touched_memory, self._entry_bytes + self._entry_bytes // 64 + 1024)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         if self._closed:
@@ -577,7 +728,9 @@ class Rounds:
                     assert attempt is not None
                     assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
-                    self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
+                    self._entry_bytes = len(entry.payload)
+                    self._owed = attempt.owed
+                    self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))
                 case TookOver() | Waiting() | Diverged() | Distrusted() | Benched():

@@ -180,11 +180,15 @@ class RunConfig(Section):
     """Most peers in one round; when there are more, those that bring most samples are in. Setting it high
     will multiply connections and cut the gradient into ever smaller spans."""
 
-    codec: Literal["fp32", "fp16"] = "fp16"
+    codec: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk", "lowrank"] = "fp16"
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
-    2. Replicas stay bit-equal with either, because all peers decode the same bytes."""
+    2, `bf16` to 8 bits in 2, `int8` in 1.02, `int4` in 0.53, `topk` only the largest 1/32 of the values, in
+    0.13, `lowrank` in about 0.08. What the last five lose is sent with later steps. Replicas stay bit-equal
+    with any, because all peers decode the same bytes."""
 
-    chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 65_536
+    # Measured with 2 peers on loopback, a round of 100 MB of fp32 over TLS: 0.38 s of one core per peer with
+    # 65,536 values, 0.28 s with 131,072, 0.25 s with 262,144. A chunk in fp16 takes 21 ms at 100 Mbit/s.
+    chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 131_072
     """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will
     spend time on headers; setting it high will leave the network idle while the first chunk is encoded."""
 
@@ -280,6 +284,11 @@ class PeerConfig(Section):
     announce: Addresses = ()
     """Addresses to tell other peers in place of those in `listen`, for a machine behind a forwarded port. A
     wrong one makes this peer unreachable."""
+
+    data_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """TCP port to take gradients on, at the addresses in `listen` or `announce`. 0 takes any free port, which
+    changes at each start: set one to open it in your router. Where no connection can be made either way,
+    gradients go over the slower connection that peers have anyway."""
 
     metrics_host: Annotated[str, Field(max_length=255)] = "127.0.0.1"
     """Address to serve metrics and health on. `0.0.0.0` will show them to all who can reach this machine."""

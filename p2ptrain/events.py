@@ -44,6 +44,13 @@ class FaultCause(StrEnum):
     REFUSED = "refused"
 
 
+class Carrier(StrEnum):
+    """What carries chunks between two peers."""
+
+    TLS = "tls"
+    LIBP2P = "libp2p"
+
+
 class WasteCause(StrEnum):
     """Why samples that this peer computed were not counted in any entry."""
 
@@ -463,6 +470,23 @@ class PeerBenched(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CarrierChanged(_Happened):
+    """Chunks to and from a peer go another way from now on."""
+
+    event: ClassVar[str] = "carrier_changed"
+    peer: PeerId
+    carrier: Carrier
+    reason: str
+    """Why no longer, or not, over TLS; empty if it is."""
+
+    def sentence(self) -> str:
+        if self.carrier is Carrier.TLS:
+            return f"chunks to and from peer {short(self.peer)} go over a TLS connection"
+        reason = clean(self.reason, 400)
+        return f"chunks to and from peer {short(self.peer)} go over libp2p, more slowly: {reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -495,6 +519,7 @@ Event = (
     | CheckpointFailed
     | PeerFaulted
     | PeerBenched
+    | CarrierChanged
     | DaemonRestarted
 )
 

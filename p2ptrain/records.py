@@ -356,14 +356,38 @@ class Hello(Record):
     """Of the run; see `config.fingerprint`."""
 
 
+class Greeting(Record):
+    """First frame on every TLS connection, both ways: who speaks to whom. The certificate proves `sender`,
+    and `to` keeps a third peer from passing our connection on as its own."""
+
+    kind: Literal["greeting"] = "greeting"
+    protocol: Count
+    fingerprint: Digest
+    """Of the run; see `config.fingerprint`."""
+    sender: Id
+    to: Id
+
+
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
 Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
-Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
+Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello | Greeting, Field(discriminator="kind")]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 
 # -- signed DHT records --------------------------------------------------------------------------------------
 
 Role = Literal["train", "bootstrap", "monitor"]
+
+
+class Direct(Record):
+    """Where a peer takes chunks over TLS, and by which certificate it is known there."""
+
+    hosts: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[0-9A-Fa-f.:]{2,45}$")], ...], Field(min_length=1, max_length=8)
+    ]
+    """IP addresses, not names: a stranger shall not have us look things up."""
+    port: Annotated[int, Field(ge=1, le=65535)]
+    certificate: Digest
+    """SHA-256 of the certificate in DER form. The peer makes a new one at each start."""
 
 
 class Presence(Record):
@@ -381,6 +405,8 @@ class Presence(Record):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     extra: Annotated[str, Field(max_length=200)] = ""
     """The task's own note, such as the corpus digest."""
+    direct: Direct | None = None
+    """None: chunks go over libp2p only."""
 
 
 class RoundRecord(Record):

@@ -29,6 +29,7 @@ from p2ptrain.allreduce import (
     Note,
     Outcome,
     Rounds,
+    at_once,
 )
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
@@ -40,7 +41,7 @@ from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, sent_in_round
-from p2ptrain.replica.log import Entry, EntryLog
+from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
@@ -102,12 +103,14 @@ class Peer:
         incarnation: str,
         compute: Compute,
         aside: Compute,
+        work: Compute = at_once,
         observe: Callable[[events.Event], None],
         checkpoints: Path | None = None,
         partial: Path | None = None,
         lineages: bytes = b"",
     ) -> None:
-        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others;
+        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others,
+        and `work` the sums of a round, on one beside the event loop;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
         `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
@@ -144,7 +147,7 @@ class Peer:
         )
         member = Member(swarm.peer_id, incarnation, rules)
         self.rounds = Rounds(
-            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted
+            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted, work
         )
         self._catch_up = CatchUp(
             swarm,
@@ -259,7 +262,7 @@ class Peer:
         self.donor.appended()
         await self._digested()
         rate = learning_rate(self.run, header.step)
-        await self._compute(self._apply_now, entry)
+        await self._compute(self._apply_now, committed)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -488,10 +491,10 @@ class Peer:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _apply_now(self, entry: Entry) -> None:
+    def _apply_now(self, committed: Committed) -> None:
         """On the compute thread."""
-        self.replica.apply(entry)
-        self._accumulator.reset()
+        self.replica.apply(committed.entry)
+        self._accumulator.settle(self._codec, committed.sent)
 
     def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
         # Even if the step is the same as before, after a catch-up that failed: its samples are drawn anew, so

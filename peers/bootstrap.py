@@ -57,8 +57,11 @@ class _RunFile:
     def on_message(self, sender: PeerId, message: Message) -> None:
         """No part in any round."""
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """No part in any round."""
+
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
 
     def on_link(self, peer: PeerId, up: bool) -> None:
         """Peers come and go."""

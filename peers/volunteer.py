@@ -99,6 +99,7 @@ async def volunteer(
             initial_peers=invite.addresses,
             listen=config.listen,
             announce=config.announce,
+            data_port=config.data_port,
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
@@ -111,6 +112,7 @@ async def volunteer(
                 )
             check_together(run, config)
             compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
+            work = _threads(stack, "reduce", 1)
             replica, task, print_ = await compute(partial(_build, run, config))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
@@ -122,6 +124,7 @@ async def volunteer(
             swarm.adopt(print_)
             metrics = Metrics(run.run_id, print_)
             metrics.read_traffic = lambda: swarm.traffic
+            metrics.read_carriers = lambda: swarm.carriers
             metrics.read_journal_lost = lambda: journal.lost
             observers.append(metrics.observe)
             peer = Peer(
@@ -134,6 +137,7 @@ async def volunteer(
                 incarnation=secrets.token_hex(8),
                 compute=compute,
                 aside=aside,
+                work=work,
                 observe=observe,
                 checkpoints=checkpoints,
                 lineages=lineages,

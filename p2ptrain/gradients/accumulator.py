@@ -6,19 +6,24 @@ A sum and a count, never a mean: two peers' contributions then combine by adding
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from p2ptrain.gradients.codecs import LARGEST
+from p2ptrain.gradients.codecs import LARGEST, Buffer, Codec
 
-LARGEST_GRADIENT = LARGEST / 2**24
+LARGEST_GRADIENT = LARGEST / 2**25
 """A value beyond ± this counts as not finite: `config` allows no more than 2^24 samples a step, and so many
-micro-batches within it add up to a total that every codec accepts."""
+micro-batches within it, and what is owed from before, add up to a total that every codec accepts."""
+
+Sent = tuple[int, int, Buffer]
+"""(start, stop, encoded bytes) of a chunk of the total."""
 
 
 class Accumulator:
-    """`total` (float32 [numel]) = Σ ∂loss/∂θ over `samples` samples."""
+    """`total` (float32 [numel]) = Σ ∂loss/∂θ over `samples` samples, and what the codec lost of such totals
+    before."""
 
     def __init__(self, numel: int) -> None:
         self.total = torch.zeros(numel)
@@ -42,7 +47,22 @@ class Accumulator:
         self.samples += samples
         return True
 
+    def settle(self, codec: Codec, sent: Iterable[Sent]) -> None:
+        """The round is committed, and the total is in it as `sent`, or not at all if it had no samples.
+
+        What a codec with `feedback` lost stays in the total, to be sent with the next samples. It is a part
+        of a sum, so it counts for as much as it would have then, whatever the number of samples.
+        """
+        if codec.feedback:
+            for start, stop, data in sent:
+                lost, decoded = self.total[start:stop], torch.empty(stop - start)
+                codec.decode(data, decoded)
+                lost.sub_(decoded).clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+        else:
+            self.total.zero_()
+        self.samples = 0
+
     def reset(self) -> None:
-        """Nothing brought yet."""
+        """Nothing brought yet, and nothing owed."""
         self.total.zero_()
         self.samples = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from p2ptrain.errors import BadMessage
-from p2ptrain.gradients.codecs import Codec
+from p2ptrain.gradients.codecs import Buffer, Codec
 from p2ptrain.protocol.lineage import advance, digest_of
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.records import EntryHeader, Position
@@ -29,7 +29,7 @@ class Entry:
     """A committed round: `header.digest` binds the payload, and the lineage binds the header."""
 
     header: EntryHeader
-    payload: bytes
+    payload: Buffer
 
 
 def entry_ranges(spans: Sequence[int], numel: int, chunk_values: int) -> list[tuple[int, int]]:
@@ -43,7 +43,7 @@ def entry_ranges(spans: Sequence[int], numel: int, chunk_values: int) -> list[tu
 
 
 def payload_chunks(
-    payload: bytes, ranges: Sequence[tuple[int, int]], codec: Codec
+    payload: Buffer, ranges: Sequence[tuple[int, int]], codec: Codec
 ) -> Iterator[tuple[int, int, memoryview]]:
     """(start, stop, encoded bytes) of each chunk. Raises BadMessage, first of all, if the payload has another
     size."""

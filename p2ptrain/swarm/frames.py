@@ -16,6 +16,7 @@ from p2ptrain.errors import BadMessage
 from p2ptrain.records import MAX_HEADER_BYTES, WIRE, Wire
 
 _LENGTHS = struct.Struct(">II")
+LENGTHS_BYTES = _LENGTHS.size
 
 
 def pack(header: Wire, payload_bytes: int = 0) -> bytes:
@@ -28,23 +29,36 @@ def pack(header: Wire, payload_bytes: int = 0) -> bytes:
     return _LENGTHS.pack(len(text), payload_bytes) + text
 
 
+def lengths(
+    head: bytes | memoryview, *, max_payload_bytes: int, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[int, int]:
+    """How many bytes of header and of payload follow on these first `LENGTHS_BYTES`. Raises BadMessage."""
+    header_bytes, payload_bytes = _LENGTHS.unpack(head)
+    if header_bytes > max_header_bytes or payload_bytes > max_payload_bytes:
+        raise BadMessage(
+            f"a frame of {header_bytes} header and {payload_bytes} payload bytes; "
+            f"at most {max_header_bytes} and {max_payload_bytes} are taken"
+        )
+    return header_bytes, payload_bytes
+
+
+def parse(text: bytes) -> Wire:
+    """The record that this header is. Raises BadMessage."""
+    try:
+        return WIRE.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise BadMessage(f"a header that is no record: {first['msg']}") from None
+
+
 async def read_frame(reader: asyncio.StreamReader, *, max_payload_bytes: int) -> tuple[Wire, bytes, int]:
     """The next header and its payload, and how many bytes the frame had in all.
 
     Raises BadMessage if a length is out of bounds or the header is no record, EOFError or OSError if the
     stream ends first. After any of these the stream is of no more use.
     """
-    header_bytes, payload_bytes = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
-    if header_bytes > MAX_HEADER_BYTES or payload_bytes > max_payload_bytes:
-        raise BadMessage(
-            f"a frame of {header_bytes} header and {payload_bytes} payload bytes; "
-            f"at most {MAX_HEADER_BYTES} and {max_payload_bytes} are taken"
-        )
-    text = await reader.readexactly(header_bytes)
-    try:
-        header = WIRE.validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise BadMessage(f"a header that is no record: {first['msg']}") from None
+    head = await reader.readexactly(LENGTHS_BYTES)
+    header_bytes, payload_bytes = lengths(head, max_payload_bytes=max_payload_bytes)
+    header = parse(await reader.readexactly(header_bytes))
     payload = await reader.readexactly(payload_bytes) if payload_bytes else b""
-    return header, payload, _LENGTHS.size + header_bytes + payload_bytes
+    return header, payload, LENGTHS_BYTES + header_bytes + payload_bytes

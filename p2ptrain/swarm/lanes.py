@@ -4,9 +4,12 @@ Each peer opens one stream per lane towards each peer it has something for, and 
 with a `Hello`; the lanes are for peers of the same run only. A request has a stream of its own, and so has
 the question whether a peer is still there: it is a request stream that is closed after the greeting.
 
-When a lane to or from a peer breaks, the peer is greeted anew, once: if it answers, the link is up, and the
-lanes open again when they are needed; if not, it is down, everything to and from the peer is closed, and for
-a second nothing is tried again. A peer that was down is up as soon as a lane to or from it opens.
+Chunks take a faster way, if the carrier has one to that peer (`Direct`), and the data lane otherwise.
+
+When a lane or another connection to or from a peer breaks, the peer is greeted anew, once: if it answers, the
+link is up, and the lanes open again when they are needed; if not, it is down, everything to and from the peer
+is closed, and for a second nothing is tried again. A peer that was down is up as soon as a lane to or from it
+opens.
 
 Not covered: how streams come about (`libp2p`), and silence without a break, which is for deadlines above to
 notice.
@@ -18,7 +21,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Unreachable
@@ -29,6 +32,7 @@ from p2ptrain.records import (
     Chunk,
     EntryReply,
     GetRun,
+    Greeting,
     Hello,
     Later,
     Lineage,
@@ -71,6 +75,22 @@ MAX_REMEMBERED = 1024
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 OpenStream = Callable[[PeerId, Kind, float], Awaitable[Stream]]
 """Opens a stream of that kind to a peer within so many seconds, or raises Unreachable."""
+
+
+class Direct(Protocol):
+    """A faster way for chunks than the data lane: `tls.TlsCarrier`."""
+
+    def carries(self, peer: PeerId) -> bool:
+        """Whether it reaches this peer now; if not, it may try to."""
+        ...
+
+    async def send(self, to: PeerId, frame: bytes, content: memoryview) -> None:
+        """Returns once it has taken the bytes. Raises Unreachable."""
+        ...
+
+    def drop(self, peer: PeerId) -> None:
+        """The peer is gone for all we know."""
+        ...
 
 
 class _Lane:
@@ -126,6 +146,7 @@ class Lanes:
         *,
         max_payload_bytes: int,
         on_event: Callable[[PeerFaulted], None],
+        direct: Direct | None = None,
     ) -> None:
         """`spawn` starts a task whose failure is ours and ends the program."""
         self.fingerprint = fingerprint
@@ -135,6 +156,7 @@ class Lanes:
         self._spawn = spawn
         self._max_payload_bytes = max_payload_bytes
         self._on_event = on_event
+        self._direct = direct
         self._handler: Handler | None = None
         self._closed = False
         self._outbound: dict[tuple[PeerId, Kind], _Lane] = {}
@@ -177,9 +199,14 @@ class Lanes:
                 f"a chunk of {content.nbytes} bytes; peers take at most {self._max_payload_bytes}"
             )
         frame = pack(header, content.nbytes)
+        if self._now() < self._down.get(to, 0.0):
+            raise Unreachable(f"peer {short(to)} could not be reached a moment ago")
+        if self._direct is not None and self._direct.carries(to):
+            await self._direct.send(to, frame, content)
+            return
         lane = self._lane(to, "data")
         if lane is None:
-            raise Unreachable(f"peer {short(to)} could not be reached a moment ago")
+            raise Unreachable("we left")
         try:
             writer = await asyncio.shield(lane.opened)
             async with lane.turn:
@@ -209,7 +236,7 @@ class Lanes:
                 f"peer {short(to)} did not answer {request.kind} within {timeout_seconds:g} s"
             ) from None
         except BadMessage as fault:
-            self._fault(to, fault)
+            self.blame(to, fault)
             raise
 
     # -- for the carrier -------------------------------------------------------------------------------------
@@ -227,15 +254,44 @@ class Lanes:
                 return
             self._write(writer, kind, self._hello())
             if self._fits(hello):
-                self._reached(peer)
+                self.reached(peer)
             if kind == "request":
                 await self._answer(peer, hello, reader, writer, self._handler)
             elif self._same_run(peer, hello):
                 await self._listen(peer, kind, reader, self._handler)
         except BadMessage as fault:
-            self._fault(peer, fault)
+            self.blame(peer, fault)
         except Unreachable:
             pass  # it left, or never said anything; if this was a lane, `_listen` has seen to it
+
+    def greeting(self, to: PeerId) -> Greeting:
+        """With which a direct connection begins."""
+        return Greeting(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint, sender=self._me, to=to)
+
+    def why_apart(self, hello: Hello | Greeting) -> str:
+        """Why that greets no peer of our run; empty if it does."""
+        if hello.protocol != PROTOCOL_VERSION:
+            return f"it speaks protocol {hello.protocol} and we {PROTOCOL_VERSION}; upgrade the older side"
+        if hello.fingerprint != self.fingerprint or self.fingerprint == ASKING:
+            return f"it trains {_named(hello.fingerprint)} and we {_named(self.fingerprint)}"
+        return ""
+
+    def place(self, sender: PeerId, header: Wire, size: int) -> memoryview | None:
+        """Where the payload of a chunk that is about to come directly shall be written; None: wherever."""
+        if self._handler is None or self._closed or not isinstance(header, Chunk | Averaged):
+            return None
+        return self._handler.place(sender, header, size)
+
+    async def deliver(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
+        """A chunk came directly."""
+        if self._handler is not None and not self._closed:
+            await self._handler.on_chunk(sender, header, payload)
+
+    def blame(self, peer: PeerId, fault: PeerFault) -> None:
+        """The peer broke the contract."""
+        refused = isinstance(fault, Refused)
+        self.faults["refused" if refused else "bad_message"] += 1
+        self._complain(peer, FaultCause.REFUSED if refused else FaultCause.BAD_MESSAGE, str(fault))
 
     def close(self) -> None:
         """Open and tell nothing any more."""
@@ -267,14 +323,14 @@ class Lanes:
             # `drain` then returns only when the kernel has every byte, and the caller may reuse its buffer.
             writer.transport.set_write_buffer_limits(high=0)
         lane.start(writer)
-        self._reached(to)
+        self.reached(to)
         with contextlib.suppress(OSError):
             await reader.read(1)  # nothing more is due on this side: whatever comes, it is over
         if self._outbound.get((to, kind)) is lane:
             del self._outbound[to, kind]
             lane.task = None
             lane.end("it broke")
-            self._broken(to)
+            self.broken(to)
 
     async def _open(
         self, to: PeerId, kind: Kind, seconds: float, *, first: bytes = b"", any_run: bool = False
@@ -343,7 +399,7 @@ class Lanes:
                     raise BadMessage(f"a {header.kind} on the {kind} lane")
         except PeerFault:
             if self._inbound.get((peer, kind)) is me:
-                self._broken(peer)
+                self.broken(peer)
             raise
         finally:
             if self._inbound.get((peer, kind)) is me:
@@ -387,13 +443,14 @@ class Lanes:
 
     # -- links -----------------------------------------------------------------------------------------------
 
-    def _reached(self, peer: PeerId) -> None:
-        """A stream to or from the peer has opened, and it trains our run."""
+    def reached(self, peer: PeerId) -> None:
+        """A stream or connection to or from the peer has opened, and it trains our run."""
         if self._down.pop(peer, None) is not None:
             self._tell(peer, True)
 
-    def _broken(self, peer: PeerId) -> None:
-        """A lane to or from the peer has ended. Often several do at once; the peer is greeted once."""
+    def broken(self, peer: PeerId) -> None:
+        """A lane or connection to or from the peer has ended. Often several do at once; the peer is greeted
+        once."""
         if not self._closed and peer not in self._greeting:
             self._greeting.add(peer)
             self._spawn(self._greet(peer))
@@ -428,6 +485,8 @@ class Lanes:
                 lane.end("the peer is gone")
             if (task := self._inbound.pop((peer, kind), None)) is not None:
                 task.cancel()
+        if self._direct is not None:
+            self._direct.drop(peer)
         self._down.pop(peer, None)
         if len(self._down) >= MAX_REMEMBERED:
             del self._down[next(iter(self._down))]
@@ -444,23 +503,13 @@ class Lanes:
         return Hello(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint)
 
     def _fits(self, hello: Hello) -> bool:
-        return hello.protocol == PROTOCOL_VERSION and hello.fingerprint == self.fingerprint != ASKING
+        return not self.why_apart(hello)
 
     def _same_run(self, peer: PeerId, hello: Hello) -> bool:
         """Whether that was the hello of a peer of our run; if not, it is counted and told."""
-        if self._fits(hello):
-            return True
-        self.faults["refused"] += 1
-        if hello.protocol != PROTOCOL_VERSION:
-            why = f"it speaks protocol {hello.protocol} and we {PROTOCOL_VERSION}; upgrade the older side"
-        else:
-            why = f"it trains {_named(hello.fingerprint)} and we {_named(self.fingerprint)}"
-        self._complain(peer, FaultCause.REFUSED, why)
-        return False
-
-    def _fault(self, peer: PeerId, fault: BadMessage) -> None:
-        self.faults["bad_message"] += 1
-        self._complain(peer, FaultCause.BAD_MESSAGE, str(fault))
+        if why := self.why_apart(hello):
+            self.blame(peer, Refused(why))
+        return not why
 
     def _complain(self, peer: PeerId, cause: FaultCause, detail: str) -> None:
         """Once per peer and cause: a stranger must not fill the log."""

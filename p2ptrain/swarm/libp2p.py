@@ -5,7 +5,8 @@ the DHT node and the words of p2pd's control protocol; daemon, streams and links
 process, on the caller's event loop, asyncio's own or uvloop. If p2pd dies it is started again under the same
 identity and ports, and callers see no more than broken links.
 
-Not covered: the bulk of large models (a libp2p stream carries a few hundred MB/s; see the design for TLS).
+Not covered: the bulk of large models: a libp2p stream carries a few hundred MB/s. Chunks go by `tls`, where
+that can make a connection.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from pydantic import ValidationError
 
 from p2ptrain.errors import ConfigError, LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
-from p2ptrain.events import DaemonRestarted, PeerFaulted, short
+from p2ptrain.events import Carrier, CarrierChanged, DaemonRestarted, PeerFaulted, short
 from p2ptrain.records import (
     SIGNED,
     Averaged,
@@ -58,6 +59,7 @@ from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
 from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
 from p2ptrain.swarm.port import Buffer, Handler
+from p2ptrain.swarm.tls import TlsCarrier
 from p2ptrain.swarm.validator import (
     MAX_CLOCK_SKEW_SECONDS,
     MAX_TTL_SECONDS,
@@ -95,9 +97,10 @@ MAX_STREAMS = 2048
 _PROTOCOLS: dict[Kind, str] = {kind: f"/p2ptrain/1/{kind}" for kind in KINDS}
 _KIND_OF = {protocol: kind for kind, protocol in _PROTOCOLS.items()}
 _LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d{1,5})")
+_ADDRESS = re.compile(r"/ip[46]/([0-9A-Fa-f.:]+)/")
 _PEER = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)")
 
-Event = PeerFaulted | DaemonRestarted
+Event = PeerFaulted | CarrierChanged | DaemonRestarted
 
 
 class Libp2pSwarm:
@@ -112,6 +115,7 @@ class Libp2pSwarm:
         listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
         announce: Sequence[str] = (),
         *,
+        data_port: int | None = None,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
     ) -> None:
@@ -119,6 +123,7 @@ class Libp2pSwarm:
 
         - `fingerprint`: of the run, see `config.fingerprint`; while it is `ASKING`, we may only `GetRun`.
         - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
+        - `data_port`: to take chunks on over TLS; 0 for any, None for neither taking nor sending them so.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
 
         Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
@@ -133,6 +138,16 @@ class Libp2pSwarm:
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()
+        self._tls: TlsCarrier | None = None
+        if data_port is not None:
+            self._tls = TlsCarrier(
+                self.peer_id,
+                self._crew.spawn,
+                listen=list(dict.fromkeys(_host(address) for address in self._listen)),
+                port=data_port,
+                max_payload_bytes=max_payload_bytes,
+                on_event=on_event,
+            )
         self._lanes = Lanes(
             self.peer_id,
             fingerprint,
@@ -140,6 +155,7 @@ class Libp2pSwarm:
             self._crew.spawn,
             max_payload_bytes=max_payload_bytes,
             on_event=on_event,
+            direct=self._tls,
         )
         self._exit = AsyncExitStack()
         self._node: _Node | None = None
@@ -160,6 +176,9 @@ class Libp2pSwarm:
                 self._listen[number], keeper = _reserved(address)
                 stack.enter_context(keeper)
             await stack.enter_async_context(self._crew)
+            if self._tls is not None:
+                await stack.enter_async_context(self._tls)
+                self._tls.serve(self._lanes)
             server = await asyncio.start_unix_server(
                 self._accept, self._directory / "streams", limit=READ_BUFFER_BYTES
             )
@@ -215,6 +234,8 @@ class Libp2pSwarm:
             raise ValueError(
                 f"a record of peer {record.peer} for {ttl_seconds} s; expected our own, a short one"
             )
+        if self._tls is not None and isinstance(record, Presence):
+            record = record.model_copy(update={"direct": self._tls.where(_hosts(self._addresses))})
         key, expires = self._keys[record.kind], time.time() + ttl_seconds
         sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
         try:
@@ -242,6 +263,8 @@ class Libp2pSwarm:
                 self.faults["foreign_record"] += 1
             elif expires > time.time():
                 records.append(record)
+                if self._tls is not None and isinstance(record, Presence):
+                    self._tls.meet(record.peer, record.direct)
         return records
 
     # -- for metrics and invites -----------------------------------------------------------------------------
@@ -254,7 +277,12 @@ class Libp2pSwarm:
     @property
     def traffic(self) -> Mapping[str, tuple[int, int]]:
         """Lane → bytes (sent, received) so far, framing included."""
-        return self._lanes.traffic
+        return self._lanes.traffic if self._tls is None else {**self._lanes.traffic, "tls": self._tls.traffic}
+
+    @property
+    def carriers(self) -> Mapping[Carrier, int]:
+        """How many peers' chunks go which way."""
+        return {} if self._tls is None else self._tls.peers
 
     def visible_addresses(self) -> list[str]:
         """Multiaddresses with our peer id, to enter the swarm by, as of a moment ago; loopback last."""
@@ -707,8 +735,29 @@ def _entry(address: str) -> _Entry:
     return _Entry(PeerId(parts[2]), parts[1])
 
 
+def _host(address: str) -> str:
+    """The IP address to listen on in a multiaddress. Raises ConfigError."""
+    return _listening(address)[2]
+
+
+def _hosts(addresses: Sequence[str]) -> list[str]:
+    """The IP addresses in multiaddresses that lead here, not to a relay, each once."""
+    ours = [_ADDRESS.match(address) for address in addresses if "/p2p-circuit" not in address]
+    return list(dict.fromkeys(found[1] for found in ours if found is not None))
+
+
 def _is_loopback(address: str) -> bool:
     return address.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
+def _listening(address: str) -> re.Match[str]:
+    """Family, IP address and port of a listen address. Raises ConfigError."""
+    parts = _LISTEN.fullmatch(address)
+    if parts is None or int(parts[3]) > 65535:
+        raise ConfigError(
+            f"listen address {address!r}: expected an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337"
+        )
+    return parts
 
 
 def _reserved(address: str) -> tuple[str, socket.socket]:
@@ -716,11 +765,7 @@ def _reserved(address: str) -> tuple[str, socket.socket]:
 
     p2pd shares its port with whoever else wants it (SO_REUSEPORT), so it would not notice that it is taken.
     """
-    parts = _LISTEN.fullmatch(address)
-    if parts is None or int(parts[3]) > 65535:
-        raise ConfigError(
-            f"listen address {address!r}: expected an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337"
-        )
+    parts = _listening(address)
     family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
     keeper = socket.socket(family)
     try:

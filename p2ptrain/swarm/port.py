@@ -1,10 +1,11 @@
 """What a peer needs from the network, and all it may assume about it.
 
-Two lanes per pair of peers, each an ordered stream of frames that is opened on first use: `CONTROL` for small
-messages, `DATA` for chunks, so that tensors never hold up a decision. A lane may break at any time; frames in
-flight are then lost and both ends are told by `on_link(peer, up)`: `True` after a quick reconnect (say again
-what matters), `False` when the peer could not be reached again (for all we know it is gone). Nothing else is
-promised: not delivery, not liveness; every wait on a peer needs its own deadline.
+Two lanes per pair of peers, each opened on first use: `CONTROL`, an ordered stream of small messages, and
+`DATA` for chunks, so that tensors never hold up a decision. Chunks go by the best carrier there is to that
+peer at the moment, maybe over several connections at once, so one may overtake another. A lane may break at
+any time; frames in flight are then lost and both ends are told by `on_link(peer, up)`: `True` after a quick
+reconnect (say again what matters), `False` when the peer could not be reached again (for all we know it is
+gone). Nothing else is promised: not delivery, not liveness; every wait on a peer needs its own deadline.
 
 Everything that arrives was authenticated as coming from the peer id that the handler is given, comes from a
 peer with our run fingerprint, was parsed into a `Record`, and kept its size bounds. Malformed input never
@@ -29,8 +30,13 @@ class Handler(Protocol):
 
     def on_message(self, sender: PeerId, message: Message) -> None: ...
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Awaited before the next frame of that lane is read: this is the back-pressure."""
+        ...
+
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        """Where the payload of this chunk, which is about to arrive, shall be written; None: wherever. A
+        carrier need not ask, and what it was lent it hands to `on_chunk` if the payload came whole."""
         ...
 
     def on_link(self, peer: PeerId, up: bool) -> None: ...

@@ -36,6 +36,8 @@ from prometheus_client.registry import Collector
 from p2ptrain import PROTOCOL_VERSION, __version__
 from p2ptrain.events import (
     AbortCause,
+    Carrier,
+    CarrierChanged,
     CatchingUp,
     CatchUpBy,
     CatchUpFailed,
@@ -63,8 +65,8 @@ from p2ptrain.events import (
     WasteCause,
 )
 
-LANES = ("control", "data", "request")
-"""What moves bytes between peers; see `swarm.port`."""
+LANES = ("control", "data", "request", "tls")
+"""What moves bytes between peers; see `swarm.port`. Chunks go over `tls`, or else over `data`."""
 
 ROUND_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """10 ms is two peers on one machine, 10 minutes a large model over home links."""
@@ -215,6 +217,9 @@ class Metrics:
             "peer_faults_total", "Things that peers did wrong and this one survived.", cause=FaultCause
         )
         self._benched = counter("peer_benches_total", "Times that a peer was left out for what it had done.")
+        self._carrier_changes = counter(
+            "carrier_changes_total", "Times that a peer's chunks began to go this way.", carrier=Carrier
+        )
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
@@ -252,6 +257,8 @@ class Metrics:
         """What the peer is busy with."""
         self.read_traffic: Callable[[], Mapping[str, tuple[int, int]]] = dict
         """Lane → bytes (sent, received) so far; a lane that is not in `LANES` is left out."""
+        self.read_carriers: Callable[[], Mapping[Carrier, int]] = dict
+        """Carrier → peers whose chunks it carries."""
         self.read_journal_lost: Callable[[], int] = int
         """Events that the journal could not keep."""
         self.read_donated: Callable[[], int] = int
@@ -305,6 +312,8 @@ class Metrics:
                 self._faults.labels(event.cause).inc()
             case PeerBenched():
                 self._benched.inc()
+            case CarrierChanged():
+                self._carrier_changes.labels(event.carrier).inc()
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
@@ -361,6 +370,12 @@ class _Readings(Collector):
             for lane in LANES:
                 family.add_metric([lane], traffic.get(lane, (0, 0))[place])
             yield family
+        carriers = GaugeMetricFamily(
+            "p2ptrain_carrier_peers", "Peers whose chunks go this way.", labels=["carrier"]
+        )
+        for carrier in Carrier:
+            carriers.add_metric([carrier], self._metrics.read_carriers().get(carrier, 0))
+        yield carriers
         yield CounterMetricFamily(
             "p2ptrain_donated_bytes",
             "Bytes of snapshots and entries given to peers that were catching up.",

@@ -51,10 +51,10 @@ ROUND_SECONDS = 30.0
 class Worker:
     """One process that speaks and hears lines of JSON. `close` ends it and all its children."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, script: str = __file__) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", *arguments],
+            [sys.executable, script, "--worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -65,6 +65,8 @@ class Worker:
         assert self._process.stdout is not None
         self._stdin: IO[str] = self._process.stdin
         self._stdout: IO[str] = self._process.stdout
+        self.first: dict[str, Any] = {}
+        """What it said first."""
 
     def tell(self, **message: Any) -> None:
         print(json.dumps(message), file=self._stdin, flush=True)
@@ -91,18 +93,20 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(kind: str, peers: int, *arguments: str) -> Iterator[list[Worker]]:
-    """So many workers; the first one is where the others enter the swarm."""
+def workers(kind: str, peers: int, *arguments: str, script: str = __file__) -> Iterator[list[Worker]]:
+    """So many workers; the first one is where the others enter the swarm. `script` is what they run."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="latency-"))
         started: list[Worker] = []
         entries: list[str] = []
         for number in range(peers):
-            worker = Worker(kind, folder, str(number), str(peers), json.dumps(entries), *arguments)
+            worker = Worker(
+                kind, folder, str(number), str(peers), json.dumps(entries), *arguments, script=script
+            )
             stack.callback(worker.close)
             started.append(worker)
-            addresses = worker.hear(START_SECONDS)["addresses"]
-            entries = entries or addresses
+            worker.first = worker.hear(START_SECONDS)
+            entries = entries or worker.first["addresses"]
         yield started
 
 

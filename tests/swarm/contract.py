@@ -76,10 +76,13 @@ class Recorder:
         self.messages.append((sender, message))
         self._changed.set()
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
-        self.chunks.append((sender, header, payload))
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
+        self.chunks.append((sender, header, bytes(payload)))
         self._changed.set()
         await self.gate.wait()
+
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
 
     def on_link(self, peer: PeerId, up: bool) -> None:
         self.links.append((peer, up))

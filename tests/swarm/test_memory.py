@@ -18,6 +18,7 @@ from p2ptrain.records import Ask, Averaged, Chunk, GetRun, Message, PeerId
 from p2ptrain.swarm.clock import Stuck, run
 from p2ptrain.swarm.lanes import OPEN_SECONDS, REOPEN_SECONDS
 from p2ptrain.swarm.memory import READ_BUFFER_BYTES, WINDOW_BYTES, MemoryHub, MemorySwarm
+from p2ptrain.swarm.port import Buffer
 
 pytestmark = pytest.mark.swarm
 
@@ -512,7 +513,7 @@ def test_chunks_come_whole_and_in_order_and_no_sender_hangs_when_lanes_break(see
     numbers: list[int] = []
 
     class Slow(Recorder):
-        async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+        async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
             assert payload == bytes([header.number]) * len(payload)
             await asyncio.sleep(chance.uniform(0, 0.5))
             numbers.append(header.number)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from p2ptrain.events import (
     AbortCause,
+    Carrier,
+    CarrierChanged,
     CatchingUp,
     CatchUpBy,
     CatchUpFailed,
@@ -89,6 +91,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     CheckpointFailed(step=400, reason="no space left on device"),
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
     PeerBenched(peer=BERT, offences=3, seconds=120.0),
+    CarrierChanged(peer=BERT, carrier=Carrier.LIBP2P, reason="192.0.2.7 port 4433: no answer within 5 s"),
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )

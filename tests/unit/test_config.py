@@ -68,10 +68,10 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "910e452cb89455c141f9239d08c74ab4aa1aa23152ab81943ad313ca80ca8455",
-    "own-text": "c698625b1754e04e4d751998fef78edd06a15a8e035691b24cf81ff1df6a2256",
-    "rehearsal": "0296a1d55793d863d3ab1c790a92100532088bd466f598c39a47c50678153488",
-    "rehearsal-slow": "07806491a8c6fe2a8c1da76ff68a7476a4b6457f584003594262892cba7563fa",
+    "default": "3ca4b6af0b7306aa30720c0f2b535445bc5bc4a36ab90446cc9ecbd66a7b3f31",
+    "own-text": "45d9e1b449faee1c784162e2be6da15843cca391f8d62d92d06ccdd9ef4d6a2b",
+    "rehearsal": "4d8ca0a2ce45d74a8282646281e74ae6c8a120d137ce9b10756e77ac075111a8",
+    "rehearsal-slow": "e66f3c87530e04b205bbd48bd8d182af6bb2412b9e3b272c38c2b60645ff766d",
     "rehearsal-tiny": "514863c1df3dc7be0fa59caeb239433b525daf1a44ca6c941a629c631c9730d0",
     "tiny": "37ae73f824b322755e8bcc4929acfc0925b0e12f76bea826f52e481a758dc779",
 }
@@ -169,7 +169,10 @@ WRONG_RUNS = {
     ),
     "[schedule]\nfinal_ratio = nan": "schedule.final_ratio in FILE must be a number from 0 to 1, but is NaN",
     "[task]\ncorpus = ''": 'task.corpus in FILE must be text of 1 to 300 characters, but is ""',
-    "codec = 'int8'": 'codec in FILE must be "fp32" or "fp16", but is "int8"',
+    "codec = 'int7'": (
+        'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk" or "lowrank", '
+        'but is "int7"'
+    ),
     "strategy = 'local'": 'strategy in FILE must be "sync", but is "local"',
     "run_id = 'My Run'": (
         f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "My Run"'
@@ -282,7 +285,7 @@ runs = st.builds(
     run_id=st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True),
     seed=st.integers(0, 2**31 - 1),
     target_batch_size=st.integers(1, 2**24),
-    codec=st.sampled_from(["fp32", "fp16"]),
+    codec=st.sampled_from(["fp32", "fp16", "int8"]),
     task=st.builds(
         BytesTask, corpus=st.text(min_size=1, max_size=300, alphabet=st.characters(exclude_categories=["Cs"]))
     ),
@@ -326,7 +329,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "18b57199cf4c13fae19e2ea8a81bb1cc6d579e6f9f11d2e54717c150b33e065b"
+        "16686fff01c941112947962a840f7447acad851dc89fc469f0aae42587fdd960"
     )
 
 

@@ -24,7 +24,7 @@ from event_examples import (
 from external_tools import run_tool
 from prometheus_client.parser import text_string_to_metric_families
 
-from p2ptrain.events import AbortCause, WasteCause
+from p2ptrain.events import AbortCause, Carrier, WasteCause
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.metrics import Metrics, PeerState, watch_event_loop
 
@@ -177,6 +177,13 @@ def test_waiting_ends_when_the_reason_is_empty(metrics: Metrics) -> None:
 def test_exactly_one_state_is_set_when_read(metrics: Metrics, state: PeerState) -> None:
     metrics.read_state = lambda: state
     assert [each for each in PeerState if value(metrics, "peer_state", state=each)] == [state]
+
+
+def test_carriers_are_read_with_their_peers_when_the_page_is_read(metrics: Metrics) -> None:
+    metrics.read_carriers = lambda: {Carrier.TLS: 3}
+    page = metrics.page().decode()
+    assert 'p2ptrain_carrier_peers{carrier="tls"} 3.0' in page
+    assert 'p2ptrain_carrier_peers{carrier="libp2p"} 0.0' in page
 
 
 def test_traffic_is_read_by_lane_when_the_page_is_read(metrics: Metrics) -> None:

@@ -149,8 +149,11 @@ class LivePeer:
     def on_message(self, sender: PeerId, message: Message) -> None:
         """Takes part in no round here."""
 
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: bytes) -> None:
+    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """Takes part in no round here."""
+
+    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
+        return None
 
     def on_link(self, peer: PeerId, up: bool) -> None:
         """Peers come and go."""

@@ -1,0 +1,89 @@
+"""The numeric work of a round, one chunk at a time: what may run on a thread beside the event loop.
+
+Each function goes once over one chunk while it is in the cache: decodes, adds, encodes and hashes it there.
+They keep nothing between calls but the memory that they decode into: fresh memory costs more to get than a
+chunk to add.
+
+Not covered: which chunks are here, and in what order they are taken; see `protocol.reduction`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from p2ptrain.errors import BadMessage
+from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
+from p2ptrain.gradients.codecs import Buffer, Codec
+from p2ptrain.gradients.feedback import Owed
+
+
+class Spoilt(BadMessage):
+    """One part of a chunk cannot go into its mean; `index` says which, `finite` whether its numbers are."""
+
+    def __init__(self, index: int, why: str, *, finite: bool) -> None:
+        super().__init__(why)
+        self.index, self.finite = index, finite
+
+
+class Scratch:
+    """Memory to decode chunks into, for one thread at a time."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def take(self, index: int, count: int) -> Tensor:
+        """Memory for `count` values, float32, with anything in it; for the same index, the same."""
+        while len(self._kept) <= index:
+            self._kept.append(torch.empty(0))
+        if len(self._kept[index]) < count:
+            self._kept[index] = torch.empty(count)
+        return self._kept[index][:count]
+
+
+def average_chunk(
+    codec: Codec,
+    scratch: Scratch,
+    parts: Sequence[Buffer],
+    samples: Sequence[int],
+    usual_norm: float,
+    owed: Owed,
+    start: int,
+    count: int,
+    place: memoryview,
+) -> tuple[float, bytes]:
+    """Write the encoded mean of the encoded parts into `place`; returns its squared norm, as everyone will
+    decode it, and its digest.
+
+    `parts` and `samples` (> 0) are those of the members that brought samples, in roster order, and the chunk
+    is of the `count` values from `start` on. Raises Spoilt.
+    """
+    totals = []
+    for index, part in enumerate(parts):
+        total = scratch.take(index, count)
+        try:
+            codec.decode(part, total)
+        except BadMessage as fault:
+            raise Spoilt(index, str(fault), finite=False) from None
+        totals.append(total)
+    if (odd := outsized(totals, samples, usual_norm)) is not None:
+        raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
+    encoded, decoded = owed.encode(start, mean_chunk(totals, samples))
+    place[:] = encoded
+    return squared_norm(decoded), hashlib.sha256(place).digest()
+
+
+def check_chunk(
+    codec: Codec, scratch: Scratch, encoded: Buffer, count: int, place: memoryview | None
+) -> bytes:
+    """The digest of an encoded mean of `count` values, which is copied to `place` if there is one.
+
+    Raises BadMessage if it cannot be decoded: after the commit it would be too late to refuse.
+    """
+    codec.decode(encoded, scratch.take(0, count))
+    if place is not None:
+        place[:] = encoded
+    return hashlib.sha256(encoded).digest()
