@@ -193,12 +193,18 @@ def replay(members: Sequence[Recorded], orders: int, seed: int) -> Figures:
 
 
 def every_codec(
-    orders: int, *, peers: int = 4, seed: int = 0, width: int = 128, chunk_values: int = 16_384
+    orders: int,
+    *,
+    peers: int = 4,
+    seed: int = 0,
+    width: int = 128,
+    chunk_values: int = 16_384,
+    codecs: Sequence[str] = tuple(sorted(CODECS)),
 ) -> list[Figures]:
-    """Record a round and replay it, with each codec there is."""
+    """Record a round and replay it, with each codec there is, or with those that are named."""
     found = []
     torch.set_num_threads(1)
-    for codec in sorted(CODECS):
+    for codec in codecs:
         run = RunConfig(
             run_id="replay",
             codec=codec,

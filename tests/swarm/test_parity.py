@@ -15,6 +15,7 @@ from torch import Tensor
 from training import Regression, Trainer, Training, check_replicas, small_run
 
 from p2ptrain.config import Optimizer, RunConfig, Schedule
+from p2ptrain.gradients.codecs import CODECS
 from p2ptrain.records import EntryHeader
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.swarm import clock
@@ -56,8 +57,11 @@ def trained_by(peers: int, run: RunConfig, seed: int = 1) -> Trained:
 # -- each other's copies -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", ["fp32", "fp16"])
-@pytest.mark.parametrize("peers", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("peers", "codec"),
+    [(peers, codec) for peers in (1, 2, 3, 5) for codec in ("fp32", "fp16")]
+    + [(3, codec) for codec in CODECS if CODECS[codec].feedback],
+)
 def test_replicas_are_bit_equal_after_every_step_when_micro_batches_are_uneven(
     peers: int, codec: str
 ) -> None:

@@ -6,7 +6,7 @@ Three peers of uneven pace train on a network with 10 to 50 ms of latency; time 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from training import Regression, Trainer, Training, check_replicas, largest_paus
 from p2ptrain import events
 from p2ptrain.config import RunConfig
 from p2ptrain.events import CatchUpBy, WasteCause
+from p2ptrain.gradients.accumulator import Sent
+from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Stage
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
@@ -419,3 +421,55 @@ def test_micro_batch_is_left_out_and_training_goes_on_when_its_gradient_is_not_f
         assert all(bool(torch.isfinite(life.replica.parameters).all()) for life in training.lives)
 
     play(story)
+
+
+# -- fewer bytes ---------------------------------------------------------------------------------------------
+
+
+def watch_what_is_owed(life: Trainer) -> None:
+    """Assert at every event of this peer that only commits change what it owes, and how much that is."""
+    assert life.peer is not None
+    rounds, accumulator, observe = life.peer.rounds, life.peer._accumulator, life._observe
+    settle, owed = accumulator.settle, rounds._owed
+
+    def settling(codec: Codec, sent: Sequence[Sent]) -> None:
+        before, samples = accumulator.total.clone(), accumulator.samples
+        settle(codec, sent)
+        if samples:
+            assert sum(stop - start for start, stop, _ in sent) == life.replica.numel
+            assert 0 < accumulator.total.norm() < 0.02 * before.norm()  # int8 loses about 0.6 %
+        else:
+            assert torch.equal(accumulator.total, before)
+
+    def observing(event: events.Event) -> None:
+        nonlocal owed
+        if isinstance(event, events.RoundCommitted):
+            assert rounds._owed is not owed
+            assert rounds._owed._lost.any()
+            owed = rounds._owed
+        elif isinstance(event, events.RoundAborted):
+            assert rounds._owed is owed
+        observe(event)
+
+    life.peer._observe = observing
+    accumulator.settle = settling  # type: ignore[method-assign,assignment]
+
+
+def test_only_commits_change_what_the_codec_owes_and_a_newcomer_owes_nothing() -> None:
+    async def story(training: Training) -> None:
+        for life in training.lives:
+            watch_what_is_owed(life)
+        victim = await a_freeze(training, leads=False)
+        await asyncio.sleep(0.02)
+        await training.kill(victim.name)
+        await training.until(lambda: any(life.of(events.RoundAborted) for life in training.peers.values()))
+
+        dora = start(training, "dora")
+        await training.until(lambda: dora.of(events.CaughtUp))
+        assert dora.peer is not None
+        assert not dora.peer._accumulator.total.any()
+        assert not dora.peer.rounds._owed._lost.numel()
+        watch_what_is_owed(dora)
+        await training.until(lambda: len(dora.of(events.RoundCommitted)) > 3)
+
+    play(story, small_run(codec="int8"))

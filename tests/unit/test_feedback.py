@@ -197,7 +197,7 @@ def test_many_steps_move_as_far_as_their_gradients_when_each_alone_is_rounded_co
     small = torch.full((NUMEL,), 0.01)
     small[::50] = 1.0
     members, owed = [Accumulator(NUMEL) for _ in range(3)], Owed(codec, 0, NUMEL)
-    steps, moved = 200, torch.zeros(NUMEL)
+    steps, moved = 300, torch.zeros(NUMEL)
     for _ in range(steps):
         parts = []
         for member in members:
@@ -206,7 +206,7 @@ def test_many_steps_move_as_far_as_their_gradients_when_each_alone_is_rounded_co
             parts.append(decoded(codec, chunks))
             member.settle(codec, chunks)
         moved += owed.encode(0, mean_chunk(parts, [1, 1, 1]))[1]
-    assert torch.allclose(moved / steps, small, atol=0.009)
+    assert torch.allclose(moved / steps, small, atol=0.005)
 
 
 def test_int4_without_feedback_would_never_move_a_small_value() -> None:

@@ -11,18 +11,22 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
+
+from p2ptrain.gradients.codecs import CODECS
 
 CAPABILITIES = ("default", "avx2", "avx512")
 
 CHILD = """
 import hashlib, json, os, sys
+from pathlib import Path
 import numpy as np, torch
 from p2ptrain.config import Optimizer
 from p2ptrain.gradients.aggregation import mean_chunk
-from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.gradients.codecs import CODECS, codec_named
 from p2ptrain.replica.optimizers import build_optimizer
 
 NUMEL = 20_011  # no multiple of a vector register
@@ -40,6 +44,22 @@ def train(kind):
         optimizer.step(parameters, mean, 0.01 / (step + 1))
     tensors = [parameters, *(tensor for _, tensor in sorted(optimizer.state_tensors().items()))]
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def decoded(folder):
+    # What the first child encoded, all of them decode: encoders may differ, as a peer's own are its own.
+    digests = {}
+    for codec in CODECS.values():
+        path = folder / codec.name
+        if not path.exists():
+            values = np.random.default_rng(9).standard_normal(NUMEL, np.float32)
+            sizes = np.float32(2.0) ** np.random.default_rng(10).integers(-40, 40, NUMEL // 500 + 1)
+            values *= np.repeat(sizes.astype(np.float32), 500)[:NUMEL]
+            path.write_bytes(codec.encode(torch.from_numpy(values)))
+        out = torch.empty(NUMEL)
+        codec.decode(path.read_bytes(), out)
+        digests[codec.name] = hashlib.sha256(out.numpy().tobytes()).hexdigest()
+    return digests
 
 
 def wrong_bits():
@@ -66,12 +86,13 @@ def wrong_bits():
 
 
 np.seterr(all="ignore")
-for capability in sys.argv[1:]:
+for capability in sys.argv[2:]:
     sys.stdout.flush()
     if not (child := os.fork()):
         os.environ["ATEN_CPU_CAPABILITY"] = capability
         torch.set_num_threads(1)
         result = {"adamw": train("adamw"), "sgd": train("sgd"), "wrong bits": wrong_bits()}
+        result["decoded"] = decoded(Path(sys.argv[1]))
         result["capability"] = torch.backends.cpu.get_cpu_capability().lower()
         print(json.dumps({capability: result}), flush=True)
         os._exit(0)
@@ -84,13 +105,14 @@ for capability in sys.argv[1:]:
 def computed() -> dict[str, Any]:
     """What a child of each capability computed. Run once for all tests of this file."""
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, *CAPABILITIES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD, folder, *CAPABILITIES],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert child.returncode == 0, child.stderr
     results: dict[str, Any] = {}
     for line in child.stdout.splitlines():
@@ -119,6 +141,12 @@ def test_30_steps_of_training_end_in_the_same_state_when_the_kernels_differ(
 def test_every_operation_of_apply_rounds_exactly_once_when_checked_against_float64(capability: str) -> None:
     wrong = result_of(capability)["wrong bits"]
     assert wrong == dict.fromkeys(wrong, 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[1:])
+@pytest.mark.parametrize("codec", CODECS)
+def test_codec_decodes_to_the_same_bits_when_the_kernels_differ(codec: str, capability: str) -> None:
+    assert result_of(capability)["decoded"][codec] == result_of("default")["decoded"][codec]
 
 
 PINNED = {
