@@ -21,8 +21,9 @@ from torch import Tensor
 
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
-from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
+from p2ptrain.gradients.aggregation import OUTSIZED, Aggregation, outsized, squared_norm
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -175,6 +176,7 @@ class Attempt:
         freeze: Freeze,
         swarm: Swarm,
         codec: Codec,
+        aggregation: Aggregation,
         chunk_values: int,
         most_samples: int,
         usual_norm: float,
@@ -193,6 +195,8 @@ class Attempt:
         self._me = swarm.peer_id
         self._swarm = swarm
         self._codec = codec
+        self._aggregation = aggregation
+        self.likeness = Likeness()
         self._reduction = Reduction(freeze, self._me, chunk_values, most_samples)
         self._ranges = [
             chunk_ranges(start, stop, chunk_values)
@@ -292,7 +296,7 @@ class Attempt:
                 return
 
     def _average(self, number: int) -> None:
-        """All of chunk `number` is here: sum in roster order, divide once, encode once, same bytes to all."""
+        """All of chunk `number` is here: aggregate in roster order, encode once, same bytes to all."""
         reduction, roster = self._reduction, self.freeze.roster
         start, stop = self._ranges[reduction.rank][number]
         ranks = reduction.contributors()
@@ -315,7 +319,8 @@ class Attempt:
             detail = f"the gradient of {peer[-8:]} is over {OUTSIZED:,.0f} times as long as the others'"
             self._fail([peer], AbortCause.BAD_CHUNK, detail)
             return
-        encoded = self._codec.encode(mean_chunk(parts, counts))
+        self.likeness.add(ranks, parts, counts)
+        encoded = self._codec.encode(self._aggregation(parts, counts))
         decoded = torch.empty(stop - start)
         self._codec.decode(encoded, decoded)
         self._norm += squared_norm(decoded)
@@ -387,7 +392,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone
+Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -403,6 +408,7 @@ class Rounds:
         swarm: Swarm,
         member: Member,
         codec: Codec,
+        aggregation: Aggregation,
         chunk_values: int,
         serve: Serve,
         spawn: Spawn,
@@ -414,6 +420,8 @@ class Rounds:
         """How the last attempt, or the wait for one, ended; the trainer takes it and sets None."""
         self._swarm = swarm
         self._codec = codec
+        self._aggregation = aggregation
+        self._watch = Watch()
         self._chunk_values = chunk_values
         self._serve = serve
         self._spawn = spawn
@@ -551,6 +559,7 @@ class Rounds:
             freeze,
             self._swarm,
             self._codec,
+            self._aggregation,
             self._chunk_values,
             self.member.rules.most_samples,
             math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
@@ -577,6 +586,8 @@ class Rounds:
                     assert attempt is not None
                     assert attempt.sealed is not None
                     entry = Entry(header, attempt.payload())
+                    for stood_out in self._watch.saw(header.roster, attempt.likeness):
+                        self._note(stood_out)
                     self._end(Committed(entry, newcomers, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))

@@ -184,6 +184,14 @@ class RunConfig(Section):
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
     2. Replicas stay bit-equal with either, because all peers decode the same bytes."""
 
+    aggregation: Literal["mean", "multi_krum", "centered_clip", "trimmed_mean", "median"] = "mean"
+    """How the peers' gradients become one. `mean`: over all samples, exact, and one liar can ruin it. The
+    others bound what a liar can do, for runs that strangers join: `multi_krum` leaves out the quarter of the
+    peers (at least one) that is least like the rest, `centered_clip` shortens what is far from the median,
+    `trimmed_mean` leaves out the highest and the lowest quarter of each value (at least one each), `median`
+    all but the middle. The last two forget what only few peers saw in a step, such as rare words. With fewer
+    than 3 peers at work all are `mean`: set `min_peers` to 3 or more."""
+
     chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 65_536
     """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will
     spend time on headers; setting it high will leave the network idle while the first chunk is encoded."""

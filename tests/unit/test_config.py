@@ -68,12 +68,12 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "910e452cb89455c141f9239d08c74ab4aa1aa23152ab81943ad313ca80ca8455",
-    "own-text": "c698625b1754e04e4d751998fef78edd06a15a8e035691b24cf81ff1df6a2256",
-    "rehearsal": "0296a1d55793d863d3ab1c790a92100532088bd466f598c39a47c50678153488",
-    "rehearsal-slow": "07806491a8c6fe2a8c1da76ff68a7476a4b6457f584003594262892cba7563fa",
-    "rehearsal-tiny": "514863c1df3dc7be0fa59caeb239433b525daf1a44ca6c941a629c631c9730d0",
-    "tiny": "37ae73f824b322755e8bcc4929acfc0925b0e12f76bea826f52e481a758dc779",
+    "default": "b0cb8ff0f2e69d68b3554c307ea4bcdf2770f54c1ef26c06fe8b78d84966c3e7",
+    "own-text": "955ea827967f60a34379bf0c0c7f822729f5dd2ca0efef80ab6fa4932ad1b173",
+    "rehearsal": "ee7413c96e7f325bf37841903c02e44d5035d4453551ebac2071afc869130794",
+    "rehearsal-slow": "179090431ffe1d3e43eac4e81238457ddabf098ccfbd8d0b092a1e62015ed431",
+    "rehearsal-tiny": "d2ecac3fd9858e45f10c9669760af4fd53946d1fb284b0fdb28491c64be6105f",
+    "tiny": "24d4880ff0c7758fc1e89eb94ac7d858a2c99ada068ffef6543808fec6087f60",
 }
 
 
