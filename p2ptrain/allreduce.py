@@ -25,9 +25,11 @@ from torch import Tensor
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
 from p2ptrain.gradients.accumulator import Sent
+from p2ptrain.gradients.aggregation import Aggregation
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
-from p2ptrain.gradients.reducing import Scratch, Spoilt, average_chunk, check_chunk
+from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
+from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -255,6 +257,7 @@ class Attempt:
         freeze: Freeze,
         swarm: Swarm,
         codec: Codec,
+        aggregation: Aggregation,
         chunk_values: int,
         most_samples: int,
         usual_norm: float,
@@ -269,7 +272,6 @@ class Attempt:
         """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
         since the last commit; `memory`: for the averaged bytes, if it is large enough."""
         self.freeze = freeze
-        self._usual_norm = usual_norm
         self.began = asyncio.get_running_loop().time()
         self.held = self.began
         self.sealed: float | None = None
@@ -281,12 +283,14 @@ class Attempt:
         self._work = work
         self._scratch = scratch
         self._spawn = spawn
+        self.likeness = Likeness()
         self._reduction = Reduction(freeze, self._me, chunk_values, most_samples)
         self._ranges = [
             chunk_ranges(start, stop, chunk_values)
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
         ]
         self.owed = owed.moved(*freeze.spans[self._reduction.rank :][:2])
+        self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness)
         self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
         self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
@@ -409,7 +413,7 @@ class Attempt:
             self._part_came.clear()
 
     async def _average(self, number: int) -> None:
-        """All of chunk `number` is here: sum in roster order, divide once, encode once, same bytes to all."""
+        """All of chunk `number` is here: aggregate in roster order, encode once, same bytes to all."""
         reduction, roster = self._reduction, self.freeze.roster
         start, stop = self._ranges[reduction.rank][number]
         ranks, samples = reduction.contributors(), reduction.samples
@@ -423,12 +427,11 @@ class Attempt:
         try:
             norm, digest = await self._work(
                 average_chunk,
-                self._codec,
+                self._rule,
                 self._scratch,
+                ranks,
                 parts,
                 counts,
-                self._usual_norm,
-                self.owed,
                 start,
                 stop - start,
                 encoded,
@@ -514,7 +517,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone
+Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -530,6 +533,7 @@ class Rounds:
         swarm: Swarm,
         member: Member,
         codec: Codec,
+        aggregation: Aggregation,
         chunk_values: int,
         serve: Serve,
         spawn: Spawn,
@@ -543,6 +547,8 @@ class Rounds:
         self._swarm = swarm
         self._codec = codec
         self._owed = Owed(codec)
+        self._aggregation = aggregation
+        self._watch = Watch()
         self._chunk_values = chunk_values
         self._serve = serve
         self._spawn = spawn
@@ -693,6 +699,7 @@ class Rounds:
             freeze,
             self._swarm,
             self._codec,
+            self._aggregation,
             self._chunk_values,
             self.member.rules.most_samples,
             math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
@@ -730,6 +737,8 @@ class Rounds:
                     entry = Entry(header, attempt.payload())
                     self._entry_bytes = len(entry.payload)
                     self._owed = attempt.owed
+                    for stood_out in self._watch.saw(header.roster, attempt.likeness):
+                        self._note(stood_out)
                     self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
                 case CatchUp(donor, position, afresh):
                     self._end(Behind(donor, position, afresh))

@@ -487,6 +487,25 @@ class CarrierChanged(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerStoodOut(_Happened):
+    """A peer's gradients are unlike the others', as this peer sees them: it lies, or its machine errs."""
+
+    event: ClassVar[str] = "peer_stood_out"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    """Of the last of these rounds."""
+    peer: PeerId
+    rounds: int
+    """In which it stood out since it was last named, less those in which it did not."""
+
+    def sentence(self) -> str:
+        return (
+            f"step {self.step}: the gradients of {short(self.peer)} are unlike the others', "
+            f"in {_count(self.rounds, 'round')} more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -520,6 +539,7 @@ Event = (
     | PeerFaulted
     | PeerBenched
     | CarrierChanged
+    | PeerStoodOut
     | DaemonRestarted
 )
 

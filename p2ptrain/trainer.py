@@ -34,7 +34,9 @@ from p2ptrain.allreduce import (
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
+from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
@@ -147,7 +149,15 @@ class Peer:
         )
         member = Member(swarm.peer_id, incarnation, rules)
         self.rounds = Rounds(
-            swarm, member, self._codec, run.chunk_values, self.donor.answer, self._spawn, self._noted, work
+            swarm,
+            member,
+            self._codec,
+            AGGREGATIONS[run.aggregation],
+            run.chunk_values,
+            self.donor.answer,
+            self._spawn,
+            self._noted,
+            work,
         )
         self._catch_up = CatchUp(
             swarm,
@@ -562,6 +572,9 @@ class Peer:
                 )
             case Benched(peer, offences, seconds):
                 self._observe(events.PeerBenched(peer=peer, offences=offences, seconds=seconds))
+            case StoodOut(peer, rounds):
+                step = self.replica.position.step
+                self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from p2ptrain.events import clean, duration
+from p2ptrain.events import clean, duration, short
 
 Record = Mapping[str, Any]
 """One line of a journal: `time`, `event`, and that event's fields."""
@@ -185,6 +185,8 @@ class Chronicle:
                 peer.checkpoint, peer.checkpoint_step = path, step
             case {"event": "checkpoint_failed", "reason": reason}:
                 self.note(at, f"{name} could not save a checkpoint: {clean(reason)}")
+            case {"event": "peer_stood_out", "peer": other}:
+                self.note(at, f"{name} finds the gradients of {short(other)} unlike the others'")
             case {"event": "daemon_restarted", "seconds": seconds}:
                 self.note(at, f"{name} lost its libp2p daemon and started another in {duration(seconds)}")
             case {"event": "leaving"}:

@@ -1,38 +1,150 @@
-"""What a reducer computes: the mean of the members' totals over all their samples.
+"""What a reducer computes: one gradient out of the members' totals, by the rule that the run file names.
 
-Float addition is not associative, so the members are added in roster order, whatever order their chunks
-arrived in, and the division is done once, by a tensor: dividing by a Python scalar multiplies by its
-reciprocal on some devices, which rounds differently.
+`mean` is exact and takes everyone at their word: one liar owns it. The other rules start from the members'
+mean gradients and bound what any of them can do. They go by coordinate or by chunk, so that a reducer needs
+nothing but its span.
+
+Whatever the order in which chunks arrived, members come in roster order, and every operation rounds once:
+float addition is not associative, and dividing by a Python scalar multiplies by its reciprocal on some
+devices. So whoever has the same chunks gets the same bytes, on any kernel.
+
+Not covered: liars that stay as close to the others as those are to each other; no rule can tell them apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from itertools import combinations
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from p2ptrain.errors import PeerFault
 
+FEWEST = 3
+"""With fewer members that brought samples there is no majority, and every rule is the plain mean."""
+
 
 class EmptyRound(PeerFault):
     """No member of the round brought a sample: there is nothing to average."""
 
 
-def mean_chunk(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
-    """Mean gradient over every sample of the round, for one chunk. A new tensor, float32 [n].
+Aggregation = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
+"""(totals, samples) → the gradient to apply, for one chunk: a new tensor, float32 [n].
 
-    `totals[i]` (float32 [n]) is member i's sum over its `samples[i]` ≥ 0 samples, in roster order; the total
-    of a member that brought none is not looked at. Raises EmptyRound if no member brought a sample.
-    """
+`totals[i]` (float32 [n]) is member i's sum over its `samples[i]` ≥ 0 samples, in roster order; the total of a
+member that brought none is not looked at. Raises EmptyRound if no member brought a sample.
+"""
+
+
+def mean_chunk(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """Mean gradient over every sample of the round. See `Aggregation`."""
     brought = [total for total, count in zip(totals, samples, strict=True) if count > 0]
     if not brought:
         raise EmptyRound(f"none of the {len(samples)} members of the round brought a sample")
     mean = brought[0].clone()
     for total in brought[1:]:
         mean.add_(total)
-    return mean.div_(torch.tensor(sum(samples), dtype=torch.float32, device=mean.device))
+    return mean.div_(_scalar(sum(samples)))
+
+
+def median(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """In each coordinate the median of the members' mean gradients; each counts once, whatever it brought.
+
+    With fewer than half of the members lying, every value is between two that honest members brought.
+    """
+    means, _ = _means(totals, samples)
+    if len(means) < FEWEST:
+        return mean_chunk(totals, samples)
+    ordered = _in_order(means)
+    return _within(_middle(ordered), ordered[0], ordered[-1])
+
+
+def trimmed_mean(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """In each coordinate, the mean of what is left of the members' mean gradients without the highest and the
+    lowest quarter (at least one each); weighted by samples, see `_means`.
+
+    With no more than a quarter of the members lying, or one, every value is between two that honest members
+    brought.
+    """
+    means, weights = _means(totals, samples)
+    if len(means) < FEWEST:
+        return mean_chunk(totals, samples)
+    ordered, cut = _in_order(means), max(len(means) // 4, 1)
+    low, high = ordered[cut], ordered[-1 - cut]
+    summed, weight = torch.zeros_like(low), torch.zeros_like(low)
+    for mean, own in zip(means, weights, strict=True):
+        counted = ((mean >= low) & (mean <= high)).float().mul_(_scalar(own))
+        summed.add_(mean.mul(counted))
+        weight.add_(counted)
+    return _within(summed.div_(weight), low, high)
+
+
+def centered_clip(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """CenteredClip (Karimireddy et al. 2021), one step from the median: the members' differences from it are
+    shortened to the length of the median one, and their mean, weighted by samples (see `_means`), is added.
+
+    With fewer than half of the members lying, each moves the result by no more than its share of the weight,
+    times the distance from the median to the honest member that is farthest from it.
+    """
+    means, weights = _means(totals, samples)
+    if len(means) < FEWEST:
+        return mean_chunk(totals, samples)
+    ordered = _in_order(means)
+    centre = _middle(ordered)
+    differences = [mean.sub(centre) for mean in means]
+    lengths = [math.sqrt(_squared_norm_in_order(difference)) for difference in differences]
+    radius, everyone = sorted(lengths)[(len(lengths) - 1) // 2], math.fsum(weights)
+    clipped = centre.clone()
+    for difference, length, weight in zip(differences, lengths, weights, strict=True):
+        share = weight / everyone * (radius / length if length > radius else 1.0)
+        clipped.add_(difference.mul_(_scalar(share)))
+    return _within(clipped, ordered[0], ordered[-1])
+
+
+def multi_krum(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """Multi-Krum (Blanchard et al. 2017): the mean, weighted by samples (see `_means`), without the quarter
+    of the members (at least one) that is farthest from its nearest neighbours, as many as are kept.
+
+    Squared distances count in units of 1/samples of the one + 1/samples of the other: so far apart are honest
+    gradients that differ by chance only, and a slow peer is not taken for a liar.
+
+    With no more than a quarter of the members lying, or one, a liar counts only if it is as near to the
+    others as an honest member is.
+    """
+    means, weights = _means(totals, samples)
+    if len(means) < FEWEST:
+        return mean_chunk(totals, samples)
+    members = range(len(means))
+    kept = len(means) - max(len(means) // 4, 1)
+    noise = [1 / count for count in samples if count > 0]
+    apart = [[0.0 for _ in members] for _ in members]
+    for one, other in combinations(members, 2):
+        squared = _squared_norm_in_order(means[one].sub(means[other]))
+        apart[one][other] = apart[other][one] = squared / (noise[one] + noise[other])
+    # Each is at no distance from itself, and comes first among its own neighbours.
+    score = [math.fsum(sorted(distances)[:kept]) for distances in apart]
+    near = sorted(sorted(members, key=score.__getitem__)[:kept])
+    chosen, summed = [means[at] for at in near], torch.zeros_like(means[0])
+    for at in near:
+        summed.add_(means[at].mul(_scalar(weights[at])))
+    summed.div_(_scalar(math.fsum(weights[at] for at in near)))
+    return _within(summed, reduce(torch.minimum, chosen), reduce(torch.maximum, chosen))
+
+
+AGGREGATIONS: Mapping[str, Aggregation] = MappingProxyType(
+    {
+        "mean": mean_chunk,
+        "multi_krum": multi_krum,
+        "centered_clip": centered_clip,
+        "trimmed_mean": trimmed_mean,
+        "median": median,
+    }
+)
+"""By the name that the run file gives them."""
 
 
 OUTSIZED = 1e4
@@ -69,3 +181,63 @@ def squared_norm(values: Tensor) -> float:
     """Σ x² of a chunk or span, in float64."""
     double = values.double()
     return torch.dot(double, double).item()
+
+
+# -- inside --------------------------------------------------------------------------------------------------
+
+
+def _means(totals: Sequence[Tensor], samples: Sequence[int]) -> tuple[list[Tensor], list[float]]:
+    """Mean gradients of those who brought samples, and their weights: samples in units of the median, at most
+    1. So claiming many gains nothing over the median member, and bringing few does not count for more.
+
+    Raises EmptyRound if nobody brought any.
+    """
+    brought = [(total, count) for total, count in zip(totals, samples, strict=True) if count > 0]
+    if not brought:
+        raise EmptyRound(f"none of the {len(samples)} members of the round brought a sample")
+    counts = sorted(count for _, count in brought)
+    usual = counts[(len(counts) - 1) // 2]
+    return [total.div(_scalar(count)) for total, count in brought], [min(c / usual, 1.0) for _, c in brought]
+
+
+def _in_order(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The rows, sorted in each coordinate, lowest first: as many times as there are rows, neighbours change
+    places. (For so few rows that is many times faster than `torch.sort`.)"""
+    ordered = list(rows)
+    for turn in range(len(ordered)):
+        for at in range(turn % 2, len(ordered) - 1, 2):
+            pair = ordered[at], ordered[at + 1]
+            ordered[at], ordered[at + 1] = torch.minimum(*pair), torch.maximum(*pair)
+    return ordered
+
+
+def _middle(ordered: Sequence[Tensor]) -> Tensor:
+    """The middle row, or the mean of the middle two."""
+    at = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[at]
+    half = _scalar(0.5)  # of each before adding: the sum of two could be beyond float32
+    return ordered[at - 1].mul(half).add_(ordered[at].mul(half))
+
+
+def _squared_norm_in_order(values: Tensor) -> float:
+    """Σ x², to the same bit everywhere: squares of float32 are exact in float64, and are added in pairs,
+    halving the vector, where `squared_norm` adds in the kernel's own order."""
+    double = values.double()
+    squares = double.mul_(double)
+    while len(squares) > 1:
+        half = (len(squares) + 1) // 2
+        rest = squares[half:]
+        squares = squares[:half]
+        squares[: len(rest)].add_(rest)
+    return squares.item()
+
+
+def _within(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """A new tensor: rounding moves no value beyond what members brought, and -0 is 0, since which of the two
+    wins a comparison is the kernel's choice."""
+    return torch.clamp(values, low, high).add_(_scalar(0.0))
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

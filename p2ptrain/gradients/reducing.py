@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage
-from p2ptrain.gradients.aggregation import OUTSIZED, mean_chunk, outsized, squared_norm
+from p2ptrain.gradients.aggregation import OUTSIZED, Aggregation, outsized, squared_norm
 from p2ptrain.gradients.codecs import Buffer, Codec
 from p2ptrain.gradients.feedback import Owed
+from p2ptrain.gradients.likeness import Likeness
 
 
 class Spoilt(BadMessage):
@@ -44,34 +46,46 @@ class Scratch:
         return self._kept[index][:count]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a reducer makes one gradient of the members' in all chunks of an attempt, and what it notes."""
+
+    codec: Codec
+    aggregation: Aggregation
+    usual_norm: float
+    """Of the last averaged gradient, 0 if there was none."""
+    owed: Owed
+    likeness: Likeness
+
+
 def average_chunk(
-    codec: Codec,
+    rule: Rule,
     scratch: Scratch,
+    ranks: Sequence[int],
     parts: Sequence[Buffer],
     samples: Sequence[int],
-    usual_norm: float,
-    owed: Owed,
     start: int,
     count: int,
     place: memoryview,
 ) -> tuple[float, bytes]:
-    """Write the encoded mean of the encoded parts into `place`; returns its squared norm, as everyone will
-    decode it, and its digest.
+    """Write what the rule makes of the encoded parts into `place`, encoded; returns its squared norm, as
+    everyone will decode it, and its digest.
 
-    `parts` and `samples` (> 0) are those of the members that brought samples, in roster order, and the chunk
-    is of the `count` values from `start` on. Raises Spoilt.
+    `ranks`, `parts` and `samples` (> 0) are those of the members that brought samples, in roster order, and
+    the chunk is of the `count` values from `start` on. Raises Spoilt.
     """
     totals = []
     for index, part in enumerate(parts):
         total = scratch.take(index, count)
         try:
-            codec.decode(part, total)
+            rule.codec.decode(part, total)
         except BadMessage as fault:
             raise Spoilt(index, str(fault), finite=False) from None
         totals.append(total)
-    if (odd := outsized(totals, samples, usual_norm)) is not None:
+    if (odd := outsized(totals, samples, rule.usual_norm)) is not None:
         raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
-    encoded, decoded = owed.encode(start, mean_chunk(totals, samples))
+    rule.likeness.add(ranks, totals, samples)
+    encoded, decoded = rule.owed.encode(start, rule.aggregation(totals, samples))
     place[:] = encoded
     return squared_norm(decoded), hashlib.sha256(place).digest()
 

@@ -2,7 +2,8 @@
 
 Every series is there from the first scrape on, and no label takes a value that this module does not know: the
 page has the same size for a peer that met three others and for one that met three thousand. Which peer it is
-about, the scraper knows.
+about, the scraper knows. The one exception names the last few peers whose gradients stood out: who is to be
+thrown out must be told by name.
 
 Not covered: the swarm as a whole, which the monitor exports.
 """
@@ -54,6 +55,7 @@ from p2ptrain.events import (
     Leaving,
     PeerBenched,
     PeerFaulted,
+    PeerStoodOut,
     Previewed,
     ReplicaDiverged,
     RolledBack,
@@ -63,7 +65,9 @@ from p2ptrain.events import (
     StateHashed,
     WaitingChanged,
     WasteCause,
+    clean,
 )
+from p2ptrain.records import PeerId
 
 LANES = ("control", "data", "request", "tls")
 """What moves bytes between peers; see `swarm.port`. Chunks go over `tls`, or else over `data`."""
@@ -74,6 +78,9 @@ ROUND_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 """Below 5 ms nobody notices; 1 s is a heartbeat, 5 s is silence and costs this peer its place."""
 
+
+MOST_OUTLIERS = 8
+"""Peers that are named at once; a liar that comes back under ever new names shows up as the last of them."""
 
 Family = TypeVar("Family", Counter, Gauge, Histogram)
 
@@ -220,6 +227,13 @@ class Metrics:
         self._carrier_changes = counter(
             "carrier_changes_total", "Times that a peer's chunks began to go this way.", carrier=Carrier
         )
+        self._outlier_rounds = Counter(
+            "p2ptrain_outlier_rounds_total",
+            f"Rounds in which a peer's gradient stood out, for the last {MOST_OUTLIERS} peers named for it.",
+            ["peer"],
+            registry=registry,
+        )
+        self._outliers: list[str] = []
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
@@ -314,6 +328,8 @@ class Metrics:
                 self._benched.inc()
             case CarrierChanged():
                 self._carrier_changes.labels(event.carrier).inc()
+            case PeerStoodOut():
+                self._stood_out(event.peer, event.rounds)
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
@@ -327,6 +343,14 @@ class Metrics:
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
+
+    def _stood_out(self, peer: PeerId, rounds: int) -> None:
+        name = clean(peer[-8:])
+        self._outliers = [*(other for other in self._outliers if other != name), name]
+        for forgotten in self._outliers[:-MOST_OUTLIERS]:
+            self._outlier_rounds.remove(forgotten)
+        self._outliers = self._outliers[-MOST_OUTLIERS:]
+        self._outlier_rounds.labels(name).inc(rounds)
 
     def _committed(self, event: RoundCommitted) -> None:
         self._step.set(event.step + 1)

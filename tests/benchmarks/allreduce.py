@@ -51,6 +51,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
     from p2ptrain.allreduce import Attempt, Contribution, touched_memory
     from p2ptrain.config import RunConfig
     from p2ptrain.events import Carrier
+    from p2ptrain.gradients.aggregation import mean_chunk
     from p2ptrain.gradients.codecs import codec_named
     from p2ptrain.gradients.feedback import Owed
     from p2ptrain.gradients.reducing import Scratch
@@ -127,6 +128,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
                 freeze,
                 swarm,
                 codec,
+                mean_chunk,
                 chunk_values,
                 2**24,
                 (values / len(roster)) ** 0.5,  # that of a mean of these: outsized ones are looked for

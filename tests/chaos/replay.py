@@ -27,6 +27,7 @@ import torch
 from p2ptrain import allreduce
 from p2ptrain.allreduce import Attempt, Contribution
 from p2ptrain.config import BytesTask, RunConfig
+from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import CODECS
 from p2ptrain.records import Averaged, PeerId
 from p2ptrain.swarm import clock
@@ -40,9 +41,10 @@ PACES = ((3, 0.1), (5, 0.17), (2, 0.05), (7, 0.4), (1, 0.03), (4, 0.2))
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What came of one codec's replays."""
+    """What came of one codec's and one rule's replays."""
 
     codec: str
+    aggregation: str
     members: int
     values: int
     samples: tuple[int, ...]
@@ -140,13 +142,14 @@ class _Mute:
 
 async def reduced_again(member: Recorded, chance: Random) -> str:
     """What this member says and holds when the same things come in another order."""
-    freeze, swarm, codec, *bounds, _spawn, _on_held, _on_failed = member.arguments
+    freeze, swarm, codec, rule, *bounds, _spawn, _on_held, _on_failed = member.arguments
     failures: list[str] = []
     Recorded.made = []
     attempt = Recorded(
         freeze,
         _Mute(swarm.peer_id),
         codec,
+        rule,
         *bounds,
         asyncio.get_running_loop().create_task,
         lambda header, seconds: None,
@@ -166,7 +169,7 @@ async def reduced_again(member: Recorded, chance: Random) -> str:
         attempt.close()
 
 
-def replay(members: Sequence[Recorded], orders: int, seed: int) -> Figures:
+def replay(members: Sequence[Recorded], run: RunConfig, orders: int, seed: int) -> Figures:
     """Reduce each member's side of the round in so many orders."""
     began = time.monotonic()
     expected = [member.outcome() for member in members]
@@ -182,7 +185,8 @@ def replay(members: Sequence[Recorded], orders: int, seed: int) -> Figures:
     header = members[0].header
     assert header is not None
     return Figures(
-        codec=members[0].arguments[2].name,
+        codec=run.codec,
+        aggregation=run.aggregation,
         members=len(members),
         values=header.spans[-1],
         samples=header.samples,
@@ -192,7 +196,7 @@ def replay(members: Sequence[Recorded], orders: int, seed: int) -> Figures:
     )
 
 
-def every_codec(
+def every_way(
     orders: int,
     *,
     peers: int = 4,
@@ -201,18 +205,22 @@ def every_codec(
     chunk_values: int = 16_384,
     codecs: Sequence[str] = tuple(sorted(CODECS)),
 ) -> list[Figures]:
-    """Record a round and replay it, with each codec there is, or with those that are named."""
+    """Record a round and replay it, with each of these codecs and the mean; and in a fifth of the orders with
+    each other rule in fp32, which hides no difference."""
     found = []
     torch.set_num_threads(1)
-    for codec in codecs:
+    ways = [(codec, "mean", orders) for codec in codecs]
+    ways += [("fp32", name, -(-orders // 5)) for name in AGGREGATIONS if name != "mean"]
+    for codec, aggregation, times in ways:
         run = RunConfig(
             run_id="replay",
             codec=codec,
+            aggregation=aggregation,
             target_batch_size=64,
             chunk_values=chunk_values,
             task=BytesTask(layers=1, width=width, heads=4, context=32),
         )
-        found.append(replay(recorded_round(run, peers, seed), orders, seed))
+        found.append(replay(recorded_round(run, peers, seed), run, times, seed))
     return found
 
 
@@ -223,10 +231,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     given = parser.parse_args()
-    figures = every_codec(given.orders, peers=given.peers, seed=given.seed)
+    figures = every_way(given.orders, peers=given.peers, seed=given.seed)
     for each in figures:
         what = f"{each.members} members, {each.values:,} values, {each.samples} samples"
-        print(f"{each.codec}: {each.identical} of {each.orders} orders byte-identical ({what})")
+        same = f"{each.identical} of {each.orders} orders byte-identical"
+        print(f"{each.codec}, {each.aggregation}: {same} ({what})")
     if given.json:
         print(json.dumps([dataclasses.asdict(each) for each in figures]))
     if any(each.identical != each.orders for each in figures):

@@ -365,6 +365,13 @@ def random(rogue: Rogue) -> None:
 
 
 @lie
+def outweigh(rogue: Rogue) -> None:
+    """Its gradient points the other way and is N (5) times as long: enough to undo what four others bring."""
+    factor = -float(rogue.number or 5)
+    values(rogue, lambda sound: sound * factor)
+
+
+@lie
 def samples(rogue: Rogue) -> None:
     """It claims N (a billion) samples for its contribution."""
     claimed, contribute = rogue.number or 10**9, Attempt.contribute

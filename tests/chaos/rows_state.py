@@ -151,7 +151,7 @@ def second(
 @row(
     40,
     fault="a round's recorded inputs, reduced again in shuffled arrival orders",
-    injected="replay, with each codec",
+    injected="replay, with each codec and aggregation",
     criterion="byte-identical 100 of 100",
     ci=True,
 )
@@ -161,10 +161,11 @@ def replayed(trial: Trial) -> Figures:
     if not done.stdout:
         raise Failed(f"the replay failed: {done.stderr[-500:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    told = "; ".join(f"{each['codec']}: {each['identical']} of {each['orders']}" for each in figures)
+    ways = {f"{each['codec']} {each['aggregation']}": each for each in figures}
+    told = "; ".join(f"{way}: {each['identical']} of {each['orders']}" for way, each in ways.items())
     if any(each["identical"] != each["orders"] for each in figures):
         raise Failed(told)
     return Figures(
         f"{told} byte-identical, {figures[0]['members']} members, {figures[0]['values']:,} values",
-        {f"{each['codec']}_identical": each["identical"] for each in figures},
+        {f"{way.replace(' ', '_')}_identical": each["identical"] for way, each in ways.items()},
     )

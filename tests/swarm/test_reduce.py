@@ -19,6 +19,7 @@ from libp2p_fabric import Libp2pFabric
 
 from p2ptrain.allreduce import Attempt, Contribution, Work, at_once
 from p2ptrain.events import AbortCause, Carrier
+from p2ptrain.gradients.aggregation import mean_chunk
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.reducing import Scratch
@@ -82,6 +83,7 @@ async def average(
                 freeze,
                 swarm,
                 codec_named(codec),
+                mean_chunk,
                 CHUNK_VALUES,
                 100,
                 0.0,
@@ -180,6 +182,7 @@ async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() ->
             frozen(0, [alice, bob]),
             Nobody(),  # type: ignore[arg-type]
             codec,
+            mean_chunk,
             CHUNK_VALUES,
             100,
             0.0,

@@ -22,6 +22,7 @@ from p2ptrain.events import (
     Leaving,
     PeerBenched,
     PeerFaulted,
+    PeerStoodOut,
     Previewed,
     ReplicaDiverged,
     RolledBack,
@@ -70,6 +71,7 @@ CATCHING_UP = CatchingUp(
 ROLLED_BACK = RolledBack(from_step=44, to_step=41, samples_lost=1024, lineage="c3" * 32)
 SAVED = CheckpointSaved(step=200, path="checkpoints/step-00000200", size_bytes=3_400_000, seconds=0.038)
 WAITING = WaitingChanged(reason="2 of 3 peers")
+STOOD_OUT = PeerStoodOut(step=41, peer=BERT, rounds=8)
 
 ONE_OF_EACH: tuple[Event, ...] = (
     Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
@@ -92,6 +94,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
     PeerBenched(peer=BERT, offences=3, seconds=120.0),
     CarrierChanged(peer=BERT, carrier=Carrier.LIBP2P, reason="192.0.2.7 port 4433: no answer within 5 s"),
+    STOOD_OUT,
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )

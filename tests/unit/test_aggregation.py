@@ -1,6 +1,12 @@
-"""The reducer's sum: exact about order, division and who brought nothing."""
+"""The reducer's sum, exact about order, division and who brought nothing; and the rules that bound a liar.
+
+Not covered: what a rule costs in training (`tests/swarm/test_robust_training.py`).
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2ptrain.gradients.aggregation import OUTSIZED, EmptyRound, mean_chunk, outsized, squared_norm
+from p2ptrain.config import RunConfig
+from p2ptrain.gradients.aggregation import (
+    AGGREGATIONS,
+    OUTSIZED,
+    Aggregation,
+    EmptyRound,
+    mean_chunk,
+    outsized,
+    squared_norm,
+)
 from p2ptrain.gradients.codecs import CODECS, LARGEST, Codec
 from p2ptrain.records import MAX_ROSTER
 
@@ -68,18 +83,163 @@ def test_mean_leaves_the_totals_alone_when_it_adds() -> None:
     assert [total.tolist() for total in totals] == [[1.0, 1.0], [1.0, 1.0]]
 
 
+@pytest.mark.parametrize("rule", AGGREGATIONS.values(), ids=AGGREGATIONS)
 @pytest.mark.parametrize("samples", [[], [0], [0, 0]])
-def test_mean_raises_empty_round_when_nobody_brought_a_sample(samples: list[int]) -> None:
+def test_round_is_empty_when_nobody_brought_a_sample(samples: list[int], rule: Aggregation) -> None:
     with pytest.raises(EmptyRound, match="brought a sample"):
-        mean_chunk([torch.ones(1) for _ in samples], samples)
+        rule([torch.ones(1) for _ in samples], samples)
 
 
+@pytest.mark.parametrize("rule", AGGREGATIONS.values(), ids=AGGREGATIONS)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-def test_mean_can_be_encoded_when_every_member_brings_the_largest_values_allowed(codec: Codec) -> None:
+def test_result_can_be_encoded_when_every_member_brings_the_largest_values_allowed(
+    codec: Codec, rule: Aggregation
+) -> None:
     totals = [torch.tensor([LARGEST, -LARGEST])] * MAX_ROSTER
-    mean = mean_chunk(totals, [1] * MAX_ROSTER)
-    assert mean.tolist() == [LARGEST, -LARGEST]
-    codec.encode(mean)
+    result = rule(totals, [1] * MAX_ROSTER)
+    assert result.tolist() == [LARGEST, -LARGEST]
+    codec.encode(result)
+
+
+# -- the rules that bound a liar -----------------------------------------------------------------------------
+
+ROBUST = {name: rule for name, rule in AGGREGATIONS.items() if name != "mean"}
+robust = pytest.mark.parametrize("rule", ROBUST.values(), ids=ROBUST)
+a_member = st.tuples(
+    st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5).map(torch.tensor), st.integers(1, 2000)
+)
+
+
+def test_run_file_can_ask_for_every_rule_there_is() -> None:
+    assert [RunConfig.model_validate({"aggregation": name}).aggregation for name in AGGREGATIONS] == [
+        *AGGREGATIONS
+    ]
+    assert RunConfig().aggregation == "mean"
+
+
+@robust
+@given(
+    gradient=st.lists(st.integers(-1000, 1000), min_size=5, max_size=5),
+    samples=st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any),
+)
+def test_result_is_what_all_members_bring_when_they_agree(
+    rule: Aggregation, gradient: list[int], samples: list[int]
+) -> None:
+    agreed = torch.tensor(gradient, dtype=torch.float32)
+    assert torch.equal(rule([agreed * count for count in samples], samples), agreed)
+
+
+@robust
+@given(members=members)
+def test_result_has_no_negative_zero_and_leaves_the_totals_alone(
+    rule: Aggregation, members: list[tuple[torch.Tensor, int]]
+) -> None:
+    totals, samples = zip(*members, strict=True)
+    before = [total.clone() for total in totals]
+    result = rule(totals, samples)
+    assert all(torch.equal(total, kept) for total, kept in zip(totals, before, strict=True))
+    assert all(result.data_ptr() != total.data_ptr() for total in totals)
+    if sum(count > 0 for count in samples) >= 3:
+        assert not (torch.signbit(result) & (result == 0)).any()
+
+
+@robust
+@given(brought=st.lists(a_member, min_size=1, max_size=2), silent=st.integers(0, 3))
+def test_every_rule_is_the_mean_when_fewer_than_three_brought_samples(
+    rule: Aggregation, brought: list[tuple[torch.Tensor, int]], silent: int
+) -> None:
+    totals = [total for total, _ in brought] + [torch.full((5,), float("nan"))] * silent
+    samples = [count for _, count in brought] + [0] * silent
+    assert torch.equal(rule(totals, samples), mean_chunk(totals, samples))
+
+
+honest = st.lists(a_member, min_size=2, max_size=9)
+anything = st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=5, max_size=5).map(torch.tensor)
+
+
+def with_liar(
+    honest: list[tuple[torch.Tensor, int]], liar: torch.Tensor, claimed: int, at: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    members = [*honest]
+    members.insert(at % (len(honest) + 1), (liar, claimed))
+    return [total for total, _ in members], [count for _, count in members]
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+@given(honest=honest, liar=anything, claimed=st.integers(1, 2**24), at=st.integers(0, 9))
+def test_every_value_is_between_honest_ones_whatever_one_liar_brings(
+    name: str, honest: list[tuple[torch.Tensor, int]], liar: torch.Tensor, claimed: int, at: int
+) -> None:
+    result = AGGREGATIONS[name](*with_liar(honest, liar, claimed, at))
+    means = torch.stack([total / torch.tensor(float(count)) for total, count in honest])
+    assert (result >= means.amin(0)).all()
+    assert (result <= means.amax(0)).all()
+
+
+@given(honest=honest, liar=anything, claimed=st.integers(1, 2**24), at=st.integers(0, 9))
+def test_liar_moves_a_clipped_result_by_its_bounded_share_of_honest_distances(
+    honest: list[tuple[torch.Tensor, int]], liar: torch.Tensor, claimed: int, at: int
+) -> None:
+    totals, samples = with_liar(honest, liar, claimed, at)
+    result = AGGREGATIONS["centered_clip"](totals, samples)
+    means = torch.stack([total / torch.tensor(float(count)) for total, count in honest])
+    beyond = (result - result.clamp(means.amin(0), means.amax(0))).norm()
+    # Counts are cut at the lower median, so half of the members or more weigh in full.
+    share = 1 / math.ceil((len(totals) + 1) / 2)
+    farthest = (means - AGGREGATIONS["median"](totals, samples)).norm(dim=1).max()
+    assert beyond <= share * farthest * (1 + 1e-5) + 1e-4
+
+
+@given(
+    honest=honest,
+    liar=st.lists(st.sampled_from([-(2.0**80), -(2.0**20), 2.0**20, 2.0**80]), min_size=5, max_size=5),
+    claimed=st.integers(1, 2**24),
+    at=st.integers(0, 9),
+)
+def test_liar_far_from_all_others_does_not_count_by_krum_whatever_it_claims(
+    honest: list[tuple[torch.Tensor, int]], liar: list[float], claimed: int, at: int
+) -> None:
+    result = AGGREGATIONS["multi_krum"](*with_liar(honest, torch.tensor(liar) * claimed, claimed, at))
+    means = torch.stack([total / torch.tensor(float(count)) for total, count in honest])
+    assert (result >= means.amin(0)).all()
+    assert (result <= means.amax(0)).all()
+
+
+@pytest.mark.parametrize("lie", [lambda sound: -sound, torch.randn_like], ids=["flipped", "noise"])
+def test_krum_leaves_out_the_liar_and_not_the_slow_peer_when_gradients_are_mostly_noise(
+    lie: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    true, samples = torch.randn(4000), [16, 16, 2, 16, 16]
+    totals = [count * true + 6 * count**0.5 * torch.randn(4000) for count in samples]
+    lied = lie(totals[3])
+    totals[3] = lied * (totals[3].norm() / lied.norm())
+    sound = sum(totals[at] for at in (0, 1, 2, 4)) / torch.tensor(50.0)
+    torch.testing.assert_close(AGGREGATIONS["multi_krum"](totals, samples), sound)
+
+
+@robust
+def test_peer_that_claims_a_billion_samples_weighs_as_much_as_the_median_one(rule: Aggregation) -> None:
+    means = [torch.tensor([float(value)]) for value in (1, 2, 4, 9, 16)]
+    as_others = rule([8 * mean for mean in means], [8] * 5)
+    claimed = rule([*(8 * mean for mean in means[:4]), means[4] * 10**9], [8, 8, 8, 8, 10**9])
+    assert torch.equal(claimed, as_others)
+    assert mean_chunk([*(8 * mean for mean in means[:4]), means[4] * 10**9], [8, 8, 8, 8, 10**9]) > 15
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mean", 26.2),
+        ("trimmed_mean", 14 / 3),
+        ("median", 4.0),
+        ("centered_clip", 4 + (-3 + 3 - 2 + 3) / 5),
+        ("multi_krum", 3.75),
+    ],
+)
+def test_rules_give_what_is_worked_out_by_hand(name: str, expected: float) -> None:
+    values = [torch.tensor([float(value)]) for value in (1, 116, 2, 8, 4)]
+    assert AGGREGATIONS[name](values, [1] * 5).item() == pytest.approx(expected)
 
 
 def test_squared_norm_is_taken_in_float64_when_float32_would_lose_it() -> None:

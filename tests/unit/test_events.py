@@ -16,6 +16,7 @@ from event_examples import (
     COMMITTED,
     ONE_OF_EACH,
     SAVED,
+    STOOD_OUT,
     WAITING,
     WASTED,
 )
@@ -50,6 +51,12 @@ def test_sentence_names_cause_and_dropped_peers_when_an_attempt_is_aborted() -> 
     assert ABORTED.sentence() == (
         "step 41: attempt 2 aborted after 1.3 s, a peer was lost; without …2222bbbb from here; "
         "contributions are kept"
+    )
+
+
+def test_sentence_names_the_peer_whose_gradients_stood_out() -> None:
+    assert STOOD_OUT.sentence() == (
+        "step 41: the gradients of …2222bbbb are unlike the others', in 8 rounds more"
     )
 
 

@@ -25,7 +25,7 @@ import hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch
 from p2ptrain.config import Optimizer
-from p2ptrain.gradients.aggregation import mean_chunk
+from p2ptrain.gradients.aggregation import AGGREGATIONS, mean_chunk
 from p2ptrain.gradients.codecs import CODECS, codec_named
 from p2ptrain.replica.optimizers import build_optimizer
 
@@ -60,6 +60,15 @@ def decoded(folder):
         codec.decode(path.read_bytes(), out)
         digests[codec.name] = hashlib.sha256(out.numpy().tobytes()).hexdigest()
     return digests
+def robust():
+    random = np.random.default_rng(9)
+    draw = lambda: torch.from_numpy(random.random(NUMEL, np.float32) - np.float32(0.5))
+    found = hashlib.sha256()
+    for members in (3, 5, 8):
+        totals = [draw().mul_(torch.tensor(2.0**at)) * draw().relu().sign() for at in range(members)]
+        for name in sorted(AGGREGATIONS.keys() - {"mean"}):
+            found.update(AGGREGATIONS[name](totals, range(1, 3 * members, 3)).numpy().tobytes())
+    return found.hexdigest()
 
 
 def wrong_bits():
@@ -91,7 +100,8 @@ for capability in sys.argv[2:]:
     if not (child := os.fork()):
         os.environ["ATEN_CPU_CAPABILITY"] = capability
         torch.set_num_threads(1)
-        result = {"adamw": train("adamw"), "sgd": train("sgd"), "wrong bits": wrong_bits()}
+        result = {"adamw": train("adamw"), "sgd": train("sgd"), "robust": robust()}
+        result["wrong bits"] = wrong_bits()
         result["decoded"] = decoded(Path(sys.argv[1]))
         result["capability"] = torch.backends.cpu.get_cpu_capability().lower()
         print(json.dumps({capability: result}), flush=True)
@@ -138,6 +148,11 @@ def test_30_steps_of_training_end_in_the_same_state_when_the_kernels_differ(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_aggregation_that_bounds_a_liar_gives_the_same_bytes_when_the_kernels_differ(capability: str) -> None:
+    assert result_of(capability)["robust"] == PINNED["robust"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_operation_of_apply_rounds_exactly_once_when_checked_against_float64(capability: str) -> None:
     wrong = result_of(capability)["wrong bits"]
     assert wrong == dict.fromkeys(wrong, 0)
@@ -152,6 +167,7 @@ def test_codec_decodes_to_the_same_bits_when_the_kernels_differ(codec: str, capa
 PINNED = {
     "adamw": "8970ecd957e608ec4c982f2eb1ce9c58fa553c8333e00023995198d05e7ff71d",
     "sgd": "a6278c30f51b2d87f95d86b01e8a658a15ca5fe4b23f69da476edb3b0a098ab5",
+    "robust": "0",
 }
-"""SHA-256 of parameters and optimizer state, on every machine. Whoever must change these raises
-`PROTOCOL_VERSION` too: peers of the two versions would drift apart."""
+"""SHA-256 of parameters and optimizer state, and of what the robust rules give, on every machine. Whoever
+must change these raises `PROTOCOL_VERSION` too: peers of the two versions would drift apart."""

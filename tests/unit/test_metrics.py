@@ -18,6 +18,7 @@ from event_examples import (
     ONE_OF_EACH,
     ROLLED_BACK,
     SAVED,
+    STOOD_OUT,
     WAITING,
     WASTED,
 )
@@ -25,8 +26,9 @@ from external_tools import run_tool
 from prometheus_client.parser import text_string_to_metric_families
 
 from p2ptrain.events import AbortCause, Carrier, WasteCause
+from p2ptrain.records import PeerId
 from p2ptrain.telemetry.health import HealthServer
-from p2ptrain.telemetry.metrics import Metrics, PeerState, watch_event_loop
+from p2ptrain.telemetry.metrics import MOST_OUTLIERS, Metrics, PeerState, watch_event_loop
 
 NOW = 1_800_000_000.0
 
@@ -90,14 +92,35 @@ def test_series_stay_the_same_when_thousands_of_peers_come_and_go(metrics: Metri
             metrics.observe(dataclasses.replace(event, **text))
     for cause in AbortCause:
         metrics.observe(dataclasses.replace(ABORTED, cause=cause))
-    assert series(metrics) == before
+    named = {each for each in series(metrics) if each[0] == "p2ptrain_outlier_rounds_total"}
+    assert series(metrics) - named == before
+    assert len(named) == MOST_OUTLIERS
     assert len(before) < 400
 
 
-def test_series_name_no_peer_when_peers_were_seen(metrics: Metrics) -> None:
+def test_series_name_no_peer_when_peers_were_seen_that_did_not_stand_out(metrics: Metrics) -> None:
     for event in ONE_OF_EACH:
-        metrics.observe(event)
-    assert "12D3KooW" not in metrics.page().decode()
+        if event != STOOD_OUT:
+            metrics.observe(event)
+    page = metrics.page().decode()
+    assert "12D3KooW" not in page
+    assert "2222bbbb" not in page
+
+
+def test_peer_is_named_with_its_rounds_when_its_gradients_stood_out(metrics: Metrics) -> None:
+    metrics.observe(STOOD_OUT)
+    metrics.observe(STOOD_OUT)
+    assert value(metrics, "outlier_rounds_total", peer="2222bbbb") == 16
+
+
+def test_last_outliers_are_named_when_there_are_more_than_the_page_has_room_for(metrics: Metrics) -> None:
+    for number in (*range(MOST_OUTLIERS), 0, MOST_OUTLIERS):
+        metrics.observe(dataclasses.replace(STOOD_OUT, peer=PeerId(f"12D3KooW{number:08d}")))
+    assert value(metrics, "outlier_rounds_total", peer="00000000") == 16
+    assert value(metrics, "outlier_rounds_total", peer="00000008") == 8
+    page = metrics.page().decode()
+    assert "00000001" not in page, "it had been silent for longest"
+    assert page.count("p2ptrain_outlier_rounds_total{") == MOST_OUTLIERS
 
 
 def test_catch_up_and_what_was_given_are_read_when_the_page_is(metrics: Metrics) -> None:
