@@ -29,6 +29,7 @@ from p2ptrain.allreduce import Attempt, Contribution
 from p2ptrain.config import BytesTask, RunConfig
 from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import CODECS
+from p2ptrain.gradients.reducing import Scratch
 from p2ptrain.records import Averaged, PeerId
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
@@ -63,7 +64,6 @@ class Recorded(Attempt):
         self.arguments = arguments
         self.contribution: Contribution | None = None
         self.given: list[tuple[PeerId, Any, bytes]] = []
-        self.said: list[tuple[PeerId, Any, bytes]] = []
         super().__init__(*arguments)
         Recorded.made.append(self)
 
@@ -71,24 +71,21 @@ class Recorded(Attempt):
         self.contribution = Contribution(contribution.total.clone(), contribution.samples)
         super().contribute(contribution)
 
-    def receive(self, sender: PeerId, header: Any, payload: bytes) -> None:
+    async def receive(self, sender: PeerId, header: Any, payload: Any) -> None:
         if sender != self._me:
-            self.given.append((sender, header, payload))
-        super().receive(sender, header, payload)
-
-    def _deliver(self, to: PeerId, header: Any, payload: bytes) -> None:
-        if isinstance(header, Averaged):
-            self.said.append((to, header, bytes(payload)))
-        super()._deliver(to, header, payload)
+            self.given.append((sender, header, bytes(payload)))
+        await super().receive(sender, header, payload)
 
     def outcome(self) -> str:
         """Digest of the averaged chunks that it sent, the header that it would commit, and the bytes that it
         holds."""
         assert self.header is not None, "the attempt did not come to its end"
         sha = hashlib.sha256()
-        for to, header, payload in sorted(self.said, key=lambda each: (each[0], each[1].number)):
-            sha.update(f"{to} {header.model_dump_json()} {len(payload)}\n".encode())
-            sha.update(payload)
+        for to, outbox in sorted(self._outboxes.items()):
+            said = [frame for frame in outbox.frames if isinstance(frame[0], Averaged)]
+            for header, payload in sorted(said, key=lambda frame: frame[0].number):
+                sha.update(f"{to} {header.model_dump_json()} {len(payload)}\n".encode())
+                sha.update(payload)
         sha.update(self.header.model_dump_json().encode())
         sha.update(self.payload())
         return sha.hexdigest()
@@ -142,18 +139,19 @@ class _Mute:
 
 async def reduced_again(member: Recorded, chance: Random) -> str:
     """What this member says and holds when the same things come in another order."""
-    freeze, swarm, codec, rule, *bounds, _spawn, _on_held, _on_failed = member.arguments
-    failures: list[str] = []
+    freeze, swarm, *terms, _spawn, work, _scratch, _memory, _on_held, _on_failed = member.arguments
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     Recorded.made = []
     attempt = Recorded(
         freeze,
         _Mute(swarm.peer_id),
-        codec,
-        rule,
-        *bounds,
+        *terms,
         asyncio.get_running_loop().create_task,
-        lambda header, seconds: None,
-        lambda suspects, cause, detail: failures.append(f"{cause}: {detail}"),
+        work,
+        Scratch(),
+        None,
+        lambda header, seconds: ended.set_result(""),
+        lambda suspects, cause, detail: ended.set_result(f"{cause}: {detail}"),
     )
     inputs: list[Any] = [member.contribution, *member.given]
     chance.shuffle(inputs)
@@ -162,8 +160,11 @@ async def reduced_again(member: Recorded, chance: Random) -> str:
             if isinstance(each, Contribution):
                 attempt.contribute(each)
             else:
-                attempt.receive(*each)
-        assert not failures, f"an attempt that went well before failed: {failures}"
+                await attempt.receive(*each)
+            if chance.random() < 0.5:  # what came so far may be worked on, or more may come first
+                await asyncio.sleep(0)
+        failure = await asyncio.wait_for(ended, 60)
+        assert not failure, f"an attempt that went well before failed: {failure}"
         return attempt.outcome()
     finally:
         attempt.close()

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,13 @@ def reducing(rogue: Rogue) -> None:
     """As reducer that has averaged N (1) chunks of its span, sent them, and should average the next."""
     after, average = rogue.number or 1, Attempt._average
 
-    def averaging(self: Attempt, number: int) -> None:
+    async def averaging(self: Attempt, number: int) -> None:
         if rogue.dying:
             return
         if number >= after:
             rogue.die_behind(step=self.freeze.step, averaged=number)
         else:
-            average(self, number)
+            await average(self, number)
 
     Attempt._average = averaging
     silent_when_dying(rogue)
@@ -290,20 +291,16 @@ def twisted(rogue: Rogue, twist: Callable[[Attempt, bytes, int], bytes]) -> None
     contribute = Attempt.contribute
 
     def contributing(self: Attempt, contribution: Contribution) -> None:
-        deliver = self._deliver
+        for to, outbox in self._outboxes.items():
+            outbox.put = partial(lying, self, to, outbox.put)
+        contribute(self, contribution)
 
-        def lying(to: PeerId, header: Any, payload: bytes) -> None:
-            if isinstance(header, Chunk) and to != self._me and payload:
-                start, stop = self._ranges[self.freeze.roster.index(to)][header.number]
-                payload = twist(self, payload, stop - start)
-                rogue.tell(step=header.step)
-            deliver(to, header, payload)
-
-        self._deliver = lying
-        try:
-            contribute(self, contribution)
-        finally:
-            del self._deliver
+    def lying(attempt: Attempt, to: PeerId, put: Callable[..., None], header: Any, payload: Any) -> None:
+        if isinstance(header, Chunk) and payload:
+            start, stop = attempt._ranges[attempt.freeze.roster.index(to)][header.number]
+            payload = twist(attempt, bytes(payload), stop - start)
+            rogue.tell(step=header.step)
+        put(header, payload)
 
     Attempt.contribute = contributing
 
