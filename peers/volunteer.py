@@ -31,13 +31,14 @@ from p2ptrain.config import (
     parse_run,
     run_digest,
 )
-from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Unreachable
+from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Uninvited, Unreachable
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
-from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.access import ASK, Invite
+from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import build_task
@@ -56,6 +57,8 @@ RUN_FILE_SECONDS = 6.0
 RUN_FILE_PAUSES_SECONDS = (0.5, 1.0)
 """Before the second and the third time of asking."""
 BAR_SECONDS = 0.25
+GATE_SECONDS = 1.0
+"""Between two looks whether our invite still holds."""
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
 
@@ -97,6 +100,7 @@ async def volunteer(
             folder / "identity.key",
             invite.run_id,
             initial_peers=invite.addresses,
+            invite=invite,
             listen=config.listen,
             announce=config.announce,
             on_event=observe,
@@ -154,19 +158,25 @@ async def volunteer(
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
                 )
-                await _train_until_stopped(peer, run, until_step, stop)
+                assert swarm.gate is not None
+                put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
                 peer.give_up()
-                if not stop.reason:
+                if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
                 path = await peer.save_checkpoint()
                 observe(
                     events.Leaving(
                         step=replica.position.step,
-                        reason=stop.reason or "the run is complete",
+                        reason=put_out or stop.reason or "the run is complete",
                         rounds=peer.rounds_joined,
                         samples=peer.samples_given,
                     )
                 )
+                if put_out:
+                    raise InviteError(
+                        f"the others no longer let this peer in: {put_out}; {ASK}, and join with it to go on "
+                        "from the checkpoint that was kept"
+                    )
                 return Receipt(
                     run_id=run.run_id,
                     peer=swarm.peer_id,
@@ -198,6 +208,8 @@ async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
             reasons.append(
                 f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
             )
+        except Uninvited as fault:
+            raise InviteError(f"{fault}; {ASK}") from None
         except PeerFault as fault:
             reasons.append(f"{events.short(peer)}: {fault}")
     raise Unreachable(
@@ -260,16 +272,23 @@ def _threads(stack: contextlib.ExitStack, name: str, count: int) -> Compute:
     return call
 
 
-async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop: Stop) -> None:
-    """Train; a first signal lets the round under way finish, a second one does not."""
+async def _train_until_stopped(
+    peer: Peer, run: RunConfig, until_step: int, stop: Stop, gate: Gate
+) -> str:
+    """Train; a first signal lets the round under way finish, a second one does not.
+
+    Returns why the others let this peer in no more, if that was the end of it.
+    """
     if until_step:
         run = run.model_copy(update={"total_steps": min(until_step, run.total_steps)})
     training = asyncio.create_task(train(peer, run), name="train")
     stopping = asyncio.create_task(stop.first(), name="stop")
+    ending = asyncio.create_task(_put_out(gate), name="invite")
     try:
-        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({training, stopping, ending}, return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
             peer.leaving = True
+        if stopping.done() and not training.done():
             logger.info("finishing the round, then leaving; once more to stop now")
             second = asyncio.create_task(stop.second(), name="stop now")
             await asyncio.wait(
@@ -280,8 +299,18 @@ async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop
         stopping.cancel()
         if not training.done():
             training.cancel()
+        if not ending.done():
+            ending.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await training
+    return "" if ending.cancelled() or not ending.done() else ending.result()
+
+
+async def _put_out(gate: Gate) -> str:
+    """Why others let this peer in no more, once they do not."""
+    while not (flaw := gate.own_flaw()):
+        await asyncio.sleep(GATE_SECONDS)
+    return flaw
 
 
 def _state(peer: Peer) -> PeerState:

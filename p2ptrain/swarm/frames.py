@@ -28,17 +28,19 @@ def pack(header: Wire, payload_bytes: int = 0) -> bytes:
     return _LENGTHS.pack(len(text), payload_bytes) + text
 
 
-async def read_frame(reader: asyncio.StreamReader, *, max_payload_bytes: int) -> tuple[Wire, bytes, int]:
+async def read_frame(
+    reader: asyncio.StreamReader, *, max_payload_bytes: int, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[Wire, bytes, int]:
     """The next header and its payload, and how many bytes the frame had in all.
 
     Raises BadMessage if a length is out of bounds or the header is no record, EOFError or OSError if the
     stream ends first. After any of these the stream is of no more use.
     """
     header_bytes, payload_bytes = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
-    if header_bytes > MAX_HEADER_BYTES or payload_bytes > max_payload_bytes:
+    if header_bytes > max_header_bytes or payload_bytes > max_payload_bytes:
         raise BadMessage(
             f"a frame of {header_bytes} header and {payload_bytes} payload bytes; "
-            f"at most {MAX_HEADER_BYTES} and {max_payload_bytes} are taken"
+            f"at most {max_header_bytes} and {max_payload_bytes} are taken"
         )
     text = await reader.readexactly(header_bytes)
     try:
