@@ -32,6 +32,7 @@ from p2ptrain.records import (
     Reply,
     Request,
 )
+from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
 from peers import invites
@@ -40,7 +41,7 @@ from peers.signals import Stop
 
 logger = logging.getLogger("p2ptrain")
 
-NOWHERE = "/ip4/127.0.0.1/tcp/0/p2p/12D3KooWQpq3ogFstGJRSqBZ3GGPh186RaAYFtQnPpRKWs6ZLJtQ"
+DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/31337"
 PRESENCE_SECONDS = 10.0
 SETTLE_SECONDS = 6.0
 """After a restart: by then the peers have found back, and a newcomer that had come before them would have
@@ -86,14 +87,12 @@ async def bootstrap(
     is not `public` (None: as at the last start, at first True)."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
-    # The first address is only for the form: nobody enters by the bootstrap's own invite.
-    own = invites.own_invite(folder, run, [NOWHERE], int(time.time()))
     swarm = Libp2pSwarm(
         key,
         run.run_id,
         listen=(listen,),
         announce=announce,
-        invite=own,
+        invite=invites.own_invite(folder, run, load_or_create(key).peer_id, int(time.time())),
         on_event=lambda event: logger.log(event.level, event.sentence()),
     )
     with Stop() as stop:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2ptrain.config import RunConfig, run_digest
 from p2ptrain.errors import ConfigError, StorageError
-from p2ptrain.records import MAX_REVOKED, Grant, Permission, Revocations
+from p2ptrain.records import MAX_REVOKED, Grant, PeerId, Permission, Revocations
 from p2ptrain.swarm.access import Invite, decode, encode, issue
 from p2ptrain.swarm.gate import revoke as revocations_of
 from p2ptrain.swarm.identity import Identity, load_or_create
@@ -90,13 +90,13 @@ def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bo
         return book
 
 
-def own_invite(folder: Path, run: RunConfig, addresses: Sequence[str], now: int) -> Invite:
-    """What the bootstrap itself shows to others. It is in no book, and number 0 is never revoked."""
+def own_invite(folder: Path, run: RunConfig, me: PeerId, now: int) -> Invite:
+    """What the bootstrap itself, peer `me`, shows to others; it is in no book, and nobody enters by it."""
     return issue(
         load_or_create(folder / ORGANIZER),
         run_id=run.run_id,
         run_digest=run_digest(run),
-        addresses=addresses,
+        addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{me}"],
         role="watch",
         serial=0,
         issued=now,

@@ -192,26 +192,21 @@ async def volunteer(
 
 async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     """The run file, from whichever of the invite's peers gives the right one first."""
-    reasons = []
+    reasons, uninvited = [], None
     for address in invite.addresses:
         peer = PeerId(address.rsplit("/p2p/", 1)[1])
         try:
             run = await _run_of(swarm, peer)
             if (digest := run_digest(run)) == invite.run_digest:
-                if run.run_id != invite.run_id:
-                    # Under that name it would look for others in vain, and train alone.
-                    raise InviteError(
-                        f"this invite says run {invite.run_id!r}, but leads to {run.run_id!r}; "
-                        "ask the organizer for another one"
-                    )
                 return run
             reasons.append(
                 f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
             )
-        except Uninvited as fault:
-            raise InviteError(f"{fault}; {ASK}") from None
         except PeerFault as fault:
+            uninvited = fault if isinstance(fault, Uninvited) else uninvited
             reasons.append(f"{events.short(peer)}: {fault}")
+    if uninvited is not None:
+        raise InviteError(f"{uninvited}; {ASK}")
     raise Unreachable(
         f"none of the invite's peers gave the run file of {invite.run_id} ({'; '.join(reasons)}); "
         "check that the bootstrap is running, or ask the organizer for a new invite"
