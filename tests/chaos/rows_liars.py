@@ -248,7 +248,7 @@ def refusals(swarm: Swarm, since: float) -> list[Record]:
 @row(
     29,
     fault="no token, an expired one, replayed messages, wrong swarm name",
-    injected="strangers that know the addresses; a lying volunteer; changed invites",
+    injected="a stranger; a lying volunteer; changed invites",
     criterion="refused; no byte of state is given",
     deadline_seconds=360,
 )
@@ -303,7 +303,7 @@ def no_token(trial: Trial) -> Figures:
         f"{rate / usual:.0%} of the usual rate",
         {
             "questions": questions,
-            "bytes_given": 0,
+            "bytes_given": sum(answer["bytes"] for answer in told.values()),
             "bytes_given_to_the_invited": got["bytes"],
             "replay_rate_share": rate / usual,
         },
