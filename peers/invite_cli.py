@@ -40,7 +40,8 @@ class Role(StrEnum):
 def create(
     run_file: RunFile,
     role: Annotated[
-        Role, typer.Option(help="train: everything; serve: may take the state; watch: may see where it stands.")
+        Role,
+        typer.Option(help="train: everything; serve: may take the state; watch: may see where it stands."),
     ] = Role.TRAIN,
     ttl: Annotated[str, typer.Option(help="How long it holds: 30m, 24h, 7d or never.")] = "30d",
     name: Annotated[str, typer.Option(help="A note for yourself, such as whom it is for.")] = "",
@@ -72,7 +73,9 @@ def list_(run_file: RunFile, data_dir: DataDir = "", as_json: Json = False) -> N
     for each, row in zip(book.invites, rows, strict=True):
         typer.echo(f"{_described(each.grant)}: {row['state']}")
     if not rows:
-        typer.echo("no invite yet; the bootstrap makes the first at its start, and `p2ptrain invite create` more")
+        typer.echo(
+            "no invite yet; the bootstrap makes the first at its start, and `p2ptrain invite create` more"
+        )
 
 
 @app.command()
@@ -82,7 +85,7 @@ def revoke(
     data_dir: DataDir = "",
     as_json: Json = False,
 ) -> None:
-    """Take invites back: whoever came by them is put out as soon as the running bootstrap has told the swarm."""
+    """Take invites back: who came by them is put out once the running bootstrap has told the swarm."""
     folder = _folder(load_run(run_file), data_dir)
     book = invites.revoke(folder, numbers)
     assert book.revocations is not None

@@ -138,8 +138,8 @@ def read(folder: Path) -> Book:
         raise StorageError(f"the book of invites {path} cannot be read: {error.strerror}") from error
     except ValidationError:
         raise StorageError(
-            f"the book of invites {path} is damaged; put back a copy, or move it away and revoke nothing that "
-            "was in it"
+            f"the book of invites {path} is damaged; put back a copy, or move it away: then what it held can "
+            "no longer be revoked"
         ) from None
 
 
@@ -184,7 +184,7 @@ def _edited(folder: Path) -> Iterator[Book]:
             draft.replace(path)
         except OSError as error:
             raise StorageError(
-                f"the book of invites {path} cannot be written: {error.strerror}; nothing was issued or revoked"
+                f"the book of invites {path} cannot be written: {error.strerror}; nothing has changed"
             ) from error
 
 
@@ -216,7 +216,9 @@ def _revoke(organizer: Identity, book: Book, serials: Sequence[int]) -> None:
     known = {each.grant.serial: each for each in book.invites}
     for serial in serials:
         if serial not in known:
-            raise ConfigError(f"there is no invite number {serial}; `p2ptrain invite list` shows those there are")
+            raise ConfigError(
+                f"there is no invite number {serial}; `p2ptrain invite list` shows those there are"
+            )
         known[serial].revoked = True
     listed = [serial for serial, each in known.items() if each.revoked]
     if len(listed) > MAX_REVOKED:

@@ -267,9 +267,7 @@ def _threads(stack: contextlib.ExitStack, name: str, count: int) -> Compute:
     return call
 
 
-async def _train_until_stopped(
-    peer: Peer, run: RunConfig, until_step: int, stop: Stop, gate: Gate
-) -> str:
+async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop: Stop, gate: Gate) -> str:
     """Train; a first signal lets the round under way finish, a second one does not.
 
     Returns why the others let this peer in no more, if that was the end of it.
@@ -303,9 +301,10 @@ async def _train_until_stopped(
 
 async def _put_out(gate: Gate) -> str:
     """Why others let this peer in no more, once they do not."""
-    while not (flaw := gate.own_flaw()):
+    while True:
+        if flaw := gate.own_flaw():
+            return flaw
         await asyncio.sleep(GATE_SECONDS)
-    return flaw
 
 
 def _state(peer: Peer) -> PeerState:

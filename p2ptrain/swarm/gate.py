@@ -1,9 +1,9 @@
 """Who is let in: every peer asks this of every other, before anything but a greeting is said.
 
-A peer trusts one organizer, the one whose key is in its own invite, and checks by that key alone: no server is
-asked. What another peer shows is bound to its peer id, which the transport has authenticated, so a pass that
-was overheard or handed on is void. An invite that ends, by its date or by being revoked, ends for whoever
-came by it, too.
+A peer trusts one organizer, the one whose key is in its own invite, and checks by that key alone: no server
+is asked. What another peer shows is bound to its peer id, which the transport has authenticated, so a pass
+that was overheard or handed on is void. An invite that ends, by its date or by being revoked, ends for
+whoever came by it, too.
 
 Not covered: a peer that has never heard of a revocation lets its bearer in until it does; and whoever has the
 line of an invite can come by it, under as many peer ids as they like.
@@ -57,9 +57,8 @@ class Gate:
             return "no invite was shown"
         ours, grant = self.own.grant, shown.grant
         if grant.organizer != ours.organizer:
-            return (
-                f"the invite shown is by organizer {short(grant.organizer)} and not by {short(ours.organizer)}"
-            )
+            theirs = short(grant.organizer)
+            return f"the invite shown is by organizer {theirs} and not by {short(ours.organizer)}"
         if forged := _forged(peer, shown):
             return forged
         which = f"the invite shown (number {grant.serial})"

@@ -141,7 +141,9 @@ class Libp2pSwarm:
         self._initial = [entry for entry in map(_entry, initial_peers) if entry.peer != self.peer_id]
         self._listen = list(listen)
         self._announce = list(announce)
-        self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", "revocations")}
+        self._keys = {
+            kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", "revocations")
+        }
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()

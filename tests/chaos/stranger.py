@@ -99,7 +99,9 @@ async def ask(run_id: str, guise: Guise, addresses: list[str], folder: Path) -> 
     return told
 
 
-async def ask_in_all(run_id: str, guises: dict[str, Guise], addresses: list[str]) -> dict[str, dict[str, int]]:
+async def ask_in_all(
+    run_id: str, guises: dict[str, Guise], addresses: list[str]
+) -> dict[str, dict[str, int]]:
     told = {}
     for name, guise in guises.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -21,8 +21,8 @@ import pytest
 from p2ptrain.swarm.access import decode, encode
 from p2ptrain.telemetry.journal import read_journal
 from tests.swarm.processes import Crew, Process, crew, run_file, until
-from tests.unit.external_tools import run_tool
 from tests.unit import organizer
+from tests.unit.external_tools import run_tool
 from tests.unit.organizer import NOBODY
 
 pytestmark = pytest.mark.swarm

@@ -1,4 +1,4 @@
-"""Who shows no valid invite is served nothing: over the real lanes in memory, over libp2p, and by the command.
+"""Who shows no valid invite is served nothing: over the lanes in memory, over libp2p, and by the command.
 
 Not covered: what a stranger reads in the DHT, which is no secret.
 """
@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -58,6 +58,15 @@ def gate(me: PeerId, **changes: object) -> Gate:
 
 async def give_state(request: Request) -> tuple[Piece, bytes]:
     return Piece(), SECRET
+
+
+async def comes(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until that is true."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.05)
 
 
 @asynccontextmanager
@@ -214,9 +223,7 @@ async def test_revocation_reaches_all_through_the_dht_and_uninvited_records_are_
         await heard["alice"].until(lambda heard: heard.links[-1:] == [(bob.peer_id, False)])
         assert alice.gate is not None
         assert bob.gate is not None
-        async with asyncio.timeout(10):
-            while not bob.gate.own_flaw():  # it hears of it itself
-                await asyncio.sleep(0.05)
+        await comes(bob.gate.own_flaw)  # it hears of it itself
         with pytest.raises(Uninvited, match="revoked"):
             await bob.request(alice.peer_id, GetRun(), timeout_seconds=5, max_bytes=100)
         assert bob.peer_id not in {record.peer for record in await alice.lookup("presence")}
@@ -224,9 +231,8 @@ async def test_revocation_reaches_all_through_the_dht_and_uninvited_records_are_
         await fabric.leave(organizer)
         late = await fabric.join("late", invite=invite(serial=3))
         assert late.gate is not None
-        async with asyncio.timeout(10):
-            while late.gate.revocations is None:
-                await asyncio.sleep(0.05)
+        gate_of_late = late.gate
+        await comes(lambda: gate_of_late.revocations)
     finally:
         await fabric.aclose()
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from organizer import NOW, ORGANIZER, invite
 from pydantic import ValidationError
 
 from p2ptrain.errors import InviteError
 from p2ptrain.records import Grant
-from p2ptrain.swarm.access import MAX_INVITE_CHARACTERS, Invite, check, decode, encode, is_signed, issue
+from p2ptrain.swarm.access import MAX_INVITE_CHARACTERS, check, decode, encode, is_signed, issue
 from p2ptrain.swarm.identity import of_seed
-from organizer import NOW, ORGANIZER, invite
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 ADDRESS = f"/ip4/127.0.0.1/tcp/31337/p2p/{PEER}"
@@ -267,7 +267,10 @@ def test_addresses_may_be_changed_when_the_bootstrap_is_gone() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"expires": NOW}, "this invite expired at 2027-01-15 08:00:00 UTC, and it is 2027-01-15 08:00:00 UTC"),
+        (
+            {"expires": NOW},
+            "this invite expired at 2027-01-15 08:00:00 UTC, and it is 2027-01-15 08:00:00 UTC",
+        ),
         ({"expires": NOW - 3600}, "this invite expired at 2027-01-15 07:00:00 UTC"),
         ({"issued": NOW + 3600}, "this invite is not valid before 2027-01-15 09:00:00 UTC"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from organizer import NOW, ORGANIZER, invite
 
 from p2ptrain.records import (
     MAX_HELLO_BYTES,
@@ -27,7 +28,6 @@ from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.gate import Gate, permits, revoke
 from p2ptrain.swarm.identity import SIGNATURE_BYTES, of_seed
 from p2ptrain.swarm.validator import MAX_RECORD_BYTES
-from organizer import NOW, ORGANIZER, invite
 
 ALICE, BOB, EVE = (of_seed(bytes([number]) * 32).peer_id for number in (1, 2, 3))
 STRANGER = of_seed(b"s" * 32)
@@ -65,7 +65,10 @@ def test_peer_is_let_in_with_a_pass_of_its_own_by_the_same_or_another_invite() -
     ("shown", "flaw"),
     [
         (None, "no invite was shown"),
-        (bobs(expires=NOW), "the invite shown (number 1) expired at 2027-01-15 08:00:00 UTC, and it is 2027-01-15"),
+        (
+            bobs(expires=NOW),
+            "the invite shown (number 1) expired at 2027-01-15 08:00:00 UTC, and it is 2027-01-15",
+        ),
         (bobs(issued=NOW + 3600), "the invite shown (number 1) is not valid before 2027-01-15 09:00:00 UTC"),
         (bobs(run_digest="1" * 64), "the invite shown (number 1) is to run 111111111111… and not to "),
         (bobs(organizer=STRANGER), f"the invite shown is by organizer …{STRANGER.peer_id[-8:]} and not by …"),
@@ -98,7 +101,9 @@ def test_pass_is_void_when_any_byte_of_it_was_changed() -> None:
     }  # fmt: skip
     assert changes.keys() == Grant.model_fields.keys()
     for field, value in changes.items():
-        assert watch.flaw(BOB, good.model_copy(update={"grant": good.grant.model_copy(update={field: value})}))
+        assert watch.flaw(
+            BOB, good.model_copy(update={"grant": good.grant.model_copy(update={field: value})})
+        )
 
 
 def test_overheard_pass_is_void_when_the_thief_adds_a_proof_with_its_own_key() -> None:

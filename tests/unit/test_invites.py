@@ -34,9 +34,10 @@ def opened(folder: Path, run: RunConfig = RUN, public: bool | None = None, addre
 
 def command(*words: str) -> int:
     """The exit status of `p2ptrain` with these words."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["p2ptrain", *words])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
     return int(ended.value.code or 0)
 
 
@@ -48,7 +49,11 @@ def test_bootstrap_keeps_its_link_and_gives_it_the_new_address_when_it_starts_ag
     assert again is not None
     before, after = decode(first.line), decode(again.line)
     assert (after.grant, after.secret, after.addresses) == (before.grant, before.secret, (moved,))
-    assert (before.grant.expires, before.grant.role, before.grant.run_digest) == (None, "train", run_digest(RUN))
+    assert (before.grant.expires, before.grant.role, before.grant.run_digest) == (
+        None,
+        "train",
+        run_digest(RUN),
+    )
 
 
 def test_bootstrap_makes_another_link_when_its_run_file_has_changed(tmp_path: Path) -> None:
@@ -76,7 +81,10 @@ def test_created_invite_is_signed_by_the_key_in_the_folder_and_numbered(tmp_path
     made = [create(tmp_path, RUN, "train", 60, name, NOW) for name in ("one", "two")]
     organizer = load_or_create(tmp_path / ORGANIZER).peer_id
     assert [invite.grant.organizer for invite in made] == [organizer] * 2
-    assert [(i.grant.serial, i.grant.name, i.grant.expires) for i in made] == [(2, "one", NOW + 60), (3, "two", NOW + 60)]
+    assert [(i.grant.serial, i.grant.name, i.grant.expires) for i in made] == [
+        (2, "one", NOW + 60),
+        (3, "two", NOW + 60),
+    ]
     assert made[0].grant.key != made[1].grant.key
     assert [decode(each.line) for each in read(tmp_path).invites[1:]] == made
     assert stat.S_IMODE((tmp_path / BOOK).stat().st_mode) == 0o600

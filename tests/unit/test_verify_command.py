@@ -14,7 +14,7 @@ import torch
 from organizer import invite
 from replicas import next_entry, small_replica, small_run
 
-from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint, run_digest
+from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint
 from p2ptrain.errors import CheckpointError, ConfigError, IncompatibleRun, InviteError, Refused
 from p2ptrain.records import Averaged, Chunk, GetEntry, GetManifest, Message, PeerId, Reply, Request
 from p2ptrain.replica.checkpoint import MANIFEST, STATE, save
