@@ -279,6 +279,7 @@ async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop
     ending = asyncio.create_task(_put_out(gate), name="invite")
     try:
         await asyncio.wait({training, stopping, ending}, return_when=asyncio.FIRST_COMPLETED)
+        put_out = ending.result() if ending.done() and not training.done() else ""
         if not training.done():
             peer.leaving = True
         if stopping.done() and not training.done():
@@ -290,13 +291,12 @@ async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop
             second.cancel()
     finally:
         stopping.cancel()
+        ending.cancel()
         if not training.done():
             training.cancel()
-        if not ending.done():
-            ending.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await training
-    return "" if ending.cancelled() or not ending.done() else ending.result()
+    return put_out
 
 
 async def _put_out(gate: Gate) -> str:
