@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from p2ptrain.swarm.access import decode, encode
+from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.telemetry.journal import read_journal
 from tests.swarm.processes import Crew, Process, crew, run_file, until
 from tests.unit import organizer
@@ -70,13 +71,10 @@ def test_join_gives_up_when_the_bootstrap_takes_connections_and_says_nothing(peo
 def test_join_asks_for_a_new_invite_when_its_run_is_no_longer_the_bootstraps(
     people: Crew, tmp_path: Path
 ) -> None:
-    bootstrap, before = people.bootstrap(run_file(tmp_path, "changed", 10), data_dir="organizer")
-    bootstrap.interrupt()
-    assert bootstrap.end(10) == 0, bootstrap
-    listen = decode(before).addresses[0].partition("/p2p/")[0]
-    people.bootstrap(run_file(tmp_path, "changed", 11), listen, data_dir="organizer")
-    digest = decode(before).run_digest[:8]
-    complaint(people.join(before, "peer"), 4, f"not {digest}", "ask the organizer for a new invite")
+    _, link = people.bootstrap(run_file(tmp_path, "changed", 10), data_dir="bootstrap")
+    key = load_or_create(tmp_path / "bootstrap" / "organizer.key")
+    before = organizer.invite(decode(link).addresses, organizer=key, run_id="changed", run_digest="0" * 64)
+    complaint(people.join(encode(before), "peer"), 4, "not 00000000", "ask the organizer for a new invite")
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text[:-5], lambda _: "hello", lambda text: text.upper()])

@@ -105,7 +105,7 @@ def test_stranger_gets_no_byte_and_is_not_heard_whatever_it_shows(shown: Gate | 
             eve.send(ALICE, ask(1))
             with pytest.raises(PeerFault):
                 await eve.send_chunk(ALICE, chunk(EVE, 0), b"gradients")
-            await told.until(lambda told: told.links == [(ALICE, False)])
+            await told.until(lambda told: (ALICE, False) in told.links)
             # Nor is she told anything when it is Alice who comes to her.
             alice.send(EVE, ask(2))
             with pytest.raises(Refused):

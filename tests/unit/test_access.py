@@ -100,13 +100,23 @@ def test_invite_comes_back_when_a_mail_wrapped_it(invite, data):
 def test_invite_stays_readable_when_p2ptrain_changes():
     """Once invites of version 2 are out in the world, this one must be readable for ever."""
     golden = (
-        "p2ptrain:eyJ2ZXJzaW9uIjoxLCJydW5faWQiOiJ0aW55IiwicnVuX2RpZ2VzdCI6IjBmMGYwZjBmMGYwZjBmMGYwZjBmMGY"
-        "wZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYiLCJhZGRyZXNzZXMiOlsiL2lwNC8xMjcuMC4wLjE"
-        "vdGNwLzMxMzM3L3AycC8xMkQzS29vV0RwSjdBczdCV0F3Uk1mdTFWVTJXQ3FOanZxMzg3SkVZS0RCajRreDZuWFROIl19EAV"
-        "zWA"
+        "p2ptrain:eyJ2ZXJzaW9uIjoyLCJncmFudCI6eyJydW5faWQiOiJ0aW55IiwicnVuX2RpZ2VzdCI6IjBmMGYwZjBmMGYwZ"
+        "jBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYwZjBmMGYiLCJvcmdhbml6ZXIiOiIxMkQ"
+        "zS29vV1BKazdhb0dUZmdhSG1paEdMdFJaU044SHB0UzNxSmJWZlF5Y1lXa2lXUDRyIiwia2V5IjoiMTJEM0tvb1dCNThkQ"
+        "Vc5bVpOM0dIcUgxSG9BejdGTkZ3WlE4RzNaRnhHbmVaTDE3S2dvMyIsInJvbGUiOiJ0cmFpbiIsInNlcmlhbCI6MSwibmF"
+        "tZSI6ImdvbGRlbiIsImlzc3VlZCI6MCwiZXhwaXJlcyI6MTgwMDAwMDAwMH0sInNpZ25hdHVyZSI6IjY5NWMyMTY1ZjE4N"
+        "zY2YzVmZTkxYThjMGExMjZmMzY3NWE0YzA2ZjM3NjQ0MjY2MjQxOGZhNGUxYTQzZTYxNjQwMzIwZjRmYTJjYTVmZmY1YWQ"
+        "2NzFkMzgxMGQyYWI3NGU3NjljYWVlYmU2MTg4ZDg5ZmI0ZDMyYzUzNzFlYzA1Iiwic2VjcmV0IjoiNjc2NzY3Njc2NzY3N"
+        "jc2NzY3Njc2NzY3Njc2NzY3Njc2NzY3Njc2NzY3Njc2NzY3Njc2NzY3Njc2NzY3Njc2NyIsImFkZHJlc3NlcyI6WyIvaXA"
+        "0LzEyNy4wLjAuMS90Y3AvMzEzMzcvcDJwLzEyRDNLb29XRHBKN0FzN0JXQXdSTWZ1MVZVMldDcU5qdnEzODdKRVlLREJqN"
+        "Gt4Nm5YVE4iXX2Qe1Wg"
     )
-    assert decode(golden) == INVITE
-    assert encode(INVITE) == golden
+    invite = decode(golden)
+    assert encode(invite) == golden
+    assert (invite.run_id, invite.run_digest, invite.addresses) == ("tiny", "0f" * 32, (ADDRESS,))
+    assert (invite.grant.organizer, invite.grant.role, invite.grant.serial) == (ORGANIZER.peer_id, "train", 1)
+    assert (invite.grant.name, invite.grant.issued, invite.grant.expires) == ("golden", 0, NOW)
+    assert invite.secret == (b"g" * 32).hex()
 
 
 def test_largest_invite_fits_when_every_bound_is_reached():
