@@ -7,14 +7,14 @@ import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from p2ptrain.config import RunConfig, load_run, run_digest
 from p2ptrain.errors import ConfigError
 from p2ptrain.events import clean
-from p2ptrain.records import Grant
+from p2ptrain.records import Grant, Permission
 from p2ptrain.swarm.access import encode, untimely
 from peers import invites
 from peers.places import user_data
@@ -52,7 +52,9 @@ def create(
     run, seconds = load_run(run_file), invites.parse_ttl(ttl)
     if len(name) > 64 or name == invites.LINK or not name.isprintable():
         raise ConfigError(f"--name {clean(name, 80)!r}: expected at most 64 printable characters, not 'link'")
-    invite = invites.create(_folder(run, data_dir), run, role.value, seconds, name, int(time.time()))
+    invite = invites.create(
+        _folder(run, data_dir), run, cast(Permission, role.value), seconds, name, int(time.time())
+    )
     line = encode(invite)
     if as_json:
         typer.echo(json.dumps({**_facts(invite.grant), "invite": line}))

@@ -192,7 +192,8 @@ async def volunteer(
 
 async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     """The run file, from whichever of the invite's peers gives the right one first."""
-    reasons, uninvited = [], None
+    reasons: list[str] = []
+    uninvited: Uninvited | None = None
     for address in invite.addresses:
         peer = PeerId(address.rsplit("/p2p/", 1)[1])
         try:
