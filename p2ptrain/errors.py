@@ -28,7 +28,7 @@ class ConfigError(LocalFault):
 
 
 class InviteError(LocalFault):
-    """The invite is damaged, or is not one of ours."""
+    """The invite is damaged, expired, revoked, or is not one of ours."""
 
 
 class CorpusError(LocalFault):
@@ -80,3 +80,7 @@ class BadMessage(PeerFault):
 
 class Refused(PeerFault):
     """A peer answered, and its answer was no; the message carries its reason."""
+
+
+class Uninvited(Refused):
+    """A peer does not let us in, because of the invite that we show; the message carries its reason."""

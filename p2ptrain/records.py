@@ -11,6 +11,8 @@ from typing import Annotated, Literal, NewType
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from p2ptrain.config import RunId
+
 PeerId = NewType("PeerId", str)
 """A libp2p peer id in base58: the hash of, or the very, public key that the transport authenticated."""
 
@@ -24,8 +26,18 @@ Text = Annotated[str, Field(max_length=300)]
 Incarnation = Annotated[str, Field(max_length=32)]
 """Changes whenever a peer has lost what it held in memory: at its start, and at each catch-up."""
 
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+"""Ed25519, in hex."""
+Serial = Annotated[int, Field(ge=0, lt=2**31)]
+Moment = Annotated[int, Field(ge=0, lt=2**40)]
+"""Seconds since 1970, by whose clock it may be."""
+
 MAX_ROSTER = 256
 MAX_HEADER_BYTES = 256 * 1024
+MAX_HELLO_BYTES = 4096
+"""Of the first frame on a stream: until then anybody may have opened it."""
+MAX_REVOKED = 256
+"""So that all fit into one DHT record."""
 
 
 class Record(BaseModel):
@@ -345,6 +357,44 @@ class Refusal(Record):
 
     kind: Literal["refusal"] = "refusal"
     reason: Text
+    uninvited: bool = False
+    """Whether the reason is the invite that was shown, or that none was."""
+
+
+# -- who is let in -------------------------------------------------------------------------------------------
+
+Permission = Literal["train", "serve", "watch"]
+"""`train`: everything. `serve`: to be given the state. `watch`: to be told where the run stands."""
+
+
+class Grant(Record):
+    """What an organizer signs: whoever has the secret half of `key` may take part in this run until then."""
+
+    run_id: RunId
+    run_digest: Digest
+    organizer: Id
+    """The organizer's public key, written as the peer id that it would have."""
+    key: Id
+    """This invite's own public key, written likewise. Its secret half is in the invite and never travels."""
+    role: Permission
+    serial: Serial
+    """Which of the organizer's invites this is."""
+    name: Annotated[str, Field(max_length=64)] = ""
+    """The organizer's note, such as whom it is for."""
+    issued: Moment
+    expires: Moment | None
+    """By when whoever came by it is put out again; None: never."""
+
+
+class Pass(Record):
+    """What a peer shows at every door: a grant, signed by the organizer, and the proof that it is this
+    peer's."""
+
+    grant: Grant
+    signature: Signature
+    """Of the grant, by the organizer."""
+    proof: Signature
+    """Of that signature and the peer's id, by the grant's key: in another peer's hands a pass is void."""
 
 
 class Hello(Record):
@@ -354,6 +404,7 @@ class Hello(Record):
     protocol: Count
     fingerprint: Digest
     """Of the run; see `config.fingerprint`."""
+    access: Pass | None = None
 
 
 class Greeting(Record):
@@ -366,6 +417,7 @@ class Greeting(Record):
     """Of the run; see `config.fingerprint`."""
     sender: Id
     to: Id
+    access: Pass | None = None
 
 
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
@@ -407,6 +459,8 @@ class Presence(Record):
     """The task's own note, such as the corpus digest."""
     direct: Direct | None = None
     """None: chunks go over libp2p only."""
+    access: Pass | None = None
+    """Put there by the carrier."""
 
 
 class RoundRecord(Record):
@@ -418,5 +472,18 @@ class RoundRecord(Record):
     roster_size: Annotated[int, Field(ge=1, le=MAX_ROSTER)]
 
 
-SignedRecord = Annotated[Presence | RoundRecord, Field(discriminator="kind")]
+class Revocations(Record):
+    """The invites that the organizer has taken back: signed by the organizer, passed on by any peer."""
+
+    kind: Literal["revocations"] = "revocations"
+    peer: Id
+    """Who passes it on."""
+    revision: Count
+    """The higher one holds."""
+    serials: Annotated[tuple[Serial, ...], Field(max_length=MAX_REVOKED)]
+    signature: Signature
+    """Of revision and serials, by the organizer."""
+
+
+SignedRecord = Annotated[Presence | RoundRecord | Revocations, Field(discriminator="kind")]
 SIGNED: TypeAdapter[SignedRecord] = TypeAdapter(SignedRecord)

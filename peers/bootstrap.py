@@ -13,11 +13,13 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.config import RunConfig, canonical_json, run_digest
+from p2ptrain.errors import StorageError
 from p2ptrain.records import (
     Averaged,
     Chunk,
@@ -30,9 +32,10 @@ from p2ptrain.records import (
     Reply,
     Request,
 )
-from p2ptrain.swarm.access import Invite, encode
+from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
+from peers import invites
 from peers.places import made
 from peers.signals import Stop
 
@@ -44,6 +47,8 @@ SETTLE_SECONDS = 6.0
 """After a restart: by then the peers have found back, and a newcomer that had come before them would have
 found nobody and begun a log of its own."""
 LOOK_SECONDS = 0.5
+BOOK_SECONDS = 2.0
+"""Between two looks at what the organizer has revoked."""
 
 
 class _RunFile:
@@ -74,9 +79,15 @@ class _RunFile:
 
 
 async def bootstrap(
-    run: RunConfig, listen: str, announce: tuple[str, ...], folder: Path, ready: Callable[[str], None]
+    run: RunConfig,
+    listen: str,
+    announce: tuple[str, ...],
+    folder: Path,
+    public: bool | None,
+    ready: Callable[[str | None], None],
 ) -> dict[str, object]:
-    """Serve the run until a signal comes; `ready` is given the invite once peers can enter."""
+    """Serve the run until a signal comes; `ready` is given the invite once peers can enter, None if the run
+    is not `public` (None: as at the last start, at first True)."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
     swarm = Libp2pSwarm(
@@ -84,22 +95,24 @@ async def bootstrap(
         run.run_id,
         listen=(listen,),
         announce=announce,
+        invite=invites.own_invite(folder, run, load_or_create(key).peer_id, int(time.time())),
         on_event=lambda event: logger.log(event.level, event.sentence()),
     )
     with Stop() as stop:
         async with swarm:
             run_file = _RunFile(run)
             swarm.serve(run_file)
-            invite = Invite(
-                run_id=run.run_id,
-                run_digest=run_digest(run),
-                addresses=tuple(_entrances(swarm.visible_addresses())),
-            )
-            ready(encode(invite))
+            addresses = _entrances(swarm.visible_addresses())
+            book = invites.open_book(folder, run, addresses, public, int(time.time()))
+            link = book.link(run)
+            invite = link.line if link else None
+            _heed(swarm, book)
+            ready(invite)
             patience = SETTLE_SECONDS if restarted else 0.0
             beside = [
                 asyncio.create_task(_keep_present(swarm, run), name="presence"),
                 asyncio.create_task(_let_in(swarm, run_file, patience), name="door"),
+                asyncio.create_task(_keep_reading(swarm, folder), name="book"),
             ]
             try:
                 await stop.first()
@@ -109,7 +122,7 @@ async def bootstrap(
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
             logger.info("leaving (%s); the swarm goes on without its bootstrap", stop.reason)
-            return {"run_id": run.run_id, "peer": swarm.peer_id, "invite": encode(invite)}
+            return {"run_id": run.run_id, "peer": swarm.peer_id, "invite": invite}
 
 
 def _entrances(addresses: list[str]) -> list[str]:
@@ -134,6 +147,21 @@ async def _keep_present(swarm: Libp2pSwarm, run: RunConfig) -> None:
         await asyncio.sleep(PRESENCE_SECONDS)
 
 
+async def _keep_reading(swarm: Libp2pSwarm, folder: Path) -> None:
+    """Have the swarm know what the organizer revokes meanwhile."""
+    while True:
+        await asyncio.sleep(BOOK_SECONDS)
+        try:
+            _heed(swarm, invites.read(folder))
+        except StorageError as fault:
+            logger.warning("what was revoked is not known: %s", fault)
+
+
+def _heed(swarm: Libp2pSwarm, book: invites.Book) -> None:
+    if swarm.gate is not None and book.revocations is not None:
+        swarm.gate.learn(book.revocations)
+
+
 async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: float) -> None:
     """Open the door once somebody is there who trains, or after that time."""
     deadline = asyncio.get_running_loop().time() + patience_seconds
@@ -145,10 +173,13 @@ async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: floa
     run_file.open.set()
 
 
-def print_invite(invite: str, as_json: bool, say: Callable[[str], None]) -> None:
+def print_invite(invite: str | None, as_json: bool, say: Callable[[str], None]) -> None:
     """What the organizer hands on."""
     if as_json:
         say(json.dumps({"event": "ready", "invite": invite}))
+        return
+    if invite is None:
+        say("The run is private: `p2ptrain invite create` with the same run file lets somebody in.\n")
         return
     say("To let somebody in, send this command:\n")
     say(f"    p2ptrain join {invite}\n")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from p2ptrain.errors import P2PTrainError
-from peers import config_cli
+from peers import config_cli, invite_cli
 
 app = typer.Typer(
     name="p2ptrain",
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config_cli.app, name="config")
+app.add_typer(invite_cli.app, name="invite")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
 
@@ -41,9 +43,9 @@ def join(
 ) -> None:
     """Train with the swarm that INVITE leads to."""
     from p2ptrain.config import PeerConfig, load_peer, load_run
-    from p2ptrain.swarm.access import decode
+    from p2ptrain.swarm.access import check, decode
 
-    entrance = decode(invite)
+    check(entrance := decode(invite), time.time(), role="train")
     config = load_peer(peer) if peer else PeerConfig()
     if data_dir:
         config = config.model_copy(update={"data_dir": data_dir})
@@ -66,7 +68,16 @@ def bootstrap(
     announce: Annotated[
         list[str] | None, typer.Option(help="Address that others should use; may be repeated.")
     ] = None,
-    data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap peer's key.")] = "",
+    public: Annotated[
+        bool | None,
+        typer.Option(
+            "--public/--private",
+            help="Print an invite for everybody, or make one for each with `p2ptrain invite`; at first "
+            "public, later as it was.",
+            show_default=False,
+        ),
+    ] = None,
+    data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap's and the organizer's key.")] = "",
     as_json: Json = False,
 ) -> None:
     """Open a run for others: keep an address, hand out the run file, print the invite."""
@@ -79,7 +90,12 @@ def bootstrap(
 
     summary = _run(
         role.bootstrap(
-            run, listen, tuple(announce or ()), folder, lambda i: role.print_invite(i, as_json, _say)
+            run,
+            listen,
+            tuple(announce or ()),
+            folder,
+            public,
+            lambda invite: role.print_invite(invite, as_json, _say),
         )
     )
     if as_json:
@@ -253,12 +269,13 @@ def verify(
     A live peer may have gone on since: then its log must lead through A's state. Exit status 0: equal, or
     contained in the peer's log; 1: different; 4: the peer cannot be reached, or its log does not tell.
     """
-    from p2ptrain.swarm.access import PREFIX, decode
+    from p2ptrain.swarm.access import PREFIX, check, decode
     from peers import models
 
     if b.lstrip().startswith(PREFIX):
         invite, _, peer = b.partition("#")
-        verdict = _run(models.verify_live(a, decode(invite), peer.strip()))
+        check(entrance := decode(invite), time.time())
+        verdict = _run(models.verify_live(a, entrance, peer.strip()))
     else:
         verdict = models.verify(a, Path(b))
     typer.echo(f"{verdict.verdict}: {verdict.explanation}")

@@ -140,6 +140,7 @@ async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
             invite.run_id,
             replica.fingerprint,
             initial_peers=invite.addresses,
+            invite=invite,
             listen=("/ip4/127.0.0.1/tcp/0",),  # nobody needs to reach us
         )
         async with swarm:

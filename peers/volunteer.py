@@ -31,13 +31,14 @@ from p2ptrain.config import (
     parse_run,
     run_digest,
 )
-from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Unreachable
+from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Uninvited, Unreachable
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
-from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.access import ASK, Invite
+from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import build_task
@@ -56,6 +57,8 @@ RUN_FILE_SECONDS = 6.0
 RUN_FILE_PAUSES_SECONDS = (0.5, 1.0)
 """Before the second and the third time of asking."""
 BAR_SECONDS = 0.25
+GATE_SECONDS = 1.0
+"""Between two looks whether our invite still holds."""
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
 
@@ -97,6 +100,7 @@ async def volunteer(
             folder / "identity.key",
             invite.run_id,
             initial_peers=invite.addresses,
+            invite=invite,
             listen=config.listen,
             announce=config.announce,
             data_port=config.data_port,
@@ -158,19 +162,25 @@ async def volunteer(
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
                 )
-                await _train_until_stopped(peer, run, until_step, stop)
+                assert swarm.gate is not None
+                put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
                 peer.give_up()
-                if not stop.reason:
+                if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
                 path = await peer.save_checkpoint()
                 observe(
                     events.Leaving(
                         step=replica.position.step,
-                        reason=stop.reason or "the run is complete",
+                        reason=put_out or stop.reason or "the run is complete",
                         rounds=peer.rounds_joined,
                         samples=peer.samples_given,
                     )
                 )
+                if put_out:
+                    raise InviteError(
+                        f"the others no longer let this peer in: {put_out}; {ASK}, and join with it to go on "
+                        "from the checkpoint that was kept"
+                    )
                 return Receipt(
                     run_id=run.run_id,
                     peer=swarm.peer_id,
@@ -186,24 +196,22 @@ async def volunteer(
 
 async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     """The run file, from whichever of the invite's peers gives the right one first."""
-    reasons = []
+    reasons: list[str] = []
+    uninvited: Uninvited | None = None
     for address in invite.addresses:
         peer = PeerId(address.rsplit("/p2p/", 1)[1])
         try:
             run = await _run_of(swarm, peer)
             if (digest := run_digest(run)) == invite.run_digest:
-                if run.run_id != invite.run_id:
-                    # Under that name it would look for others in vain, and train alone.
-                    raise InviteError(
-                        f"this invite says run {invite.run_id!r}, but leads to {run.run_id!r}; "
-                        "ask the organizer for another one"
-                    )
                 return run
             reasons.append(
                 f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
             )
         except PeerFault as fault:
+            uninvited = fault if isinstance(fault, Uninvited) else uninvited
             reasons.append(f"{events.short(peer)}: {fault}")
+    if uninvited is not None:
+        raise InviteError(f"{uninvited}; {ASK}")
     raise Unreachable(
         f"none of the invite's peers gave the run file of {invite.run_id} ({'; '.join(reasons)}); "
         "check that the bootstrap is running, or ask the organizer for a new invite"
@@ -264,16 +272,22 @@ def _threads(stack: contextlib.ExitStack, name: str, count: int) -> Compute:
     return call
 
 
-async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop: Stop) -> None:
-    """Train; a first signal lets the round under way finish, a second one does not."""
+async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop: Stop, gate: Gate) -> str:
+    """Train; a first signal lets the round under way finish, a second one does not.
+
+    Returns why the others let this peer in no more, if that was the end of it.
+    """
     if until_step:
         run = run.model_copy(update={"total_steps": min(until_step, run.total_steps)})
     training = asyncio.create_task(train(peer, run), name="train")
     stopping = asyncio.create_task(stop.first(), name="stop")
+    ending = asyncio.create_task(_put_out(gate), name="invite")
     try:
-        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({training, stopping, ending}, return_when=asyncio.FIRST_COMPLETED)
+        put_out = ending.result() if ending.done() and not training.done() else ""
         if not training.done():
             peer.leaving = True
+        if stopping.done() and not training.done():
             logger.info("finishing the round, then leaving; once more to stop now")
             second = asyncio.create_task(stop.second(), name="stop now")
             await asyncio.wait(
@@ -282,10 +296,20 @@ async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop
             second.cancel()
     finally:
         stopping.cancel()
+        ending.cancel()
         if not training.done():
             training.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await training
+    return put_out
+
+
+async def _put_out(gate: Gate) -> str:
+    """Why others let this peer in no more, once they do not."""
+    while True:
+        if flaw := gate.own_flaw():
+            return flaw
+        await asyncio.sleep(GATE_SECONDS)
 
 
 def _state(peer: Peer) -> PeerState:

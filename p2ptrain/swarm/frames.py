@@ -51,14 +51,18 @@ def parse(text: bytes) -> Wire:
         raise BadMessage(f"a header that is no record: {first['msg']}") from None
 
 
-async def read_frame(reader: asyncio.StreamReader, *, max_payload_bytes: int) -> tuple[Wire, bytes, int]:
+async def read_frame(
+    reader: asyncio.StreamReader, *, max_payload_bytes: int, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[Wire, bytes, int]:
     """The next header and its payload, and how many bytes the frame had in all.
 
     Raises BadMessage if a length is out of bounds or the header is no record, EOFError or OSError if the
     stream ends first. After any of these the stream is of no more use.
     """
     head = await reader.readexactly(LENGTHS_BYTES)
-    header_bytes, payload_bytes = lengths(head, max_payload_bytes=max_payload_bytes)
+    header_bytes, payload_bytes = lengths(
+        head, max_payload_bytes=max_payload_bytes, max_header_bytes=max_header_bytes
+    )
     header = parse(await reader.readexactly(header_bytes))
     payload = await reader.readexactly(payload_bytes) if payload_bytes else b""
     return header, payload, LENGTHS_BYTES + header_bytes + payload_bytes

@@ -60,6 +60,11 @@ def load_or_create(path: Path) -> Identity:
         ) from error
 
 
+def of_seed(seed: bytes) -> Identity:
+    """The identity whose private key is these 32 bytes."""
+    return _identity(Ed25519PrivateKey.from_private_bytes(seed))
+
+
 def verify(peer: str, message: bytes, signature: bytes) -> bool:
     """Whether the peer of this id signed this message; False, not an error, for any damage or kind of id."""
     try:

@@ -1,8 +1,9 @@
 """Frames over streams: all of `port.Swarm` but discovery, for a carrier that can open and accept streams.
 
 Each peer opens one stream per lane towards each peer it has something for, and keeps it open. Both ends begin
-with a `Hello`; the lanes are for peers of the same run only. A request has a stream of its own, and so has
-the question whether a peer is still there: it is a request stream that is closed after the greeting.
+with a `Hello`, and with a `Gate` nothing else is said to who is not invited; the lanes are for peers of the
+same run only. A request has a stream of its own, and so has the question whether a peer is still there: it is
+a request stream that is closed after the greeting.
 
 Chunks take a faster way, if the carrier has one to that peer (`Direct`), and the data lane otherwise.
 
@@ -24,10 +25,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal, Protocol
 
 from p2ptrain import PROTOCOL_VERSION
-from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Unreachable
+from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Uninvited, Unreachable
 from p2ptrain.events import FaultCause, PeerFaulted, clean, short
 from p2ptrain.protocol.estimate import Estimate, clamp
 from p2ptrain.records import (
+    MAX_HEADER_BYTES,
+    MAX_HELLO_BYTES,
     Averaged,
     Chunk,
     EntryReply,
@@ -38,6 +41,7 @@ from p2ptrain.records import (
     Lineage,
     Manifest,
     Message,
+    Pass,
     PeerId,
     Piece,
     Refusal,
@@ -46,6 +50,7 @@ from p2ptrain.records import (
     Wire,
 )
 from p2ptrain.swarm.frames import pack, read_frame
+from p2ptrain.swarm.gate import Gate, permits
 from p2ptrain.swarm.port import Buffer, Handler
 
 Kind = Literal["control", "data", "request"]
@@ -147,9 +152,11 @@ class Lanes:
         max_payload_bytes: int,
         on_event: Callable[[PeerFaulted], None],
         direct: Direct | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        """`spawn` starts a task whose failure is ours and ends the program."""
+        """`spawn` starts a task whose failure is ours and ends the program. Without a `gate` all may come."""
         self.fingerprint = fingerprint
+        self.gate = gate
         self.faults: Counter[str] = Counter()
         self._me = me
         self._open_stream = open_stream
@@ -163,6 +170,7 @@ class Lanes:
         self._inbound: dict[tuple[PeerId, Kind], asyncio.Task[Any]] = {}
         self._answering: Counter[PeerId] = Counter()
         self._greeting: set[PeerId] = set()
+        self._shown: dict[PeerId, Pass] = {}  # by whom there is a lane with, for `review`
         self._down: dict[PeerId, float] = {}  # peer that could not be reached → loop time to try again
         self._complained: set[tuple[PeerId, FaultCause]] = set()
         self._dials: dict[PeerId, Estimate] = {}  # seconds from dialling to the other's hello
@@ -246,18 +254,22 @@ class Lanes:
     ) -> None:
         """Serve a stream that `peer` opened, until it ends; closing it is for the caller."""
         try:
-            hello, _ = await self._read(peer, reader, kind, 0, HELLO_SECONDS)
+            hello, _ = await self._read(peer, reader, kind, 0, HELLO_SECONDS, MAX_HELLO_BYTES)
             if not isinstance(hello, Hello):
                 raise BadMessage(f"a {hello.kind} where a stream should begin with hello")
             if self._handler is None or self._closed:
                 self._write(writer, kind, Refusal(reason="not ready yet"))
                 return
+            if flaw := self._uninvited(peer, hello):
+                self._write(writer, kind, Refusal(reason=clean(flaw, 300), uninvited=True))
+                await _linger(reader)
+                return
             self._write(writer, kind, self._hello())
-            if self._fits(hello):
+            if self._fits(peer, hello):
                 self.reached(peer)
             if kind == "request":
                 await self._answer(peer, hello, reader, writer, self._handler)
-            elif self._same_run(peer, hello):
+            elif self._same_run(peer, hello, kind):
                 await self._listen(peer, kind, reader, self._handler)
         except BadMessage as fault:
             self.blame(peer, fault)
@@ -266,14 +278,24 @@ class Lanes:
 
     def greeting(self, to: PeerId) -> Greeting:
         """With which a direct connection begins."""
-        return Greeting(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint, sender=self._me, to=to)
+        return Greeting(
+            protocol=PROTOCOL_VERSION,
+            fingerprint=self.fingerprint,
+            sender=self._me,
+            to=to,
+            access=self.gate.own if self.gate else None,
+        )
 
-    def why_apart(self, hello: Hello | Greeting) -> str:
-        """Why that greets no peer of our run; empty if it does."""
+    def why_apart(self, peer: PeerId, hello: Hello | Greeting, *, in_rounds: bool = True) -> str:
+        """Why one that greets so is no peer of our run, or may take no part `in_rounds`; empty if it may."""
         if hello.protocol != PROTOCOL_VERSION:
             return f"it speaks protocol {hello.protocol} and we {PROTOCOL_VERSION}; upgrade the older side"
+        if self.gate and (flaw := self.gate.flaw(peer, hello.access)):
+            return flaw
         if hello.fingerprint != self.fingerprint or self.fingerprint == ASKING:
             return f"it trains {_named(hello.fingerprint)} and we {_named(self.fingerprint)}"
+        if in_rounds and self.gate and hello.access and not permits(role := hello.access.grant.role, None):
+            return f"an invite for role {role!r} does not allow to take part in rounds"
         return ""
 
     def place(self, sender: PeerId, header: Wire, size: int) -> memoryview | None:
@@ -288,10 +310,20 @@ class Lanes:
             await self._handler.on_chunk(sender, header, payload)
 
     def blame(self, peer: PeerId, fault: PeerFault) -> None:
-        """The peer broke the contract."""
+        """The peer broke the contract, or is none of ours."""
         refused = isinstance(fault, Refused)
         self.faults["refused" if refused else "bad_message"] += 1
         self._complain(peer, FaultCause.REFUSED if refused else FaultCause.BAD_MESSAGE, str(fault))
+
+    def review(self) -> None:
+        """Part from those whose invite has ended since they showed it; for the carrier to call now and
+        then."""
+        linked = {peer for peer, _ in (*self._outbound, *self._inbound)}
+        self._shown = {peer: shown for peer, shown in self._shown.items() if peer in linked}
+        for peer, shown in list(self._shown.items()):
+            if self.gate is not None and (flaw := self.gate.flaw(peer, shown)):
+                self.blame(peer, Refused(flaw))
+                self._lose(peer)
 
     def close(self) -> None:
         """Open and tell nothing any more."""
@@ -344,12 +376,15 @@ class Lanes:
         try:
             self._write(writer, kind, self._hello())
             writer.write(first)
-            answer, _ = await self._read(to, reader, kind, 0, seconds)
+            answer, _ = await self._read(to, reader, kind, 0, seconds, MAX_HELLO_BYTES)
             match answer:
                 case Refusal():
-                    raise Refused(f"peer {short(to)} refused: {clean(answer.reason)}")
+                    refusal = Uninvited if answer.uninvited else Refused
+                    raise refusal(f"peer {short(to)} refused: {clean(answer.reason, 300)}")
                 case Hello():
-                    if not (any_run or self._same_run(to, answer)):
+                    if flaw := self._uninvited(to, answer):
+                        raise Refused(f"peer {short(to)} is not one of the invited: {flaw}")
+                    if not (any_run or self._same_run(to, answer, kind)):
                         raise Refused(f"peer {short(to)} does not train this run")
                 case _:
                     raise BadMessage(f"a {answer.kind} where a stream should begin with hello")
@@ -418,8 +453,10 @@ class Lanes:
             raise BadMessage(f"a {request.kind} where a request was due")
         reply: Reply
         payload: Buffer = b""
-        if not (isinstance(request, GetRun) or self._same_run(peer, hello)):
+        if not (isinstance(request, GetRun) or self._same_run(peer, hello, "request")):
             reply = Refusal(reason="we do not train the same run")
+        elif self.gate and hello.access and not permits(role := hello.access.grant.role, request):
+            reply = Refusal(reason=f"an invite for role {role!r} does not allow {request.kind}")
         elif self._answering[peer] >= MAX_REQUESTS_PER_PEER:
             reply = Refusal(reason=f"more than {MAX_REQUESTS_PER_PEER} requests at once")
         else:
@@ -500,15 +537,26 @@ class Lanes:
     # -- greetings and counting ------------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
-        return Hello(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint)
+        access = self.gate.own if self.gate else None
+        return Hello(protocol=PROTOCOL_VERSION, fingerprint=self.fingerprint, access=access)
 
-    def _fits(self, hello: Hello) -> bool:
-        return not self.why_apart(hello)
+    def _uninvited(self, peer: PeerId, hello: Hello) -> str:
+        """Why that peer is told nothing, not even what run this is; empty if it may ask."""
+        flaw = self.gate.flaw(peer, hello.access, any_run=True) if self.gate else ""
+        if flaw:
+            self.blame(peer, Refused(flaw))
+        return flaw
 
-    def _same_run(self, peer: PeerId, hello: Hello) -> bool:
-        """Whether that was the hello of a peer of our run; if not, it is counted and told."""
-        if why := self.why_apart(hello):
+    def _fits(self, peer: PeerId, hello: Hello) -> bool:
+        return not self.why_apart(peer, hello, in_rounds=False)
+
+    def _same_run(self, peer: PeerId, hello: Hello, kind: Kind) -> bool:
+        """Whether that was the hello of a peer of our run, which may have a lane if that is the kind; if not,
+        it is counted and told."""
+        if why := self.why_apart(peer, hello, in_rounds=kind != "request"):
             self.blame(peer, Refused(why))
+        elif hello.access and kind != "request":
+            self._shown[peer] = hello.access
         return not why
 
     def _complain(self, peer: PeerId, cause: FaultCause, detail: str) -> None:
@@ -526,11 +574,14 @@ class Lanes:
         kind: Kind,
         max_payload_bytes: int,
         seconds: float | None,
+        max_header_bytes: int = MAX_HEADER_BYTES,
     ) -> tuple[Wire, bytes]:
         """The next frame. Raises Unreachable if the stream ends or `seconds` pass first, BadMessage."""
         try:
             async with asyncio.timeout(seconds):
-                header, payload, size = await read_frame(reader, max_payload_bytes=max_payload_bytes)
+                header, payload, size = await read_frame(
+                    reader, max_payload_bytes=max_payload_bytes, max_header_bytes=max_header_bytes
+                )
         except (OSError, EOFError):
             raise Unreachable(f"peer {short(peer)} ended the stream") from None
         except TimeoutError:
@@ -550,6 +601,14 @@ class Lanes:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+async def _linger(reader: asyncio.StreamReader) -> None:
+    """Until the other side has closed: with what it has sent unread, it might not get our last word."""
+    with contextlib.suppress(OSError):  # a TimeoutError is one
+        async with asyncio.timeout(HELLO_SECONDS):
+            while await reader.read(MAX_HELLO_BYTES):
+                pass
 
 
 def _is_closed(writer: asyncio.StreamWriter) -> bool:

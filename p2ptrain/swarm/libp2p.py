@@ -51,9 +51,12 @@ from p2ptrain.records import (
     Presence,
     Reply,
     Request,
+    Revocations,
     SignedRecord,
 )
+from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
@@ -90,6 +93,13 @@ HANG_SECONDS = 15.0
 REENTER_SECONDS = 3.0
 """Between two attempts to get back to initial peers that were lost."""
 
+REVIEW_SECONDS = 3.0
+"""How often a peer asks which invites have been revoked, and looks at whose invite has ended."""
+REVOCATIONS_SECONDS = 60.0
+"""For which a list of them is published; whoever keeps it there begins anew when it has expired."""
+KEEPERS = 3
+"""So many peers keep the list of revoked invites published; it outlives the organizer's own."""
+
 READ_BUFFER_BYTES = 2**20
 MAX_STREAMS = 2048
 """Inbound streams at one time; a file descriptor each."""
@@ -116,6 +126,7 @@ class Libp2pSwarm:
         announce: Sequence[str] = (),
         *,
         data_port: int | None = None,
+        invite: Invite | None = None,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
     ) -> None:
@@ -124,6 +135,7 @@ class Libp2pSwarm:
         - `fingerprint`: of the run, see `config.fingerprint`; while it is `ASKING`, we may only `GetRun`.
         - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
         - `data_port`: to take chunks on over TLS; 0 for any, None for neither taking nor sending them so.
+        - `invite`: what we show to others; they must show one by the same organizer. Without it all may come.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
 
         Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
@@ -134,7 +146,9 @@ class Libp2pSwarm:
         self._initial = [entry for entry in map(_entry, initial_peers) if entry.peer != self.peer_id]
         self._listen = list(listen)
         self._announce = list(announce)
-        self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
+        self._keys = {
+            kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", "revocations")
+        }
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()
@@ -148,6 +162,7 @@ class Libp2pSwarm:
                 max_payload_bytes=max_payload_bytes,
                 on_event=on_event,
             )
+        self.gate = Gate(invite, self.peer_id) if invite else None
         self._lanes = Lanes(
             self.peer_id,
             fingerprint,
@@ -156,6 +171,7 @@ class Libp2pSwarm:
             max_payload_bytes=max_payload_bytes,
             on_event=on_event,
             direct=self._tls,
+            gate=self.gate,
         )
         self._exit = AsyncExitStack()
         self._node: _Node | None = None
@@ -191,6 +207,8 @@ class Libp2pSwarm:
             self._node_came.set()
             supervision = self._crew.spawn(self._supervise())
             self._crew.spawn(self._keep_up())
+            if self.gate is not None:
+                self._crew.spawn(self._guard(self.gate))
             stack.callback(self._lanes.close)
             stack.callback(supervision.cancel)
             self._exit = stack.pop_all()
@@ -236,6 +254,8 @@ class Libp2pSwarm:
             )
         if self._tls is not None and isinstance(record, Presence):
             record = record.model_copy(update={"direct": self._tls.where(_hosts(self._addresses))})
+        if isinstance(record, Presence) and self.gate is not None:
+            record = record.model_copy(update={"access": self.gate.own})
         key, expires = self._keys[record.kind], time.time() + ttl_seconds
         sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
         try:
@@ -261,17 +281,26 @@ class Libp2pSwarm:
                 self.faults["bad_record"] += 1
             elif isinstance(record, Presence) and self._lanes.fingerprint not in (ASKING, record.fingerprint):
                 self.faults["foreign_record"] += 1
+            elif isinstance(record, Presence) and self._is_uninvited(record):
+                self.faults["uninvited_record"] += 1
             elif expires > time.time():
                 records.append(record)
                 if self._tls is not None and isinstance(record, Presence):
                     self._tls.meet(record.peer, record.direct)
         return records
 
+    def _is_uninvited(self, record: Presence) -> bool:
+        if self.gate is None:
+            return False
+        any_run = self._lanes.fingerprint == ASKING
+        return bool(self.gate.flaw(record.peer, record.access, any_run=any_run))
+
     # -- for metrics and invites -----------------------------------------------------------------------------
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong so far: bad_message, refused, dropped, overload, bad_record, foreign_record."""
+        """What went wrong so far: bad_message, refused, dropped, overload, bad_record, foreign_record,
+        uninvited_record."""
         return self._lanes.faults
 
     @property
@@ -479,6 +508,22 @@ class Libp2pSwarm:
                     if not node.knows(entry.peer):
                         self._crew.spawn(self._enter_by(node, entry, asyncio.Queue()))
                 entered = loop.time()
+
+    async def _guard(self, gate: Gate) -> None:
+        """Hear of revoked invites, pass on that they are, and part from those who came by them."""
+        said, said_at = -1, 0.0
+        while True:
+            lists = [each for each in await self.lookup("revocations") if isinstance(each, Revocations)]
+            genuine = [each for each in lists if gate.learn(each) and each.peer != self.peer_id]
+            self._lanes.review()
+            if (newest := gate.revocations) is not None:
+                keepers = sum(each.revision == newest.revision for each in genuine)
+                due = newest.revision > said or time.monotonic() > said_at + REVOCATIONS_SECONDS / 3
+                if keepers < KEEPERS and due:
+                    said, said_at = newest.revision, time.monotonic()
+                    ours = newest.model_copy(update={"peer": self.peer_id})
+                    await self.publish(ours, ttl_seconds=REVOCATIONS_SECONDS)
+            await asyncio.sleep(REVIEW_SECONDS)
 
     async def _look_at(self, node: _Node) -> None:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it

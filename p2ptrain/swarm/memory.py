@@ -5,7 +5,8 @@ peer's `MemorySwarm` is a `port.Swarm` like any other: frames, greetings, refusa
 links are those of `lanes`, byte for byte; only the streams under them are ours. Time is the running event
 loop's: under `clock.run` it is virtual, and an hour of training is over in seconds.
 
-Not covered: lies and signatures. Here every peer is who it says it is, and what it publishes is its own.
+Not covered: lies and signatures. Here every peer is who it says it is, and what it publishes is its own;
+invites hold for streams and not for records.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from p2ptrain.events import PeerFaulted, short
 from p2ptrain.records import SIGNED, Averaged, Chunk, Message, PeerId, Presence, Reply, Request, SignedRecord
 from p2ptrain.swarm.clock import Cancellable
 from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.identity import SIGNATURE_BYTES
 from p2ptrain.swarm.lanes import ASKING, Kind, Lanes, Stream
 from p2ptrain.swarm.network import Network as Network
@@ -74,10 +76,16 @@ class MemoryHub:
         *,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[PeerFaulted], None] = lambda event: logger.log(event.level, event.sentence()),
+        gate: Gate | None = None,
     ) -> MemorySwarm:
         """The network as the peer with the id `name` sees it; to be entered with `async with`."""
         return MemorySwarm(
-            self, PeerId(name), fingerprint, max_payload_bytes=max_payload_bytes, on_event=on_event
+            self,
+            PeerId(name),
+            fingerprint,
+            max_payload_bytes=max_payload_bytes,
+            on_event=on_event,
+            gate=gate,
         )
 
     # -- faults ----------------------------------------------------------------------------------------------
@@ -151,6 +159,7 @@ class MemorySwarm:
         *,
         max_payload_bytes: int,
         on_event: Callable[[PeerFaulted], None],
+        gate: Gate | None = None,
     ) -> None:
         self._hub = hub
         self._peer_id = peer_id
@@ -162,6 +171,7 @@ class MemorySwarm:
             self._crew.spawn,
             max_payload_bytes=max_payload_bytes,
             on_event=on_event,
+            gate=gate,
         )
         self._ends: dict[PeerId, dict[_End, None]] = {}
         self._online = False
@@ -255,6 +265,10 @@ class MemorySwarm:
     def connected_peers(self) -> int:
         """Peers with which a stream is open."""
         return len(self._ends)
+
+    def review(self) -> None:
+        """See `Lanes.review`; here nobody does it by the clock."""
+        self._lanes.review()
 
     # -- streams ---------------------------------------------------------------------------------------------
 

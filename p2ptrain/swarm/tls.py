@@ -47,7 +47,7 @@ class Receiver(Protocol):
 
     def greeting(self, to: PeerId) -> Greeting: ...
 
-    def why_apart(self, greeting: Greeting) -> str:
+    def why_apart(self, peer: PeerId, greeting: Greeting) -> str:
         """Why the sender of that greeting is none of ours; empty if it is."""
         ...
 
@@ -229,7 +229,7 @@ class TlsCarrier:
                     case Refusal():
                         raise Refused(f"it refused: {clean(answer.reason)}")
                     case Greeting():
-                        if answer.sender != peer or (why := receiver.why_apart(answer)):
+                        if answer.sender != peer or (why := receiver.why_apart(peer, answer)):
                             raise Refused(why or f"it greets as {short(answer.sender)}")
                     case _:
                         raise BadMessage(f"a {answer.kind} where a connection should begin with a greeting")
@@ -303,7 +303,7 @@ class TlsCarrier:
         peer, direct = greeting.sender, self._known.get(greeting.sender)
         if greeting.to != self._me:
             why = f"this is {short(self._me)}"
-        elif why := self._receiver.why_apart(greeting):
+        elif why := self._receiver.why_apart(peer, greeting):
             pass
         elif direct is None:
             why = f"no presence record of {short(peer)} is known here yet"

@@ -9,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 from p2ptrain.config import BytesTask, commented_toml
-from p2ptrain.swarm.access import decode, encode
+from p2ptrain.swarm.access import Invite, decode, encode, issue
+from p2ptrain.swarm.identity import of_seed
 from peers.chronicle import Record
 from peers.rehearsal import COMPLAINT, Child
 from peers.sites import PORT
@@ -285,25 +286,33 @@ def no_token(trial: Trial) -> Figures:
         replayer = Victim(swarm)
         swarm.together()
         others = honest(swarm, replayer)
-        # A stranger with the address of each peer.
-        addresses = [decode(swarm.invite(name)).addresses[0] for name in others]
-        _, there = swarm.place("stranger")
-        asked = subprocess.run(
-            [*there, *swarm.environment(), *STRANGER, swarm.run.run_id, *addresses],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=90,
-        )
-        if asked.returncode:
-            raise Failed(f"the stranger could not ask: {asked.stderr[-300:]}")
-        got = json.loads(asked.stdout.splitlines()[-1])
-        if got["got_bytes"] or got["refused"] < got["asked"]:
-            raise Failed(f"a stranger asked {got['asked']} questions and got {got}")
-        # Another swarm's name on a good invite.
-        invite = decode(swarm.stage.invites()[-1])
-        renamed = encode(invite.model_copy(update={"run_id": "another"}))
-        name_seconds = complaint(swarm, newcomer(swarm, "misled", invite=renamed), 2, ["another", "matrix"])
+        # Strangers with the address of each peer, and what they could have got hold of.
+        expired, good = created(swarm, "--ttl", "1s"), created(swarm, "--ttl", "1h")
+        foreign = issued_by_another(decode(good))
+        until = decode(expired).grant.expires or 0
+        swarm.wait(lambda: time.time() > until + 1, "the invite has expired", 30)
+        member = swarm.last(others[0], "joined")["peer"]
+        guises = {
+            "no token": None,
+            "expired token": (expired, ""),
+            "another organizer's token": (foreign, ""),
+            "a member's token, replayed": (good, member),
+            "good token": (good, ""),
+        }
+        told = ask_as(swarm, guises, [decode(swarm.invite(name)).addresses[0] for name in others])
+        got = told.pop("good token")
+        if not (got["answered"] and got["bytes"]):
+            raise Failed(f"somebody with a good token got nothing, so refusals show nothing: {got}")
+        for guise, answer in told.items():
+            if answer["answered"] or answer["bytes"] or answer["refused"] < answer["asked"]:
+                raise Failed(f"{guise}: asked {answer['asked']} questions and got {answer}")
+        questions = sum(answer["asked"] for answer in told.values())
+        # The command itself, with an invite that has expired, and another swarm's name on a good one.
+        complaint(swarm, newcomer(swarm, "late", invite=expired), 2, ["expired", "clock", "organizer"])
+        grant = decode(good).grant.model_copy(update={"run_id": "another"})
+        renamed = encode(decode(good).model_copy(update={"grant": grant}))
+        complaint(swarm, newcomer(swarm, "misled", invite=renamed), 2, ["another", "changed"])
+        complaint(swarm, newcomer(swarm, "astray", invite=foreign), 2, ["by organizer"])
         # All that was said in the round before, said again.
         usual = swarm.pace(trial.pick(15, 5))
         replayer.order("--lie", "replay")
@@ -314,11 +323,54 @@ def no_token(trial: Trial) -> Figures:
         if rate < 0.5 * usual:
             raise Failed(f"with messages replayed {rate / usual:.0%} of the usual rate")
         swarm.watch(1)
-    raise Failed(
-        f"invites carry no token and do not expire yet. The rest holds: {got['refused']} of {got['asked']} "
-        f"questions of a stranger refused, no byte given; wrong name refused in {name_seconds:.1f} s; with "
-        f"{said[-1]['messages']} messages a round replayed {rate / usual:.0%} of the usual rate"
+    return Figures(
+        f"{questions} questions by strangers without, with an expired, a foreign or a replayed token: all "
+        f"refused, no byte given ({got['bytes']:,} with a good one); expired, changed and foreign invites "
+        f"refused by the command; with {said[-1]['messages']} messages a round replayed "
+        f"{rate / usual:.0%} of the usual rate",
+        {
+            "questions": questions,
+            "bytes_given": sum(answer["bytes"] for answer in told.values()),
+            "bytes_given_to_the_invited": got["bytes"],
+            "replay_rate_share": rate / usual,
+        },
     )
+
+
+def created(swarm: Swarm, *options: str) -> str:
+    """A new invite by the organizer, who needs no network for it."""
+    where = (str(swarm.stage.folder / "run.toml"), "--data-dir", str(swarm.stage.folder / "bootstrap"))
+    told = swarm.run_command("bootstrap", "invite", "create", *where, *options, "--json")
+    try:
+        return str(json.loads(told.splitlines()[-1])["invite"])
+    except (ValueError, IndexError, KeyError):
+        raise Failed(f"no invite could be created: {told[-300:]}") from None
+
+
+def issued_by_another(invite: Invite) -> str:
+    """The same, signed by somebody else who calls himself the organizer."""
+    other = issue(
+        of_seed(b"another organizer's private key."),
+        addresses=invite.addresses,
+        **invite.grant.model_dump(exclude={"organizer", "key"}),
+    )
+    return encode(other)
+
+
+def ask_as(swarm: Swarm, guises: Mapping[str, object], addresses: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What a stranger in each of these guises got from these peers; see `stranger`."""
+    _, there = swarm.place("stranger")
+    asked = subprocess.run(
+        [*there, *swarm.environment(), *STRANGER, swarm.run.run_id, json.dumps(guises), *addresses],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    if asked.returncode:
+        raise Failed(f"the stranger could not ask: {asked.stderr[-300:]}")
+    told: dict[str, dict[str, int]] = json.loads(asked.stdout.splitlines()[-1])
+    return told
 
 
 @row(

@@ -22,8 +22,8 @@ from typing import Any, Self
 
 import psutil
 
-from p2ptrain.config import PeerConfig, RunConfig, run_digest
-from p2ptrain.swarm.access import Invite, encode
+from p2ptrain.config import PeerConfig, RunConfig
+from p2ptrain.swarm.access import decode, encode
 from p2ptrain.tasks import build_task
 from peers.chronicle import Record, moment
 from peers.ledger import Ledger
@@ -160,7 +160,7 @@ class Swarm:
         """An invite that leads to that peer, as the bootstrap's does to the bootstrap."""
         peer = self.last(name, "joined")["peer"]
         address = f"/ip4/{self.lab.address(name)}/tcp/31337/p2p/{peer}"
-        return encode(Invite(run_id=self.run.run_id, run_digest=run_digest(self.run), addresses=(address,)))
+        return encode(decode(self.stage.invites()[-1]).model_copy(update={"addresses": (address,)}))
 
     def living(self) -> list[str]:
         """Peers whose process runs."""

@@ -111,13 +111,17 @@ class Crew:
         return process
 
     def bootstrap(
-        self, run: Path, listen: str = "/ip4/127.0.0.1/tcp/0", *, inside: Sequence[str] = ()
+        self,
+        run: Path,
+        listen: str = "/ip4/127.0.0.1/tcp/0",
+        *options: str,
+        inside: Sequence[str] = (),
+        data_dir: str = "",
     ) -> tuple[Process, str]:
-        """A bootstrap that is ready, and its invite."""
-        data = self.folder / f"bootstrap-{len(self.started)}"
-        process = self.start(
-            "bootstrap", str(run), "--listen", listen, "--data-dir", str(data), "--json", inside=inside
-        )
+        """A bootstrap that is ready, and its invite; `data_dir`: the name of its folder, else a new one."""
+        data = self.folder / (data_dir or f"bootstrap-{len(self.started)}")
+        words = ("--listen", listen, "--data-dir", str(data), "--json", *options)
+        process = self.start("bootstrap", str(run), *words, inside=inside)
         until(lambda: process.said('"ready"'), lambda: f"an invite: {process}")
         return process, json.loads(process.output.read_text().splitlines()[0])["invite"]
 

@@ -12,20 +12,21 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import psutil
 import pytest
 
-from p2ptrain.config import RunConfig, run_digest
-from p2ptrain.swarm.access import Invite, decode, encode
+from p2ptrain.swarm.access import decode, encode
+from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.telemetry.journal import read_journal
 from tests.swarm.processes import Crew, Process, crew, run_file, until
+from tests.unit import organizer
 from tests.unit.external_tools import run_tool
+from tests.unit.organizer import NOBODY
 
 pytestmark = pytest.mark.swarm
-
-NOBODY = "12D3KooWQpq3ogFstGJRSqBZ3GGPh186RaAYFtQnPpRKWs6ZLJtQ"
 
 
 @pytest.fixture
@@ -52,9 +53,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def invite_to(address: str, run: RunConfig | None = None) -> str:
-    run = run or RunConfig()
-    return encode(Invite(run_id=run.run_id, run_digest=run_digest(run), addresses=(address,)))
+def invite_to(address: str) -> str:
+    return encode(organizer.invite([address]))
 
 
 def test_join_says_who_cannot_be_reached_when_the_bootstrap_is_not_there(people: Crew) -> None:
@@ -71,9 +71,10 @@ def test_join_gives_up_when_the_bootstrap_takes_connections_and_says_nothing(peo
 def test_join_asks_for_a_new_invite_when_its_run_is_no_longer_the_bootstraps(
     people: Crew, tmp_path: Path
 ) -> None:
-    _, invite = people.bootstrap(run_file(tmp_path, "changed", 10))
-    before = encode(decode(invite).model_copy(update={"run_digest": "0" * 64}))
-    complaint(people.join(before, "peer"), 4, "not 00000000", "ask the organizer for a new invite")
+    _, link = people.bootstrap(run_file(tmp_path, "changed", 10), data_dir="bootstrap")
+    key = load_or_create(tmp_path / "bootstrap" / "organizer.key")
+    before = organizer.invite(decode(link).addresses, organizer=key, run_id="changed", run_digest="0" * 64)
+    complaint(people.join(encode(before), "peer"), 4, "not 00000000", "ask the organizer for a new invite")
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text[:-5], lambda _: "hello", lambda text: text.upper()])
@@ -116,23 +117,19 @@ def test_join_names_the_field_when_the_swarm_trains_another_run(people: Crew, tm
     complaint(people.join(invite, "peer", "--run", str(other)), 3, "optimizer.lr", "0.5")
 
 
-def test_join_refuses_an_invite_when_it_leads_to_a_run_of_another_name(people: Crew, tmp_path: Path) -> None:
-    _, invite = people.bootstrap(run_file(tmp_path, "mine", 10))
-    renamed = encode(decode(invite).model_copy(update={"run_id": "theirs"}))
-    complaint(people.join(renamed, "peer"), 2, "'theirs'", "'mine'", "ask the organizer")
-
-
 def test_join_names_the_field_when_others_train_another_run_of_that_name(
     people: Crew, tmp_path: Path
 ) -> None:
-    _, invite = people.bootstrap(run_file(tmp_path, "mine", 100_000))
+    _, invite = people.bootstrap(run_file(tmp_path, "mine", 100_000), data_dir="mine-bootstrap")
     first = people.join(invite, "first")
     until(lambda: "round_committed" in first.journal(tmp_path / "first"), lambda: f"a round: {first}")
-    # Entered by the first peer, another run is opened under the same name.
+    # Entered by the first peer, the organizer opens another run under the same name.
     (other := tmp_path / "other.toml").write_text(
         (tmp_path / "mine.toml").read_text() + "[optimizer]\nlr = 0.5\n"
     )
-    _, theirs = people.bootstrap(other)
+    (tmp_path / "again").mkdir()
+    copyfile(tmp_path / "mine-bootstrap" / "organizer.key", tmp_path / "again" / "organizer.key")
+    _, theirs = people.bootstrap(other, data_dir="again")
     entrances = (*decode(theirs).addresses[:1], *decode(invite).addresses[:1])
     mixed = encode(decode(theirs).model_copy(update={"addresses": entrances}))
     complaint(people.join(mixed, "second"), 3, "optimizer.lr", "0.5 here", "ask the organizer")

@@ -42,7 +42,7 @@ def test_command_shown_in_the_readme_exists_with_its_options(words: list[str]) -
         if word in getattr(command, "commands", {}):
             command = command.commands[word]  # type: ignore[attr-defined]
     assert not getattr(command, "commands", None), f"{words} names no command"
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= known
 
 

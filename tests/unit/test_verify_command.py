@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from organizer import invite
 from replicas import next_entry, small_replica, small_run
 
-from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint, run_digest
+from p2ptrain.config import BytesTask, RunConfig, canonical_json, fingerprint
 from p2ptrain.errors import CheckpointError, ConfigError, IncompatibleRun, InviteError, Refused
 from p2ptrain.records import Averaged, Chunk, GetEntry, GetManifest, Message, PeerId, Reply, Request
 from p2ptrain.replica.checkpoint import MANIFEST, STATE, save
@@ -22,7 +23,6 @@ from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm import clock
-from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.swarm.port import Buffer
 from p2ptrain.tasks.bytes import BytesTask as Task
@@ -225,7 +225,7 @@ def test_no_tensors_are_fetched_when_a_live_peer_is_compared() -> None:
 def test_verify_refuses_when_the_invite_is_of_another_run(tmp_path: Path) -> None:
     a = saved(tmp_path, small_replica())
     address = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDRAuVxfdkKXnhTaLaf9Eh8fxMMPwoD9GrebiGxDbfMqg"
-    other = Invite(run_id="other", run_digest=run_digest(small_run(seed=9)), addresses=(address,))
+    other = invite([address], small_run(seed=9), run_id="other")
     with pytest.raises(IncompatibleRun, match="but the invite leads to other with digest"):
         asyncio.run(models.verify_live(a, other, ""))
 
@@ -233,7 +233,7 @@ def test_verify_refuses_when_the_invite_is_of_another_run(tmp_path: Path) -> Non
 def test_verify_refuses_when_what_follows_the_invite_is_no_peer_id(tmp_path: Path) -> None:
     a = saved(tmp_path, small_replica())
     address = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDRAuVxfdkKXnhTaLaf9Eh8fxMMPwoD9GrebiGxDbfMqg"
-    same = Invite(run_id="same", run_digest=run_digest(small_run()), addresses=(address,))
+    same = invite([address], small_run())
     with pytest.raises(ConfigError, match=r"after INVITE# goes a peer id, such as .*, not 'xyz'"):
         asyncio.run(models.verify_live(a, same, "xyz"))
 

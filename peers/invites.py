@@ -1,0 +1,230 @@
+"""The organizer's book of invites: a file beside the organizer's key, in the bootstrap's data folder.
+
+Invites are made, listed and revoked here with nothing on the net. The bootstrap makes key and book at its
+first start; while it runs it reads the book again and again, and tells the swarm what has been revoked.
+
+Not covered: a book that is lost. Its invites stay valid then, and new ones might be given their numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.errors import ConfigError, StorageError
+from p2ptrain.records import MAX_REVOKED, Grant, PeerId, Permission, Revocations
+from p2ptrain.swarm.access import Invite, decode, encode, issue
+from p2ptrain.swarm.gate import revoke as revocations_of
+from p2ptrain.swarm.identity import Identity, load_or_create
+
+ORGANIZER = "organizer.key"
+BOOK = "invites.json"
+LINK = "link"
+"""Name of the invite that a public run's bootstrap prints."""
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class Issued(BaseModel):
+    """One invite, and whether it has been taken back."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    line: str
+    revoked: bool = False
+
+    @property
+    def grant(self) -> Grant:
+        return decode(self.line).grant
+
+
+class Book(BaseModel):
+    """All that the organizer has given out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    public: bool = True
+    """Whether the bootstrap prints an invite for everybody."""
+    addresses: list[str] = []
+    """Where the bootstrap was to be found at its last start."""
+    invites: list[Issued] = []
+    revocations: Revocations | None = None
+    """As the organizer has signed them."""
+
+    def link(self, run: RunConfig) -> Issued | None:
+        """The unlimited invite that this run's bootstrap prints, if there is one."""
+        digest = run_digest(run)
+        for each in self.invites:
+            grant = each.grant
+            if (grant.name, grant.run_digest, each.revoked) == (LINK, digest, False):
+                return each
+        return None
+
+
+# -- for the bootstrap ---------------------------------------------------------------------------------------
+
+
+def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bool | None, now: int) -> Book:
+    """The book at a bootstrap's start: it has these addresses and, if the run is public, its link.
+
+    `public`: None: as it was, at first True. What was public and no longer is loses its link.
+    """
+    organizer = load_or_create(folder / ORGANIZER)
+    with _edited(folder) as book:
+        book.public = book.public if public is None else public
+        book.addresses = list(addresses)
+        link = book.link(run)
+        if link is not None and not book.public:
+            _revoke(organizer, book, [link.grant.serial])
+        elif link is not None:
+            link.line = encode(decode(link.line).model_copy(update={"addresses": tuple(addresses)}))
+        elif book.public:
+            _issue(organizer, book, run, "train", None, LINK, now)
+        return book
+
+
+def own_invite(folder: Path, run: RunConfig, me: PeerId, now: int) -> Invite:
+    """What the bootstrap itself, peer `me`, shows to others; it is in no book, and nobody enters by it."""
+    return issue(
+        load_or_create(folder / ORGANIZER),
+        run_id=run.run_id,
+        run_digest=run_digest(run),
+        addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{me}"],
+        role="watch",
+        serial=0,
+        issued=now,
+        expires=None,
+        name="bootstrap",
+    )
+
+
+# -- for the organizer ---------------------------------------------------------------------------------------
+
+
+def create(folder: Path, run: RunConfig, role: Permission, ttl: int | None, name: str, now: int) -> Invite:
+    """A new invite, valid for `ttl` seconds (None: for ever). Raises ConfigError if no bootstrap was here."""
+    organizer = _organizer(folder)
+    with _edited(folder) as book:
+        if not book.addresses:
+            raise ConfigError(
+                f"the book in {folder} has no address to invite to; start the bootstrap of {run.run_id} once"
+            )
+        return _issue(organizer, book, run, role, None if ttl is None else now + ttl, name, now)
+
+
+def revoke(folder: Path, serials: Sequence[int]) -> Book:
+    """Take these invites back. Raises ConfigError if there is no such invite, or no room for more."""
+    organizer = _organizer(folder)
+    with _edited(folder) as book:
+        _revoke(organizer, book, serials)
+        return book
+
+
+def read(folder: Path) -> Book:
+    """The book; an empty one if there is none. Raises StorageError."""
+    path = folder / BOOK
+    try:
+        return Book.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Book()
+    except OSError as error:
+        raise StorageError(f"the book of invites {path} cannot be read: {error.strerror}") from error
+    except ValidationError:
+        raise StorageError(
+            f"the book of invites {path} is damaged; put back a copy, or move it away: then what it held can "
+            "no longer be revoked"
+        ) from None
+
+
+def parse_ttl(text: str) -> int | None:
+    """Seconds of `30m`, `24h` or `7d`; None of `never`. Raises ConfigError."""
+    if text == "never":
+        return None
+    parts = re.fullmatch(r"([1-9]\d{0,8})([smhd])", text)
+    if parts is None:
+        raise ConfigError(f"--ttl {text!r}: expected a time such as 30m, 24h or 7d, or never")
+    return int(parts[1]) * _UNITS[parts[2]]
+
+
+# -- inside --------------------------------------------------------------------------------------------------
+
+
+def _organizer(folder: Path) -> Identity:
+    path = folder / ORGANIZER
+    if not path.exists():
+        raise ConfigError(
+            f"there is no organizer's key {path}; start `p2ptrain bootstrap` with this run file and data "
+            "folder once, and it will make one"
+        )
+    return load_or_create(path)
+
+
+@contextmanager
+def _edited(folder: Path) -> Iterator[Book]:
+    """The book, to be changed; written whole, or not at all, and by one process at a time."""
+    path = folder / BOOK
+    with (folder / ORGANIZER).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        book = read(folder)
+        yield book
+        draft = path.with_suffix(".draft")
+        try:
+            # Readable by its owner only: whoever has a line may come in by it.
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(book.model_dump_json(indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"the book of invites {path} cannot be written: {error.strerror}; nothing has changed"
+            ) from error
+
+
+def _issue(
+    organizer: Identity,
+    book: Book,
+    run: RunConfig,
+    role: Permission,
+    expires: int | None,
+    name: str,
+    now: int,
+) -> Invite:
+    invite = issue(
+        organizer,
+        run_id=run.run_id,
+        run_digest=run_digest(run),
+        addresses=book.addresses,
+        role=role,
+        serial=1 + max((each.grant.serial for each in book.invites), default=0),
+        issued=now,
+        expires=expires,
+        name=name,
+    )
+    book.invites.append(Issued(line=encode(invite)))
+    return invite
+
+
+def _revoke(organizer: Identity, book: Book, serials: Sequence[int]) -> None:
+    known = {each.grant.serial: each for each in book.invites}
+    for serial in serials:
+        if serial not in known:
+            raise ConfigError(
+                f"there is no invite number {serial}; `p2ptrain invite list` shows those there are"
+            )
+        known[serial].revoked = True
+    listed = [serial for serial, each in known.items() if each.revoked]
+    if len(listed) > MAX_REVOKED:
+        raise ConfigError(
+            f"{len(listed)} invites would be revoked, and at most {MAX_REVOKED} fit into what peers pass on; "
+            "change the run file's run_id or seed, and open a new run"
+        )
+    revision = 1 + (book.revocations.revision if book.revocations else 0)
+    book.revocations = revocations_of(organizer, revision, listed)

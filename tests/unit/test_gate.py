@@ -1,0 +1,191 @@
+"""The gate: who is let in on what they show, for every way in which that can be wrong, with no network.
+
+Not covered: that nothing is said before it is asked, see `tests/swarm/test_invites.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from organizer import NOW, ORGANIZER, invite
+
+from p2ptrain.records import (
+    MAX_HELLO_BYTES,
+    MAX_REVOKED,
+    GetEntry,
+    GetLineage,
+    GetManifest,
+    GetPiece,
+    GetRun,
+    Grant,
+    Hello,
+    Pass,
+    Presence,
+    Request,
+)
+from p2ptrain.swarm.frames import pack
+from p2ptrain.swarm.gate import Gate, permits, revoke
+from p2ptrain.swarm.identity import SIGNATURE_BYTES, of_seed
+from p2ptrain.swarm.validator import MAX_RECORD_BYTES
+
+ALICE, BOB, EVE = (of_seed(bytes([number]) * 32).peer_id for number in (1, 2, 3))
+STRANGER = of_seed(b"s" * 32)
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    now = float(NOW)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def gate(**changes: Any) -> Gate:
+    return Gate(invite(**changes), ALICE, Clock())
+
+
+def judged(shown: Pass | None, **options: Any) -> str:
+    """What is wrong with that, shown by Bob."""
+    return gate().flaw(BOB, shown, **options)
+
+
+def bobs(**changes: Any) -> Pass:
+    return invite(**changes).shown_by(BOB)
+
+
+def test_peer_is_let_in_with_a_pass_of_its_own_by_the_same_or_another_invite() -> None:
+    ours = invite()
+    assert Gate(ours, ALICE, Clock()).flaw(BOB, ours.shown_by(BOB)) == ""
+    assert judged(bobs(serial=7, role="watch", name="lab", issued=NOW, expires=NOW + 1)) == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "flaw"),
+    [
+        (None, "no invite was shown"),
+        (
+            bobs(expires=NOW),
+            "the invite shown (number 1) expired at 2027-01-15 08:00:00 UTC, and it is 2027-01-15",
+        ),
+        (bobs(issued=NOW + 3600), "the invite shown (number 1) is not valid before 2027-01-15 09:00:00 UTC"),
+        (bobs(run_digest="1" * 64), "the invite shown (number 1) is to run 111111111111… and not to "),
+        (bobs(organizer=STRANGER), f"the invite shown is by organizer …{STRANGER.peer_id[-8:]} and not by …"),
+        (invite().shown_by(EVE), "the invite shown was given to another peer"),
+    ],
+    ids=["none", "expired", "too early", "another run", "another organizer", "another peer"],
+)
+def test_peer_is_turned_away_and_told_why(shown: Pass | None, flaw: str) -> None:
+    assert judged(shown).startswith(flaw)
+
+
+def test_pass_to_another_run_of_the_organizer_is_good_for_asking_what_run_this_is() -> None:
+    assert judged(bobs(run_digest="1" * 64), any_run=True) == ""
+    assert judged(bobs(run_digest="1" * 64, expires=NOW), any_run=True)
+    assert judged(bobs(organizer=STRANGER), any_run=True)
+
+
+def test_pass_is_void_when_any_byte_of_it_was_changed() -> None:
+    good, watch = bobs(), gate()
+    assert not watch.flaw(BOB, good)
+    for field in ("signature", "proof"):
+        right = bytearray.fromhex(getattr(good, field))
+        for place in range(len(right)):
+            wrong = right.copy()
+            wrong[place] ^= 1 << place % 8
+            assert watch.flaw(BOB, good.model_copy(update={field: wrong.hex()}))
+    changes: dict[str, Any] = {
+        "run_id": "another", "run_digest": "1" * 64, "organizer": STRANGER.peer_id, "key": STRANGER.peer_id,
+        "role": "serve", "serial": 2, "name": "x", "issued": 1, "expires": NOW + 9,
+    }  # fmt: skip
+    assert changes.keys() == Grant.model_fields.keys()
+    for field, value in changes.items():
+        assert watch.flaw(
+            BOB, good.model_copy(update={"grant": good.grant.model_copy(update={field: value})})
+        )
+
+
+def test_overheard_pass_is_void_when_the_thief_adds_a_proof_with_its_own_key() -> None:
+    overheard = bobs()
+    thief = invite(organizer=STRANGER).model_copy(update={"grant": overheard.grant})
+    forged = thief.model_copy(update={"signature": overheard.signature}).shown_by(EVE)
+    assert gate().flaw(EVE, forged) == "the invite shown was given to another peer"
+
+
+def test_pass_ends_when_its_time_does_also_our_own() -> None:
+    clock = Clock()
+    ours = Gate(invite(expires=NOW + 60), ALICE, clock)
+    theirs = bobs(expires=NOW + 30)
+    assert not ours.flaw(BOB, theirs)
+    clock.now += 31
+    assert "expired" in ours.flaw(BOB, theirs)
+    assert not ours.own_flaw()
+    clock.now += 30
+    assert "expired" in ours.own_flaw()
+
+
+# -- revocations ---------------------------------------------------------------------------------------------
+
+
+def test_pass_is_void_once_a_list_that_revokes_it_has_come_by_also_our_own() -> None:
+    ours = gate(serial=5)
+    assert ours.learn(revoke(ORGANIZER, 1, [7, 3]))
+    assert ours.flaw(BOB, bobs(serial=7)) == "the invite shown (number 7) has been revoked by the organizer"
+    assert not ours.flaw(BOB, bobs(serial=4))
+    assert not ours.own_flaw()
+    ours.learn(revoke(ORGANIZER, 2, [3, 5, 7]))
+    assert "revoked" in ours.own_flaw()
+
+
+def test_list_is_not_heeded_when_somebody_else_made_or_changed_it() -> None:
+    ours, genuine = gate(), revoke(ORGANIZER, 1, [7])
+    for forged in (
+        revoke(STRANGER, 2, [1]),
+        genuine.model_copy(update={"serials": (1,)}),
+        genuine.model_copy(update={"revision": 2}),
+    ):
+        assert not ours.learn(forged)
+    assert ours.revocations is None
+
+
+def test_older_list_does_not_bring_back_what_a_newer_one_revoked() -> None:
+    ours = gate()
+    ours.learn(revoke(ORGANIZER, 2, [7]))
+    assert ours.learn(revoke(ORGANIZER, 1, []).model_copy(update={"peer": EVE}))
+    assert ours.flaw(BOB, bobs(serial=7))
+
+
+# -- roles and bounds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "roles"),
+    [
+        (None, {"train"}),
+        (GetPiece(state_digest="0" * 64, number=0), {"train", "serve"}),
+        (GetEntry(step=1), {"train", "serve"}),
+        (GetEntry(step=1, with_payload=False), {"train", "serve", "watch"}),
+        (GetManifest(), {"train", "serve", "watch"}),
+        (GetLineage(step=1), {"train", "serve", "watch"}),
+        (GetRun(), {"train", "serve", "watch"}),
+    ],
+)
+def test_role_may_do_what_it_says_and_no_more(wish: Request | None, roles: set[str]) -> None:
+    assert {role for role in ("train", "serve", "watch") if permits(role, wish)} == roles  # type: ignore[arg-type]
+
+
+def test_largest_pass_fits_into_a_greeting_and_a_presence_record_and_all_revocations_into_one() -> None:
+    largest = invite(
+        run_id="r" * 63, name="\U0001f469" * 64, serial=2**31 - 1, issued=2**40 - 1, expires=2**40 - 1
+    )
+    shown = largest.shown_by(ALICE)
+    assert len(pack(Hello(protocol=2**53 - 1, fingerprint="0" * 64, access=shown))) < MAX_HELLO_BYTES / 2
+    presence = Presence(
+        peer=ALICE, role="train", name="\U0001f469" * 64, protocol=3, fingerprint="0" * 64,
+        incarnation="i" * 32, position=None, extra="\U0001f469" * 200, access=shown,
+    )  # fmt: skip
+    room = MAX_RECORD_BYTES - SIGNATURE_BYTES
+    assert len(presence.model_dump_json().encode()) < room
+    everything = revoke(ORGANIZER, 2**53 - 1, range(2**31 - MAX_REVOKED, 2**31))
+    assert len(everything.model_dump_json().encode()) < room

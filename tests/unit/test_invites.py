@@ -1,0 +1,197 @@
+"""The organizer's book: invites are made, listed and revoked in a folder, with nothing on the net.
+
+Not covered: what the swarm makes of them, see `tests/swarm/test_invites.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from organizer import NOBODY, NOW
+
+from p2ptrain.config import RunConfig, commented_toml, run_digest
+from p2ptrain.errors import ConfigError, StorageError
+from p2ptrain.records import MAX_REVOKED
+from p2ptrain.swarm.access import decode
+from p2ptrain.swarm.gate import Gate
+from p2ptrain.swarm.identity import load_or_create
+from peers import cli, invites
+from peers.invites import BOOK, ORGANIZER, Book, create, open_book, parse_ttl, read, revoke
+
+RUN = RunConfig(run_id="lab")
+ADDRESS = f"/ip4/127.0.0.1/tcp/31337/p2p/{NOBODY}"
+
+
+def opened(folder: Path, run: RunConfig = RUN, public: bool | None = None, address: str = ADDRESS) -> Book:
+    """The book after a bootstrap's start in that folder."""
+    return open_book(folder, run, [address], public, NOW)
+
+
+def command(*words: str) -> int:
+    """The exit status of `p2ptrain` with these words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["p2ptrain", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_bootstrap_keeps_its_link_and_gives_it_the_new_address_when_it_starts_again(tmp_path: Path) -> None:
+    first = opened(tmp_path).link(RUN)
+    moved = ADDRESS.replace("127.0.0.1", "10.0.0.7")
+    again = opened(tmp_path, address=moved).link(RUN)
+    assert first is not None
+    assert again is not None
+    before, after = decode(first.line), decode(again.line)
+    assert (after.grant, after.secret, after.addresses) == (before.grant, before.secret, (moved,))
+    assert (before.grant.expires, before.grant.role, before.grant.run_digest) == (
+        None,
+        "train",
+        run_digest(RUN),
+    )
+
+
+def test_bootstrap_makes_another_link_when_its_run_file_has_changed(tmp_path: Path) -> None:
+    opened(tmp_path)
+    other = RunConfig(run_id="lab", seed=9)
+    link = opened(tmp_path, other).link(other)
+    assert link is not None
+    assert (link.grant.serial, link.grant.run_digest) == (2, run_digest(other))
+
+
+def test_private_run_has_no_link_stays_private_and_takes_back_the_one_it_had(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert opened(tmp_path, public=False).link(RUN) is None
+    book = opened(tmp_path)
+    assert (book.link(RUN), book.public) == (None, False)
+    assert book.revocations is not None
+    assert book.revocations.serials == (1,)
+    again = opened(tmp_path, public=True).link(RUN)
+    assert again is not None
+    assert again.grant.serial == 2
+
+
+def test_created_invite_is_signed_by_the_key_in_the_folder_and_numbered(tmp_path: Path) -> None:
+    opened(tmp_path)
+    made = [create(tmp_path, RUN, "train", 60, name, NOW) for name in ("one", "two")]
+    organizer = load_or_create(tmp_path / ORGANIZER).peer_id
+    assert [invite.grant.organizer for invite in made] == [organizer] * 2
+    assert [(i.grant.serial, i.grant.name, i.grant.expires) for i in made] == [
+        (2, "one", NOW + 60),
+        (3, "two", NOW + 60),
+    ]
+    assert made[0].grant.key != made[1].grant.key
+    assert [decode(each.line) for each in read(tmp_path).invites[1:]] == made
+    assert stat.S_IMODE((tmp_path / BOOK).stat().st_mode) == 0o600
+
+
+def test_revoked_invite_is_on_a_list_that_peers_heed_and_stays_on_it(tmp_path: Path) -> None:
+    opened(tmp_path)
+    made = create(tmp_path, RUN, "train", None, "", NOW)
+    revoke(tmp_path, [made.grant.serial])
+    book = revoke(tmp_path, [1])
+    assert book == read(tmp_path)
+    assert book.revocations is not None
+    assert (book.revocations.revision, book.revocations.serials) == (2, (1, 2))
+    gate = Gate(made, made.grant.key, lambda: NOW)
+    assert gate.learn(book.revocations)
+    assert "revoked" in gate.own_flaw()
+
+
+def test_nothing_is_revoked_when_a_number_is_unknown_or_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path)
+    with pytest.raises(ConfigError, match="there is no invite number 9"):
+        revoke(tmp_path, [1, 9])
+    create(tmp_path, RUN, "train", None, "", NOW)
+    assert MAX_REVOKED > 2
+    monkeypatch.setattr(invites, "MAX_REVOKED", 1)
+    with pytest.raises(ConfigError, match="at most 1 fit"):
+        revoke(tmp_path, [1, 2])
+    assert read(tmp_path).revocations is None
+    assert not any(each.revoked for each in read(tmp_path).invites)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("5m", 300), ("24h", 86_400), ("7d", 604_800), ("never", None)]
+)
+def test_ttl_is_read(text: str, seconds: int | None) -> None:
+    assert parse_ttl(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0h", "-1h", "24", "1.5h", "h", "24 h", "1w"])
+def test_ttl_is_refused_with_an_example_when_it_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a time such as 30m, 24h or 7d, or never"):
+        parse_ttl(text)
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_toml(tmp_path: Path) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text(commented_toml(RUN))
+    return str(path)
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_command_creates_lists_and_revokes(
+    tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    where = (run_toml, "--data-dir", str(tmp_path), "--json")
+    assert command("invite", "create", *where, "--role", "watch", "--ttl", "24h", "--name", "lab") == 0
+    made = result(capsys)
+    grant = decode(made["invite"]).grant
+    assert (grant.role, grant.name, grant.serial, grant.expires) == ("watch", "lab", 2, grant.issued + 86_400)
+    assert command("invite", "revoke", *where, "1") == 0
+    assert result(capsys) == {"revoked": [1]}
+    assert command("invite", "list", *where) == 0
+    rows = result(capsys)["invites"]
+    assert [(row["number"], row["name"], row["state"]) for row in rows] == [
+        (1, "link", "revoked"),
+        (2, "lab", "valid"),
+    ]
+    assert command("invite", "list", *where[:-1]) == 0
+    assert "2 (lab), role watch, until " in capsys.readouterr().out
+    assert command("invite", "create", *where[:-1]) == 0
+    assert "    p2ptrain join p2ptrain:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("create",), ("revoke", "1")])
+def test_command_says_what_to_start_first_when_there_is_no_key(
+    words: tuple[str, ...], tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("invite", words[0], run_toml, *words[1:], "--data-dir", str(tmp_path)) == 2
+    assert "start `p2ptrain bootstrap`" in capsys.readouterr().err
+    assert not (tmp_path / ORGANIZER).exists()
+
+
+def test_command_ends_in_a_sentence_when_the_book_is_damaged(
+    tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    (tmp_path / BOOK).write_text('{"invites": [{"line"')
+    assert command("invite", "list", run_toml, "--data-dir", str(tmp_path)) == StorageError.exit_code
+    assert "invites.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["link", "x" * 65, "two\nlines"])
+def test_command_refuses_a_name_that_would_mislead(
+    name: str, tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    where = (run_toml, "--data-dir", str(tmp_path))
+    assert command("invite", "create", *where, "--name", name) == ConfigError.exit_code
+    assert "printable" in capsys.readouterr().err
