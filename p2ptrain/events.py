@@ -463,6 +463,27 @@ class PeerBenched(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReachChanged(_Happened):
+    """A peer has dialled this one back, with another result than before."""
+
+    event: ClassVar[str] = "reach_changed"
+    reachable: bool
+    address: str
+    """Where it was dialled."""
+    relays: int
+    """Peers that pass on what hidden peers have for each other."""
+
+    def sentence(self) -> str:
+        if self.reachable:
+            return f"other peers can open connections to this one at {clean(self.address)}"
+        way = "by way of a relay" if self.relays else "not at all"
+        return (
+            f"behind NAT or a firewall: nobody can open a connection to this peer at {clean(self.address)}; it "
+            f"opens them itself, and reaches peers that are hidden, too, {way}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -495,6 +516,7 @@ Event = (
     | CheckpointFailed
     | PeerFaulted
     | PeerBenched
+    | ReachChanged
     | DaemonRestarted
 )
 

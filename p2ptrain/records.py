@@ -356,9 +356,32 @@ class Hello(Record):
     """Of the run; see `config.fingerprint`."""
 
 
+# -- am I reachable: asked on a stream of its own, see `swarm.reach` -----------------------------------------
+
+
+class DialBack(Record):
+    """Please dial me at the address that you see me at, on this port, over a new connection."""
+
+    kind: Literal["dial_back"] = "dial_back"
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Dialled(Record):
+    """What came of it."""
+
+    kind: Literal["dialled"] = "dialled"
+    reachable: bool | None
+    """None: it was not tried."""
+    address: Annotated[str, Field(max_length=256)] = ""
+    detail: Text = ""
+    """Why it failed, or was not tried."""
+    relays: bool = False
+    """Whether the sender passes on what peers that are not reachable have for each other."""
+
+
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
 Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
-Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello, Field(discriminator="kind")]
+Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello | DialBack | Dialled, Field(discriminator="kind")]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 
 # -- signed DHT records --------------------------------------------------------------------------------------

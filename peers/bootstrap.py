@@ -71,9 +71,16 @@ class _RunFile:
 
 
 async def bootstrap(
-    run: RunConfig, listen: str, announce: tuple[str, ...], folder: Path, ready: Callable[[str], None]
+    run: RunConfig,
+    listen: str,
+    announce: tuple[str, ...],
+    folder: Path,
+    ready: Callable[[str], None],
+    *,
+    relay_for: int,
 ) -> dict[str, object]:
-    """Serve the run until a signal comes; `ready` is given the invite once peers can enter."""
+    """Serve the run until a signal comes; `ready` is given the invite once peers can enter. `relay_for`: so
+    many hidden peers meet here."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
     swarm = Libp2pSwarm(
@@ -81,6 +88,7 @@ async def bootstrap(
         run.run_id,
         listen=(listen,),
         announce=announce,
+        relay_for=relay_for,
         on_event=lambda event: logger.log(event.level, event.sentence()),
     )
     with Stop() as stop:

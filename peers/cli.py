@@ -66,6 +66,10 @@ def bootstrap(
     announce: Annotated[
         list[str] | None, typer.Option(help="Address that others should use; may be repeated.")
     ] = None,
+    relay_for: Annotated[
+        int,
+        typer.Option(min=0, max=128, help="Pass traffic on between so many peers behind NAT; 0: none."),
+    ] = 64,
     data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap peer's key.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -79,7 +83,12 @@ def bootstrap(
 
     summary = _run(
         role.bootstrap(
-            run, listen, tuple(announce or ()), folder, lambda i: role.print_invite(i, as_json, _say)
+            run,
+            listen,
+            tuple(announce or ()),
+            folder,
+            lambda i: role.print_invite(i, as_json, _say),
+            relay_for=relay_for,
         )
     )
     if as_json:

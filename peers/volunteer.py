@@ -99,6 +99,7 @@ async def volunteer(
             initial_peers=invite.addresses,
             listen=config.listen,
             announce=config.announce,
+            relay_for=config.relay_for,
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
@@ -141,6 +142,7 @@ async def volunteer(
             )
             metrics.read_state = lambda: _state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
+            metrics.read_links = swarm.links
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)
             pages = HealthServer(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import logging
@@ -39,12 +40,22 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 from pydantic import ValidationError
 
-from p2ptrain.errors import ConfigError, LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
-from p2ptrain.events import DaemonRestarted, PeerFaulted, short
+from p2ptrain.errors import (
+    BadMessage,
+    ConfigError,
+    LocalFault,
+    P2PTrainError,
+    PortBusy,
+    StorageError,
+    Unreachable,
+)
+from p2ptrain.events import DaemonRestarted, PeerFaulted, ReachChanged, clean, short
 from p2ptrain.records import (
     SIGNED,
     Averaged,
     Chunk,
+    DialBack,
+    Dialled,
     Message,
     PeerId,
     Presence,
@@ -52,7 +63,9 @@ from p2ptrain.records import (
     Request,
     SignedRecord,
 )
+from p2ptrain.swarm import reach
 from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.frames import pack, read_frame
 from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
@@ -87,6 +100,12 @@ HANG_SECONDS = 15.0
 """A daemon that does not answer a simple question for so long is killed."""
 REENTER_SECONDS = 3.0
 """Between two attempts to get back to initial peers that were lost."""
+FIRST_LOOK_SECONDS = 20.0
+"""After the start, to be dialled back again: by then a router may have opened our port (UPnP)."""
+LOOK_SECONDS = 600.0
+"""Between two looks after that."""
+RELAY_LIMITS = {"relayDataLimit": str(2**50), "relayTimeLimit": "24h", "relayBufferSize": str(2**16)}
+"""Of one connection that we relay; at its end both sides make another, and one round is tried again."""
 
 READ_BUFFER_BYTES = 2**20
 MAX_STREAMS = 2048
@@ -97,7 +116,7 @@ _KIND_OF = {protocol: kind for kind, protocol in _PROTOCOLS.items()}
 _LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d{1,5})")
 _PEER = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)")
 
-Event = PeerFaulted | DaemonRestarted
+Event = PeerFaulted | ReachChanged | DaemonRestarted
 
 
 class Libp2pSwarm:
@@ -112,6 +131,7 @@ class Libp2pSwarm:
         listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
         announce: Sequence[str] = (),
         *,
+        relay_for: int = 0,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
     ) -> None:
@@ -119,6 +139,7 @@ class Libp2pSwarm:
 
         - `fingerprint`: of the run, see `config.fingerprint`; while it is `ASKING`, we may only `GetRun`.
         - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
+        - `relay_for`: how many hidden peers we pass traffic on for; we must be reachable ourselves.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
 
         Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
@@ -129,6 +150,10 @@ class Libp2pSwarm:
         self._initial = [entry for entry in map(_entry, initial_peers) if entry.peer != self.peer_id]
         self._listen = list(listen)
         self._announce = list(announce)
+        self._relay_for = relay_for
+        self.reach = reach.Reach()
+        """What others say of us: whether they can open connections to us."""
+        self._doorkeeper = reach.Doorkeeper()
         self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
@@ -148,7 +173,7 @@ class Libp2pSwarm:
         self._starts = 0
         self._streams = 0
         self._addresses: list[str] = []
-        self._connected = 0
+        self._links: Counter[str] = Counter()
 
     # -- lifetime --------------------------------------------------------------------------------------------
 
@@ -169,6 +194,10 @@ class Libp2pSwarm:
             self._node = await self._start_node()
             stack.push_async_callback(self._stop_node)
             await self._enter(self._node)
+            if await self._look_outside(self._node) and self.reach.hidden:
+                await self._node.stop()
+                self._node = await self._start_node()
+                await self._enter(self._node)
             self._node_came.set()
             supervision = self._crew.spawn(self._supervise())
             self._crew.spawn(self._keep_up())
@@ -262,7 +291,11 @@ class Libp2pSwarm:
 
     def connected_peers(self) -> int:
         """Peers that the daemon has a connection with; as of a moment ago."""
-        return self._connected
+        return self._links.total()
+
+    def links(self) -> Mapping[str, int]:
+        """Of these, how many `direct`, and how many only by a `relay`."""
+        return self._links
 
     # -- the daemon, and the DHT on it -----------------------------------------------------------------------
 
@@ -306,9 +339,18 @@ class Libp2pSwarm:
         }
         if self._announce:
             options["announceAddrs"] = ",".join(self._announce)
-        if self._initial:
-            # Behind a NAT, be reachable through an initial peer.
-            options |= {"autoRelay": "1", "trustedRelays": ",".join(str(entry) for entry in self._initial)}
+        if self.reach.hidden:
+            # Be reachable through an initial peer. p2pd would find out by itself, but not soon, and never
+            # in a network of private addresses.
+            relays = ",".join(map(str, self._initial))
+            options |= {"forceReachabilityPrivate": "1", "autoRelay": "1", "relayDiscovery": "0"}
+            options |= {"trustedRelays": relays, "relayService": "0"}
+        elif self._relay_for:
+            count = str(self._relay_for)
+            options |= {"forceReachabilityPublic": "1", **RELAY_LIMITS}
+            options |= {"relayMaxReservations": count, "relayMaxCircuits": count}
+        else:
+            options["relayService"] = "0"
         if not all(map(_is_loopback, self._listen)):
             options["natPortMap"] = "1"
         return options
@@ -399,6 +441,98 @@ class Libp2pSwarm:
         except (OSError, EOFError):
             outcomes.put_nowait(Unreachable(f"{entry}: our own libp2p daemon died meanwhile"))
 
+    # -- am I reachable --------------------------------------------------------------------------------------
+
+    async def _look_outside(self, node: _Node) -> bool:
+        """Have the initial peers dial us back; whether that has changed what we know of ourselves."""
+        port = reach.port_of((self._announce or self._listen)[0])
+        if port is None or all(map(_is_loopback, self._listen)):
+            return False  # on this machine everybody reaches everybody
+        entries = [entry for entry in self._initial if node.knows(entry.peer)]
+        answers = await asyncio.gather(*(self._ask_back(node, entry, port) for entry in entries))
+        found = reach.judged(
+            {entry.peer: answer for entry, answer in zip(entries, answers, strict=True) if answer is not None}
+        )
+        before, known = self.reach, found.reachable is not None
+        self.reach = found if known else dataclasses.replace(before, relays=before.relays | found.relays)
+        if not known or found.reachable is before.reachable:
+            return False
+        self._on_event(
+            ReachChanged(
+                reachable=bool(found.reachable), address=found.address, relays=len(self.reach.relays)
+            )
+        )
+        return True
+
+    async def _ask_back(self, node: _Node, entry: _Entry, port: int) -> Dialled | None:
+        """What that peer says; None if it does not."""
+        try:
+            async with asyncio.timeout(reach.ANSWER_SECONDS):
+                reader, writer = await node.open_stream(entry.peer, reach.PROTOCOL)
+                try:
+                    writer.write(pack(DialBack(port=port)))
+                    answer, _, _ = await read_frame(reader, max_payload_bytes=0)
+                finally:
+                    writer.transport.abort()
+        except (Unreachable, BadMessage, OSError, EOFError):  # a TimeoutError is an OSError
+            return None
+        return answer if isinstance(answer, Dialled) else None
+
+    async def _answer_reach(
+        self, peer: PeerId, observed: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Dial back a peer that asks for it."""
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                question, _, _ = await read_frame(reader, max_payload_bytes=0)
+        except (BadMessage, TimeoutError):
+            return
+        if not isinstance(question, DialBack):
+            return
+        relays, address = bool(self._relay_for), reach.target(observed, question.port)
+        if address is None:
+            answer = Dialled(reachable=None, detail="not asked over TCP", relays=relays)
+        elif not self._doorkeeper.admits(peer, asyncio.get_running_loop().time()):
+            answer = Dialled(reachable=None, detail="busy; ask again later", relays=relays)
+        else:
+            try:
+                failure = await self._dial_back(_Entry(peer, address))
+                answer = Dialled(
+                    reachable=not failure, address=address, detail=clean(failure, 300), relays=relays
+                )
+            except LocalFault as fault:
+                answer = Dialled(reachable=None, detail=clean(str(fault), 300), relays=relays)
+            finally:
+                self._doorkeeper.done()
+        writer.write(pack(answer))
+        await writer.drain()
+
+    async def _dial_back(self, entry: _Entry) -> str:
+        """Why no new connection can be made to this peer; empty if one can. A daemon of its own makes it:
+        ours would use the connection that it has."""
+        stranger = await self._start_daemon({"noListenAddrs": "1", "tls": "1", "relay": "0"})
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                await stranger.connect(entry)
+            return ""
+        except TimeoutError:
+            return f"no answer within {reach.DIAL_SECONDS:.0f} s"
+        except Unreachable as fault:
+            return str(fault)
+        except (OSError, EOFError) as error:
+            raise LocalFault(f"the libp2p daemon died while dialling: {error!r}") from error
+        finally:
+            await stranger.stop()
+
+    async def _look_again(self, node: _Node) -> None:
+        """A router may have opened our port, or closed it. Believed when it is said twice."""
+        before = self.reach
+        if await self._look_outside(node):
+            await asyncio.sleep(reach.PAUSE_SECONDS)
+            await self._look_outside(node)
+            if self.reach.hidden is not before.hidden:
+                node.daemon.kill()  # `_supervise` starts it again, as befits
+
     async def _running_node(self) -> _Node:
         try:
             async with asyncio.timeout(RESTART_SECONDS):
@@ -435,7 +569,7 @@ class Libp2pSwarm:
     async def _keep_up(self) -> None:
         """Look after the daemon, and find back to lost initial peers: newcomers still enter by them."""
         loop = asyncio.get_running_loop()
-        entered = loop.time()
+        entered, look_at = loop.time(), loop.time() + FIRST_LOOK_SECONDS
         while True:
             await asyncio.sleep(UPKEEP_SECONDS)
             node = self._node
@@ -451,12 +585,15 @@ class Libp2pSwarm:
                     if not node.knows(entry.peer):
                         self._crew.spawn(self._enter_by(node, entry, asyncio.Queue()))
                 entered = loop.time()
+            if loop.time() >= look_at:
+                look_at = loop.time() + LOOK_SECONDS
+                self._crew.spawn(self._look_again(node))
 
     async def _look_at(self, node: _Node) -> None:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it
             addresses = sorted(await node.addresses(), key=_is_loopback)
             self._addresses = [f"{address}/p2p/{self.peer_id}" for address in addresses]
-            self._connected = await node.count_peers()
+            self._links = await node.links()
 
     async def _stop_node(self) -> None:
         if self._node is not None:
@@ -470,7 +607,7 @@ class Libp2pSwarm:
             node = await self._running_node()
             try:
                 async with asyncio.timeout(seconds):
-                    return await node.open_stream(peer, _PROTOCOLS[kind])
+                    return await self._stream_to(node, peer, _PROTOCOLS[kind], seconds)
             except TimeoutError:
                 raise Unreachable(f"no stream to peer {short(peer)} within {seconds:g} s") from None
             except (ConnectionError, FileNotFoundError, EOFError):
@@ -481,6 +618,25 @@ class Libp2pSwarm:
                 raise Unreachable("our own libp2p daemon does not answer") from None
             except OSError as error:
                 raise Unreachable(f"no stream to peer {short(peer)}: {error}") from None
+
+    async def _stream_to(self, node: _Node, peer: PeerId, protocol: str, seconds: float) -> Stream:
+        """One that is hidden itself asks the relays for a peer that it cannot reach. One that is not leaves
+        it to the hidden peer to come: that way is direct. Raises Unreachable or TimeoutError."""
+        if not self.reach.hidden:
+            return await node.open_stream(peer, protocol)
+        try:
+            async with asyncio.timeout(seconds / 2):
+                return await node.open_stream(peer, protocol)
+        except (Unreachable, TimeoutError) as fault:
+            reasons = [str(fault) or "no answer"]
+        for entry in self._initial:
+            if entry.peer in self.reach.relays - {peer}:
+                try:
+                    await node.connect(_Entry(peer), through=entry)
+                    return await node.open_stream(peer, protocol)
+                except Unreachable as fault:
+                    reasons.append(f"by way of {short(entry.peer)}: {fault}")
+        raise Unreachable("; ".join(reasons))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._streams >= MAX_STREAMS:
@@ -495,7 +651,10 @@ class Libp2pSwarm:
             info = p2pd_pb2.StreamInfo()
             await read_pbmsg_safe(reader, info)
             peer = PeerId(base58.b58encode(info.peer).decode())
-            await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
+            if info.proto == reach.PROTOCOL:
+                await self._answer_reach(peer, str(Multiaddr(info.addr)), reader, writer)
+            else:
+                await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
         except (OSError, EOFError):
             pass  # the daemon died
         finally:
@@ -542,7 +701,7 @@ class _Node:
     async def listen(self, streams: Path) -> None:
         """Have inbound streams of our protocols brought to this unix socket."""
         address = Multiaddr(f"/unix{streams}").to_bytes()
-        handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=list(_KIND_OF), balanced=False)
+        handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=[*_KIND_OF, reach.PROTOCOL], balanced=False)
         await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler))
 
     async def start_dht(self, validator: RecordValidator, before: _Node | None) -> None:
@@ -608,9 +767,11 @@ class _Node:
         """Whether the DHT node has this peer among its contacts."""
         return self.dht.protocol.routing_table.get(peer_id=PeerID.from_base58(peer)) is not None
 
-    async def connect(self, entry: _Entry) -> None:
-        """Raises Unreachable."""
+    async def connect(self, entry: _Entry, *, through: _Entry | None = None) -> None:
+        """`through`: a relay that both are connected to. Raises Unreachable."""
         addresses = [Multiaddr(entry.address).to_bytes()] if entry.address else []
+        if through is not None:
+            addresses = [reach.circuit(Multiaddr(through.address).to_bytes(), through.peer)]
         call = p2pd_pb2.ConnectRequest(peer=base58.b58decode(entry.peer), addrs=addresses)
         await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=call))
 
@@ -629,9 +790,15 @@ class _Node:
         response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         return [str(Multiaddr(address)) for address in response.identify.addrs]
 
-    async def count_peers(self) -> int:
+    async def links(self) -> Counter[str]:
+        """Peers that are connected, by whether one of their connections is direct."""
         response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        return len({info.id for info in response.peers})
+        paths: dict[bytes, str] = {}
+        for info in response.peers:
+            relayed = all(reach.is_relayed(str(Multiaddr(address))) for address in info.addrs)
+            if not relayed or info.id not in paths:
+                paths[info.id] = "relay" if relayed else "direct"
+        return Counter(paths.values())
 
     def detach(self) -> None:
         """Let go of hivemind's side of it."""

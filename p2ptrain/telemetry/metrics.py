@@ -53,6 +53,7 @@ from p2ptrain.events import (
     PeerBenched,
     PeerFaulted,
     Previewed,
+    ReachChanged,
     ReplicaDiverged,
     RolledBack,
     RoundAborted,
@@ -121,6 +122,13 @@ class Extent(StrEnum):
 
     DONE = "done"
     ALL = "all"
+
+
+class Path(StrEnum):
+    """How a connection goes."""
+
+    DIRECT = "direct"
+    RELAY = "relay"
 
 
 class Split(StrEnum):
@@ -218,6 +226,7 @@ class Metrics:
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
+        self._hidden = gauge("hidden", "1 while other peers cannot open connections to this one.")
         self.connected_peers = gauge("connected_peers", "Peers that this one is connected to.")
 
         # state
@@ -252,6 +261,8 @@ class Metrics:
         """What the peer is busy with."""
         self.read_traffic: Callable[[], Mapping[str, tuple[int, int]]] = dict
         """Lane → bytes (sent, received) so far; a lane that is not in `LANES` is left out."""
+        self.read_links: Callable[[], Mapping[str, int]] = dict
+        """Path → connections with peers."""
         self.read_journal_lost: Callable[[], int] = int
         """Events that the journal could not keep."""
         self.read_donated: Callable[[], int] = int
@@ -305,6 +316,8 @@ class Metrics:
                 self._faults.labels(event.cause).inc()
             case PeerBenched():
                 self._benched.inc()
+            case ReachChanged():
+                self._hidden.set(not event.reachable)
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
@@ -361,6 +374,12 @@ class _Readings(Collector):
             for lane in LANES:
                 family.add_metric([lane], traffic.get(lane, (0, 0))[place])
             yield family
+        links = GaugeMetricFamily(
+            "p2ptrain_links", "Peers that this one is connected to, by the way it goes.", labels=["path"]
+        )
+        for path in Path:
+            links.add_metric([path], self._metrics.read_links().get(path, 0))
+        yield links
         yield CounterMetricFamily(
             "p2ptrain_donated_bytes",
             "Bytes of snapshots and entries given to peers that were catching up.",
