@@ -478,8 +478,8 @@ class ReachChanged(_Happened):
             return f"other peers can open connections to this one at {clean(self.address)}"
         way = "by way of a relay" if self.relays else "not at all"
         return (
-            f"behind NAT or a firewall: nobody can open a connection to this peer at {clean(self.address)}; it "
-            f"opens them itself, and reaches peers that are hidden, too, {way}"
+            f"behind NAT or a firewall: nobody can open a connection to this peer at {clean(self.address)}; "
+            f"it opens them itself, and reaches peers that are hidden, too, {way}"
         )
 
 

@@ -381,7 +381,9 @@ class Dialled(Record):
 
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
 Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
-Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello | DialBack | Dialled, Field(discriminator="kind")]
+Wire = Annotated[
+    Message | Chunk | Averaged | Request | Reply | Hello | DialBack | Dialled, Field(discriminator="kind")
+]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 
 # -- signed DHT records --------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ async def volunteer(
         )
         stop = stack.enter_context(Stop())
         async with swarm:
-            run = await _fetch_run(swarm, invite)
+            run = await fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
                     f"this is another run than the one in the swarm: {'; '.join(differing)}; "
@@ -182,7 +182,7 @@ async def volunteer(
                 )
 
 
-async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
+async def fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     """The run file, from whichever of the invite's peers gives the right one first."""
     reasons = []
     for address in invite.addresses:

@@ -289,6 +289,11 @@ class Libp2pSwarm:
         """Multiaddresses with our peer id, to enter the swarm by, as of a moment ago; loopback last."""
         return self._addresses
 
+    @property
+    def clock_skew_seconds(self) -> float | None:
+        """By how much an initial peer's clock is ahead of ours; None if none has said."""
+        return self._node.skew_seconds if self._node is not None else None
+
     def connected_peers(self) -> int:
         """Peers that the daemon has a connection with; as of a moment ago."""
         return self._links.total()
@@ -399,20 +404,15 @@ class Libp2pSwarm:
 
         Raises Unreachable if none answers, LocalFault if our clock is wrong.
         """
-        outcomes: asyncio.Queue[bool | P2PTrainError] = asyncio.Queue()
+        outcomes: asyncio.Queue[P2PTrainError | None] = asyncio.Queue()
         for entry in self._initial:
             self._crew.spawn(self._enter_by(node, entry, outcomes))
         faults: list[P2PTrainError] = []
         while len(faults) < len(self._initial):
             outcome = await outcomes.get()
-            if isinstance(outcome, P2PTrainError):
+            if outcome is not None:
                 faults.append(outcome)
                 continue
-            if not outcome:
-                logger.warning(
-                    "other peers cannot open connections to this one, so some will reach it slowly or never; "
-                    "open its port in the router, or in the firewall"
-                )
             await self._look_at(node)
             return
         for fault in faults:
@@ -425,13 +425,14 @@ class Libp2pSwarm:
             )
 
     async def _enter_by(
-        self, node: _Node, entry: _Entry, outcomes: asyncio.Queue[bool | P2PTrainError]
+        self, node: _Node, entry: _Entry, outcomes: asyncio.Queue[P2PTrainError | None]
     ) -> None:
-        """Get known to one initial peer. The outcome is whether it can open connections to us, or a fault."""
+        """Get known to one initial peer. The outcome is None, or a fault."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await node.connect(entry)
-                outcomes.put_nowait(await node.greet_dht(entry.peer))
+                await node.greet_dht(entry.peer)
+            outcomes.put_nowait(None)
         except TimeoutError:
             outcomes.put_nowait(Unreachable(f"{entry} did not answer within {CONNECT_SECONDS:.0f} s"))
         except Unreachable as fault:
@@ -687,6 +688,8 @@ class _Node:
     control: Path
     p2p: Any
     dht: Any = None
+    skew_seconds: float | None = None
+    """Of the clock that was met last, against ours."""
     died: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -701,7 +704,9 @@ class _Node:
     async def listen(self, streams: Path) -> None:
         """Have inbound streams of our protocols brought to this unix socket."""
         address = Multiaddr(f"/unix{streams}").to_bytes()
-        handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=[*_KIND_OF, reach.PROTOCOL], balanced=False)
+        handler = p2pd_pb2.StreamHandlerRequest(
+            addr=address, proto=[*_KIND_OF, reach.PROTOCOL], balanced=False
+        )
         await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler))
 
     async def start_dht(self, validator: RecordValidator, before: _Node | None) -> None:
@@ -719,8 +724,8 @@ class _Node:
         if before is not None and before.dht is not None:
             self.dht.protocol.storage = before.dht.protocol.storage
 
-    async def greet_dht(self, peer: PeerId) -> bool:
-        """Get known to the peer's DHT node. Returns whether it can open connections to us.
+    async def greet_dht(self, peer: PeerId) -> None:
+        """Get known to the peer's DHT node.
 
         Raises Unreachable, or LocalFault if our clocks differ too much for records that live for seconds.
         """
@@ -731,13 +736,13 @@ class _Node:
             number = DHTID.from_bytes(answer.peer.node_id)
         except Exception as error:  # hivemind passes on whatever went wrong there, by any name
             raise Unreachable(f"it is there, but its DHT does not answer: {error!r}") from error
-        if abs(skew := answer.dht_time - time.time()) > MAX_CLOCK_SKEW_SECONDS:
+        self.skew_seconds = skew = answer.dht_time - time.time()
+        if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
             raise LocalFault(
                 f"the clock of this machine and that of peer {short(peer)} differ by {skew:.0f} s, at most "
                 f"{MAX_CLOCK_SKEW_SECONDS:.0f} s will do; set this one by network time"
             )
         await protocol.update_routing_table(number, remote, responded=True)
-        return bool(answer.available)
 
     async def store(self, key: DHTID, author: PeerId, sealed: bytes, expires: float) -> bool:
         """Have the nodes nearest to the key, and our own, keep the record; whether one of the others does.
