@@ -375,8 +375,6 @@ class Dialled(Record):
     address: Annotated[str, Field(max_length=256)] = ""
     detail: Text = ""
     """Why it failed, or was not tried."""
-    relays: bool = False
-    """Whether the sender passes on what peers that are not reachable have for each other."""
 
 
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece

@@ -221,7 +221,7 @@ def clock(ahead_seconds: float) -> Check:
     return fine("clock", "ok", shown)
 
 
-def reachable(reach_: reach.Reach, listen: str) -> Check:
+def reachable(reach_: reach.Reach, relays: int, listen: str) -> Check:
     """What a peer that dialled back found; `listen` is the first address of the peer file."""
     port = reach.port_of(listen) or 0
     if reach_.reachable is None:
@@ -234,7 +234,7 @@ def reachable(reach_: reach.Reach, listen: str) -> Check:
         return fine("reach", "public", f"others can connect to {reach_.address}; a p2ptrain runs there")
     hidden = (
         "reaches other hidden peers by way of a relay"
-        if reach_.relays
+        if relays
         else "cannot reach other hidden peers, since none of the invite's peers relays"
     )
     remedy = f"to be reached, forward TCP port {port or WISE_PORT} to this machine in your router"
@@ -246,7 +246,7 @@ def reachable(reach_: reach.Reach, listen: str) -> Check:
         "behind NAT",
         f"behind NAT or a firewall: {reach_.address} could not be dialled ({reach_.detail}). This machine "
         f"takes part all the same: it opens the connections, and {hidden}",
-        f"nothing needed; {remedy}" if reach_.relays else remedy,
+        f"nothing needed; {remedy}" if relays else remedy,
     )
 
 
@@ -349,7 +349,7 @@ async def _ask_swarm(invite: Invite, config: PeerConfig, add: Callable[[Check], 
             add(fine("swarm", "ok", f"run {invite.run_id} answers; {others} peers connected"))
             if (skew := swarm.clock_skew_seconds) is not None:
                 add(clock(skew))
-            add(reachable(swarm.reach, config.listen[0]))
+            add(reachable(swarm.reach, len(swarm.relays), config.listen[0]))
             return await _ask_run(swarm, invite, config, add)
         finally:
             await swarm.__aexit__(None, None, None)

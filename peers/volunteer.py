@@ -142,6 +142,7 @@ async def volunteer(
             )
             metrics.read_state = lambda: _state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
+            metrics.hidden.set_function(lambda: swarm.reach.hidden)
             metrics.read_links = swarm.links
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)

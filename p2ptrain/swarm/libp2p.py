@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import logging
@@ -104,6 +103,10 @@ FIRST_LOOK_SECONDS = 20.0
 """After the start, to be dialled back again: by then a router may have opened our port (UPnP)."""
 LOOK_SECONDS = 600.0
 """Between two looks after that."""
+RESERVE_SECONDS = 20.0
+"""Between two reservations at relays; they may have been restarted meanwhile."""
+STRANGER = {"noListenAddrs": "1", "tls": "1", "relay": "0"}
+"""Options of a daemon without identity or connections, for looking at somebody from outside."""
 RELAY_LIMITS = {"relayDataLimit": str(2**50), "relayTimeLimit": "24h", "relayBufferSize": str(2**16)}
 """Of one connection that we relay; at its end both sides make another, and one round is tried again."""
 
@@ -153,6 +156,8 @@ class Libp2pSwarm:
         self._relay_for = relay_for
         self.reach = reach.Reach()
         """What others say of us: whether they can open connections to us."""
+        self.relays: frozenset[PeerId] = frozenset()
+        """Where other hidden peers can meet us, if we are hidden."""
         self._doorkeeper = reach.Doorkeeper()
         self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
@@ -194,10 +199,7 @@ class Libp2pSwarm:
             self._node = await self._start_node()
             stack.push_async_callback(self._stop_node)
             await self._enter(self._node)
-            if await self._look_outside(self._node) and self.reach.hidden:
-                await self._node.stop()
-                self._node = await self._start_node()
-                await self._enter(self._node)
+            await self._look_outside(self._node)
             self._node_came.set()
             supervision = self._crew.spawn(self._supervise())
             self._crew.spawn(self._keep_up())
@@ -312,6 +314,10 @@ class Libp2pSwarm:
                 await node.listen(self._directory / "streams")
                 await node.start_dht(self._validator, self._node)
                 await self._look_at(node)
+                relays = self._relay_for and not all(map(_is_loopback, self._listen))
+                if relays and await self._relays_little(node):
+                    await node.stop()
+                    return await self._start_node()
         except BaseException as error:
             await node.stop()
             if isinstance(error, OSError | EOFError):  # a TimeoutError is an OSError
@@ -344,13 +350,7 @@ class Libp2pSwarm:
         }
         if self._announce:
             options["announceAddrs"] = ",".join(self._announce)
-        if self.reach.hidden:
-            # Be reachable through an initial peer. p2pd would find out by itself, but not soon, and never
-            # in a network of private addresses.
-            relays = ",".join(map(str, self._initial))
-            options |= {"forceReachabilityPrivate": "1", "autoRelay": "1", "relayDiscovery": "0"}
-            options |= {"trustedRelays": relays, "relayService": "0"}
-        elif self._relay_for:
+        if self._relay_for:
             count = str(self._relay_for)
             options |= {"forceReachabilityPublic": "1", **RELAY_LIMITS}
             options |= {"relayMaxReservations": count, "relayMaxCircuits": count}
@@ -444,26 +444,61 @@ class Libp2pSwarm:
 
     # -- am I reachable --------------------------------------------------------------------------------------
 
-    async def _look_outside(self, node: _Node) -> bool:
-        """Have the initial peers dial us back; whether that has changed what we know of ourselves."""
+    async def _look_outside(self, node: _Node) -> None:
+        """Have the initial peers dial us back."""
         port = reach.port_of((self._announce or self._listen)[0])
         if port is None or all(map(_is_loopback, self._listen)):
-            return False  # on this machine everybody reaches everybody
+            return  # on this machine everybody reaches everybody
         entries = [entry for entry in self._initial if node.knows(entry.peer)]
         answers = await asyncio.gather(*(self._ask_back(node, entry, port) for entry in entries))
-        found = reach.judged(
-            {entry.peer: answer for entry, answer in zip(entries, answers, strict=True) if answer is not None}
-        )
-        before, known = self.reach, found.reachable is not None
-        self.reach = found if known else dataclasses.replace(before, relays=before.relays | found.relays)
-        if not known or found.reachable is before.reachable:
-            return False
+        found = reach.judged([answer for answer in answers if answer is not None])
+        before = self.reach
+        if found.reachable is None or found.reachable is before.reachable:
+            return
+        self.reach = found
+        await self._reserve(node)
         self._on_event(
-            ReachChanged(
-                reachable=bool(found.reachable), address=found.address, relays=len(self.reach.relays)
-            )
+            ReachChanged(reachable=bool(found.reachable), address=found.address, relays=len(self.relays))
         )
-        return True
+
+    async def _reserve(self, node: _Node) -> None:
+        """Be there for other hidden peers, at each initial peer that relays. A relay forgets us when the
+        connection breaks, or after an hour. p2pd would reserve by itself, but only once it knows that it is
+        hidden, and that it never learns among private addresses."""
+        if not self.reach.hidden:
+            self.relays = frozenset()
+            return
+        entries = [entry for entry in self._initial if node.knows(entry.peer)]
+        grants = await asyncio.gather(*(self._granted(node, entry.peer) for entry in entries))
+        self.relays = frozenset(
+            entry.peer for entry, grant in zip(entries, grants, strict=True) if grant >= reach.ENOUGH_BYTES
+        )
+
+    async def _granted(self, node: _Node, relay: PeerId) -> int:
+        """How many bytes this peer relays for us and another, each way; 0 if it does not."""
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                reader, writer = await node.open_stream(relay, reach.HOP)
+                try:
+                    writer.write(reach.RESERVE)
+                    return reach.granted(await reach.read_message(reader))
+                finally:
+                    writer.transport.abort()
+        except (Unreachable, BadMessage, OSError, EOFError):  # a TimeoutError is an OSError
+            return 0
+
+    async def _relays_little(self, node: _Node) -> bool:
+        """p2pd starts two relays for one protocol, ours and one that passes 128 KiB and hangs up, and which
+        of them answers is chance. A stranger asks."""
+        stranger = await self._start_daemon(STRANGER)
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                await stranger.connect(_Entry(self.peer_id, (await node.addresses())[0]))
+            return await self._granted(stranger, self.peer_id) < reach.ENOUGH_BYTES
+        except (Unreachable, OSError, EOFError):
+            return False  # nobody could say
+        finally:
+            await stranger.stop()
 
     async def _ask_back(self, node: _Node, entry: _Entry, port: int) -> Dialled | None:
         """What that peer says; None if it does not."""
@@ -490,19 +525,17 @@ class Libp2pSwarm:
             return
         if not isinstance(question, DialBack):
             return
-        relays, address = bool(self._relay_for), reach.target(observed, question.port)
+        address = reach.target(observed, question.port)
         if address is None:
-            answer = Dialled(reachable=None, detail="not asked over TCP", relays=relays)
+            answer = Dialled(reachable=None, detail="not asked over TCP")
         elif not self._doorkeeper.admits(peer, asyncio.get_running_loop().time()):
-            answer = Dialled(reachable=None, detail="busy; ask again later", relays=relays)
+            answer = Dialled(reachable=None, detail="busy; ask again later")
         else:
             try:
                 failure = await self._dial_back(_Entry(peer, address))
-                answer = Dialled(
-                    reachable=not failure, address=address, detail=clean(failure, 300), relays=relays
-                )
+                answer = Dialled(reachable=not failure, address=address, detail=clean(failure, 300))
             except LocalFault as fault:
-                answer = Dialled(reachable=None, detail=clean(str(fault), 300), relays=relays)
+                answer = Dialled(reachable=None, detail=clean(str(fault), 300))
             finally:
                 self._doorkeeper.done()
         writer.write(pack(answer))
@@ -511,7 +544,7 @@ class Libp2pSwarm:
     async def _dial_back(self, entry: _Entry) -> str:
         """Why no new connection can be made to this peer; empty if one can. A daemon of its own makes it:
         ours would use the connection that it has."""
-        stranger = await self._start_daemon({"noListenAddrs": "1", "tls": "1", "relay": "0"})
+        stranger = await self._start_daemon(STRANGER)
         try:
             async with asyncio.timeout(reach.DIAL_SECONDS):
                 await stranger.connect(entry)
@@ -524,15 +557,6 @@ class Libp2pSwarm:
             raise LocalFault(f"the libp2p daemon died while dialling: {error!r}") from error
         finally:
             await stranger.stop()
-
-    async def _look_again(self, node: _Node) -> None:
-        """A router may have opened our port, or closed it. Believed when it is said twice."""
-        before = self.reach
-        if await self._look_outside(node):
-            await asyncio.sleep(reach.PAUSE_SECONDS)
-            await self._look_outside(node)
-            if self.reach.hidden is not before.hidden:
-                node.daemon.kill()  # `_supervise` starts it again, as befits
 
     async def _running_node(self) -> _Node:
         try:
@@ -570,7 +594,8 @@ class Libp2pSwarm:
     async def _keep_up(self) -> None:
         """Look after the daemon, and find back to lost initial peers: newcomers still enter by them."""
         loop = asyncio.get_running_loop()
-        entered, look_at = loop.time(), loop.time() + FIRST_LOOK_SECONDS
+        entered, reserve_at = loop.time(), loop.time()
+        look_at = loop.time() + FIRST_LOOK_SECONDS
         while True:
             await asyncio.sleep(UPKEEP_SECONDS)
             node = self._node
@@ -588,7 +613,10 @@ class Libp2pSwarm:
                 entered = loop.time()
             if loop.time() >= look_at:
                 look_at = loop.time() + LOOK_SECONDS
-                self._crew.spawn(self._look_again(node))
+                self._crew.spawn(self._look_outside(node))
+            if self.reach.hidden and loop.time() >= reserve_at:
+                reserve_at = loop.time() + RESERVE_SECONDS
+                self._crew.spawn(self._reserve(node))
 
     async def _look_at(self, node: _Node) -> None:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it
@@ -631,7 +659,7 @@ class Libp2pSwarm:
         except (Unreachable, TimeoutError) as fault:
             reasons = [str(fault) or "no answer"]
         for entry in self._initial:
-            if entry.peer in self.reach.relays - {peer}:
+            if entry.peer in self.relays - {peer}:
                 try:
                     await node.connect(_Entry(peer), through=entry)
                     return await node.open_stream(peer, protocol)

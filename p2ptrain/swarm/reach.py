@@ -10,11 +10,14 @@ one's door.
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import base58
 
+from p2ptrain.errors import BadMessage
 from p2ptrain.records import Dialled, PeerId
 
 PROTOCOL = "/p2ptrain/1/reach"
@@ -29,6 +32,17 @@ MAX_DIALS = 4
 PAUSE_SECONDS = 4.0
 """Between two questions of one peer."""
 MAX_REMEMBERED = 1024
+
+HOP = "/libp2p/circuit/relay/0.2.0/hop"
+"""Protocol of a stream to a relay (circuit relay v2)."""
+RESERVE = b"\x02\x08\x00"
+"""The request to be reachable by way of it: its length, and that its type (field 1) is 0."""
+MAX_ANSWER_BYTES = 4096
+ENOUGH_BYTES = 2**30
+"""A relay that passes less is for saying hello, not for gradients."""
+UNLIMITED = 2**63
+_LIMIT, _STATUS, _LIMIT_DATA, _OK = 4, 5, 2, 100
+"""Fields of the answer, and of the limit in it; the status that is a yes."""
 
 OTHER_IDENTITY = "peer id mismatch"
 """Part of what libp2p says when somebody else answers at the address."""
@@ -60,7 +74,7 @@ def circuit(transport: bytes, relay: PeerId) -> bytes:
     """The binary multiaddress that leads through a relay at `transport`. hivemind's writer does not know
     it."""
     raw = base58.b58decode(relay)
-    return transport + _P2P + bytes([len(raw)]) + raw + _CIRCUIT
+    return bytes(transport + _P2P + bytes([len(raw)]) + raw + _CIRCUIT)
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,6 @@ class Reach:
     """Where it was dialled."""
     detail: str = ""
     """Why that failed, in libp2p's words."""
-    relays: frozenset[PeerId] = frozenset()
-    """Who passes on what hidden peers have for each other."""
 
     @property
     def hidden(self) -> bool:
@@ -82,15 +94,68 @@ class Reach:
         return self.reachable is False
 
 
-def judged(answers: dict[PeerId, Dialled]) -> Reach:
+def judged(answers: Sequence[Dialled]) -> Reach:
     """What the answers of several peers come to: one that got through proves it; without any that tried,
     nothing is known."""
-    relays = frozenset(peer for peer, answer in answers.items() if answer.relays)
-    tried = [answer for answer in answers.values() if answer.reachable is not None]
-    if not tried:
-        return Reach(relays=relays)
-    best = max(tried, key=lambda answer: bool(answer.reachable))
-    return Reach(bool(best.reachable), best.address, best.detail, relays)
+    tried = [answer for answer in answers if answer.reachable is not None]
+    best = max(tried, key=lambda answer: bool(answer.reachable), default=None)
+    return Reach() if best is None else Reach(best.reachable, best.address, best.detail)
+
+
+def granted(answer: bytes) -> int:
+    """The bytes that a relay passes on, each way of a connection, from its answer to `RESERVE`; 0 if it said
+    no. Raises BadMessage."""
+    try:
+        fields = _fields(answer)
+        most = _fields(fields.get(_LIMIT, b"")).get(_LIMIT_DATA, UNLIMITED)
+    except (ValueError, IndexError) as error:
+        raise BadMessage(f"a relay's answer that is none: {error}") from None
+    return most if fields.get(_STATUS) == _OK and isinstance(most, int) else 0
+
+
+async def read_message(reader: asyncio.StreamReader) -> bytes:
+    """One protobuf message, with its length before it. Raises BadMessage, EOFError or OSError."""
+    size = 0
+    for shift in (0, 7):
+        [byte] = await reader.readexactly(1)
+        size |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+    else:
+        raise BadMessage(f"an answer of 16 KiB or more; at most {MAX_ANSWER_BYTES} bytes are taken")
+    if size > MAX_ANSWER_BYTES:
+        raise BadMessage(f"an answer of {size} bytes; at most {MAX_ANSWER_BYTES} are taken")
+    return await reader.readexactly(size)
+
+
+def _fields(message: bytes | int) -> dict[int, bytes | int]:
+    """Number → value of a protobuf message that has no other fields than numbers and bytes."""
+    if isinstance(message, int):
+        raise ValueError("a number where a message was expected")
+    found: dict[int, bytes | int] = {}
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        value, at = _varint(message, at)
+        if tag & 7 == 2:
+            if at + value > len(message):
+                raise ValueError("a field that is cut short")
+            found[tag >> 3], at = message[at : at + value], at + value
+        elif tag & 7 == 0:
+            found[tag >> 3] = value
+        else:
+            raise ValueError(f"a field of wire type {tag & 7}")
+    return found
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (message[at] & 0x7F) << shift
+        at += 1
+        if message[at - 1] < 0x80:
+            return value, at
+    raise ValueError("a number of more than ten bytes")
 
 
 class Doorkeeper:

@@ -226,7 +226,7 @@ class Metrics:
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
-        self._hidden = gauge("hidden", "1 while other peers cannot open connections to this one.")
+        self.hidden = gauge("hidden", "1 while other peers cannot open connections to this one.")
         self.connected_peers = gauge("connected_peers", "Peers that this one is connected to.")
 
         # state
@@ -316,8 +316,6 @@ class Metrics:
                 self._faults.labels(event.cause).inc()
             case PeerBenched():
                 self._benched.inc()
-            case ReachChanged():
-                self._hidden.set(not event.reachable)
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
@@ -327,7 +325,7 @@ class Metrics:
                 self._deadlines.labels(Wait.REQUEST).set(event.request_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
-            case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp():
+            case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp() | ReachChanged():
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
