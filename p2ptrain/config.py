@@ -283,8 +283,8 @@ class PeerConfig(Section):
 
     relay_for: Annotated[int, Field(ge=0, le=128)] = 0
     """How many peers behind NAT this one passes traffic on for, when they have something for each other; 0:
-    none. Set it on machines that others can open connections to. It costs upload and download, as much as
-    those peers exchange: little while somebody trains whom all can reach, else whole gradients."""
+    none. Set it on a machine that others can open connections to. It costs upload and download, as much as
+    those peers exchange among themselves, and nothing else limits that."""
 
     metrics_host: Annotated[str, Field(max_length=255)] = "127.0.0.1"
     """Address to serve metrics and health on. `0.0.0.0` will show them to all who can reach this machine."""

@@ -21,6 +21,7 @@ from p2ptrain.events import (
     PeerBenched,
     PeerFaulted,
     Previewed,
+    ReachChanged,
     ReplicaDiverged,
     RolledBack,
     RoundAborted,
@@ -89,6 +90,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     CheckpointFailed(step=400, reason="no space left on device"),
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
     PeerBenched(peer=BERT, offences=3, seconds=120.0),
+    ReachChanged(reachable=False, address="/ip4/203.0.113.7/tcp/31337", relays=1),
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )
