@@ -400,6 +400,9 @@ def behind_nat(trial: Trial) -> Figures:
         swarm.watch(trial.pick(15, 3))
         committed, attempted = _attempts(swarm, since)
         swarm.together()
+        must(
+            swarm.last("peer-1", "reach_changed")["reachable"], "peer-1, which is not hidden, says that it is"
+        )
         for name in ("hidden-1", "hidden-2"):
             by_relay = swarm.metrics(name)['p2ptrain_links{path="relay"}']
             must(by_relay == 1, f"{name} has {by_relay:g} links by way of a relay, 1 was expected")
