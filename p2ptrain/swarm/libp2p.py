@@ -156,7 +156,7 @@ class Libp2pSwarm:
         self._relay_for = relay_for
         self.reach = reach.Reach()
         """What others say of us: whether they can open connections to us."""
-        self.relays: frozenset[PeerId] = frozenset()
+        self.relays: tuple[_Entry, ...] = ()
         """Where other hidden peers can meet us, if we are hidden."""
         self._doorkeeper = reach.Doorkeeper()
         self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round")}
@@ -462,16 +462,22 @@ class Libp2pSwarm:
         )
 
     async def _reserve(self, node: _Node) -> None:
-        """Be there for other hidden peers, at each initial peer that relays. A relay forgets us when the
+        """Be there for other hidden peers, at each connected peer that relays. A relay forgets us when the
         connection breaks, or after an hour. p2pd would reserve by itself, but only once it knows that it is
         hidden, and that it never learns among private addresses."""
         if not self.reach.hidden:
-            self.relays = frozenset()
+            self.relays = ()
             return
-        entries = [entry for entry in self._initial if node.knows(entry.peer)]
-        grants = await asyncio.gather(*(self._granted(node, entry.peer) for entry in entries))
-        self.relays = frozenset(
-            entry.peer for entry, grant in zip(entries, grants, strict=True) if grant >= reach.ENOUGH_BYTES
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                entries = reach.candidates(await node.connections(), [each.peer for each in self._initial])
+        except (OSError, EOFError):
+            return  # our own daemon died; there will be another time
+        grants = await asyncio.gather(*(self._granted(node, peer) for peer, _ in entries))
+        self.relays = tuple(
+            _Entry(peer, address)
+            for (peer, address), grant in zip(entries, grants, strict=True)
+            if grant >= reach.ENOUGH_BYTES
         )
 
     async def _granted(self, node: _Node, relay: PeerId) -> int:
@@ -658,13 +664,12 @@ class Libp2pSwarm:
                 return await node.open_stream(peer, protocol)
         except (Unreachable, TimeoutError) as fault:
             reasons = [str(fault) or "no answer"]
-        for entry in self._initial:
-            if entry.peer in self.relays - {peer}:
-                try:
-                    await node.connect(_Entry(peer), through=entry)
-                    return await node.open_stream(peer, protocol)
-                except Unreachable as fault:
-                    reasons.append(f"by way of {short(entry.peer)}: {fault}")
+        for relay in self.relays:
+            try:
+                await node.connect(_Entry(peer), through=relay)
+                return await node.open_stream(peer, protocol)
+            except Unreachable as fault:
+                reasons.append(f"by way of {short(relay.peer)}: {fault}")
         raise Unreachable("; ".join(reasons))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -825,13 +830,18 @@ class _Node:
 
     async def links(self) -> Counter[str]:
         """Peers that are connected, by whether one of their connections is direct."""
+        found = await self.connections()
+        direct = {peer for peer, address in found if not reach.is_relayed(address)}
+        return Counter("direct" if peer in direct else "relay" for peer in {peer for peer, _ in found})
+
+    async def connections(self) -> list[tuple[PeerId, str]]:
+        """Who is at the other end of each, and its address there."""
         response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        paths: dict[bytes, str] = {}
-        for info in response.peers:
-            relayed = all(reach.is_relayed(str(Multiaddr(address))) for address in info.addrs)
-            if not relayed or info.id not in paths:
-                paths[info.id] = "relay" if relayed else "direct"
-        return Counter(paths.values())
+        return [
+            (PeerId(base58.b58encode(info.id).decode()), str(Multiaddr(address)))
+            for info in response.peers
+            for address in info.addrs
+        ]
 
     def detach(self) -> None:
         """Let go of hivemind's side of it."""

@@ -38,6 +38,8 @@ HOP = "/libp2p/circuit/relay/0.2.0/hop"
 RESERVE = b"\x02\x08\x00"
 """The request to be reachable by way of it: its length, and that its type (field 1) is 0."""
 MAX_ANSWER_BYTES = 4096
+MAX_RELAYS = 8
+"""That one peer asks."""
 ENOUGH_BYTES = 2**30
 """A relay that passes less is for saying hello, not for gradients."""
 UNLIMITED = 2**63
@@ -100,6 +102,15 @@ def judged(answers: Sequence[Dialled]) -> Reach:
     tried = [answer for answer in answers if answer.reachable is not None]
     best = max(tried, key=lambda answer: bool(answer.reachable), default=None)
     return Reach() if best is None else Reach(best.reachable, best.address, best.detail)
+
+
+def candidates(
+    connections: Sequence[tuple[PeerId, str]], first: Sequence[PeerId]
+) -> list[tuple[PeerId, str]]:
+    """Whom to ask for a relay: some of those that are connected directly, `first` ones before others."""
+    direct = {peer: address for peer, address in connections if _TCP.fullmatch(address)}
+    ranked = sorted(direct.items(), key=lambda each: (each[0] not in first, each[0]))
+    return ranked[:MAX_RELAYS]
 
 
 def granted(answer: bytes) -> int:

@@ -69,6 +69,14 @@ def test_hidden_peer_says_how_it_takes_part() -> None:
 # -- relays --------------------------------------------------------------------------------------------------
 
 
+def test_relays_are_sought_among_direct_connections_initial_peers_first() -> None:
+    peers = [PeerId(f"peer-{number:02}") for number in range(reach.MAX_RELAYS + 2)]
+    connections = [(peer, f"/ip4/203.0.113.{number}/tcp/1") for number, peer in enumerate(peers)]
+    relayed = (PeerId("a"), f"/ip4/203.0.113.7/tcp/1/p2p/{RELAY}/p2p-circuit")
+    asked = reach.candidates([relayed, *connections, connections[0]], [peers[-1]])
+    assert asked == [connections[-1], *connections[: reach.MAX_RELAYS - 1]]
+
+
 def test_relay_grants_what_its_answer_says() -> None:
     assert reach.granted(SMALL) == 128 * 1024 < reach.ENOUGH_BYTES
     assert reach.granted(SMALL.replace(b"\x22\x06\x08\x78\x10\x80\x80\x08", b"")) == reach.UNLIMITED
