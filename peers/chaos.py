@@ -22,11 +22,11 @@ from rich.console import Console
 from p2ptrain.config import RunConfig, run_digest
 from p2ptrain.errors import ConfigError, Unreachable
 from p2ptrain.events import duration
-from peers.chaos_receipt import Crowd, Heldout, Receipt, Twin
+from peers.chaos_receipt import Crowd, Heldout, Receipt, Twin, beside_twin
 from peers.chronicle import Record, moment
 from peers.display import display
 from peers.faults import BOOTSTRAP, NO_KIND, Kind, Mend, Plan, Recovered, Storm, Strike
-from peers.ledger import Ledger, loss_at, slope_per_minute, spread
+from peers.ledger import Ledger, slope_per_minute, spread
 from peers.rehearsal import (
     LOOK_SECONDS,
     PATIENCE_SECONDS,
@@ -371,7 +371,6 @@ class _Chaos:
     def _receipt(self, ended: float, interrupted: bool, left_over: int) -> Receipt:
         ledger, chronicle, storm = self._ledger, self._stage.chronicle, self._storm
         heldout, twin = self._heldout(), self._options.twin
-        curve = [(point.samples, point.loss) for point in twin.heldout] if twin is not None else []
         # Interrupted, the two sides of a cut may still be apart.
         differences = chronicle.faults if interrupted else chronicle.differences()
         left = f"{left_over} processes outlived the rehearsal" if left_over else ""
@@ -400,7 +399,7 @@ class _Chaos:
             states_compared=chronicle.compared,
             digests_equal=not differences,
             heldout=heldout,
-            twin_loss=loss_at(heldout[-1].samples, curve) if heldout else None,
+            beside_twin=beside_twin(heldout, twin.heldout) if twin is not None else None,
             memory_mb_per_minute=self._slopes(),
             left_over=left_over,
             interrupted=interrupted,

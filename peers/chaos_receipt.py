@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from p2ptrain.errors import ConfigError
 from p2ptrain.events import duration
 from peers.display import replica_words
 from peers.faults import NO_KIND
-from peers.ledger import Samples, Spread
+from peers.ledger import Samples, Spread, loss_at
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,24 @@ class Twin:
     run_digest: str
     faults: dict[str, int]
     heldout: list[Heldout]
+
+
+@dataclass(frozen=True)
+class BesideTwin:
+    """Both losses at the last of our points that the twin has come to as well: equal samples behind."""
+
+    samples: int
+    loss: float
+    twin_loss: float
+
+
+def beside_twin(heldout: Sequence[Heldout], twin: Sequence[Heldout]) -> BesideTwin | None:
+    """Compare at equal samples; None if no point of ours lies within the twin's curve."""
+    curve = [(point.samples, point.loss) for point in twin]
+    for point in reversed(heldout):
+        if (loss := loss_at(point.samples, curve)) is not None:
+            return BesideTwin(point.samples, point.loss, loss)
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,8 +104,8 @@ class Receipt:
     states_compared: int
     digests_equal: bool
     heldout: list[Heldout]
-    twin_loss: float | None
-    """Of the twin without faults, after as many samples as our last held-out loss."""
+    beside_twin: BesideTwin | None
+    """None without a twin, or if it has come to none of our points."""
     memory_mb_per_minute: dict[str, float]
     """Growth of each process that lived long enough to tell, its longest life."""
     left_over: int
@@ -157,10 +176,13 @@ def _loss_words(receipt: Receipt) -> str:
         return "not measured: there were too few steps"
     last = receipt.heldout[-1].loss
     words = f"{receipt.heldout[0].loss:.3f} at first, {last:.3f} at last, in nats per byte"
-    if receipt.twin_loss is None:
+    if (both := receipt.beside_twin) is None:
         return words
-    more = last / receipt.twin_loss - 1
-    return f"{words}; {receipt.twin_loss:.3f} without faults at equal samples ({more:+.1%})"
+    more = both.loss / both.twin_loss - 1
+    return (
+        f"{words}; at {both.samples:,} samples {both.loss:.3f}, and {both.twin_loss:.3f} without faults "
+        f"({more:+.1%})"
+    )
 
 
 def _share(part: int, whole: int) -> str:

@@ -239,6 +239,32 @@ def doctor(
 
 
 @app.command()
+def plan(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
+    peers: Annotated[int, typer.Option(min=1, help="How many peers train.")] = 4,
+    uplink: Annotated[str, typer.Option(help="What each sends at, such as 20Mbit.")] = "20Mbit",
+    downlink: Annotated[str, typer.Option(help="What each receives at.")] = "100Mbit",
+    rtt: Annotated[float, typer.Option(min=0, max=10_000, help="Round trip between two peers, in ms.")] = 50,
+    tokens_per_second: Annotated[
+        float, typer.Option(min=0, help="What one peer computes; 0: measured on this machine.")
+    ] = 0,
+    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Predict what a step, a day and joining cost over given links, and say what to change."""
+    from p2ptrain.config import load_run
+    from p2ptrain.protocol.forecast import Links
+    from peers import plan as role
+
+    run = load_run(run_file)
+    links = Links(role.parse_rate(uplink), role.parse_rate(downlink), rtt / 1000)
+    result = role.plan(run, peers, links, tokens_per_second, corpus)
+    typer.echo("\n".join(role.plan_lines(result, run)))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],

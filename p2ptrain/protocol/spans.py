@@ -6,7 +6,6 @@ Not covered: a peer's rates up and down are not told apart, and neither are its 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -30,7 +29,7 @@ def balanced(rates: Sequence[float]) -> list[float]:
     known = sorted(rate for rate in rates if rate > 0)
     if members < 3 or not known:
         return [1 / members] * members
-    usual = statistics.median(known)
+    usual = known[(len(known) - 1) // 2]
     each = [_rounded(min(rate / usual, MOST_OF_MEDIAN)) if rate > 0 else 1.0 for rate in rates]
     fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
     for count, rate in enumerate(fastest_first, 1):

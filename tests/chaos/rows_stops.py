@@ -122,7 +122,8 @@ def slow(trial: Trial) -> Figures:
         if not given:
             raise Failed("nothing of what the slow peer computed was counted")
     return Figures(
-        f"others' steps of {1 / without:.1f} s {longer:.2f} times as long; it gave {given / fast:.0%} of its samples",
+        f"others' steps of {1 / without:.1f} s were {longer:.2f} times as long; "
+        f"it gave {given / fast:.0%} of its samples",
         {"step_ratio": longer, "share_given": given / fast, "rate_with_all_per_second": usual},
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p2ptrain.errors import ConfigError
-from peers.chaos_receipt import Crowd, Heldout, Receipt, read_twin, receipt_lines
+from peers.chaos_receipt import BesideTwin, Crowd, Heldout, Receipt, beside_twin, read_twin, receipt_lines
 from peers.ledger import Samples, Spread
 
 NEVER = Spread(count=0, median=None, worst=None)
@@ -37,7 +37,7 @@ QUIET = Receipt(
     states_compared=0,
     digests_equal=True,
     heldout=[],
-    twin_loss=None,
+    beside_twin=None,
     memory_mb_per_minute={},
     left_over=0,
     interrupted=False,
@@ -82,9 +82,18 @@ def test_receipt_tells_figures_in_words() -> None:
         "8 joiners, all in never; 100.0 samples a second before, 90.0 meanwhile"
     )
     assert fact("memory", memory_mb_per_minute={"a": 0.1, "b": -3.0}) == "grew by at most 0.10 MB/min (a)"
-    assert fact("held-out loss", heldout=HELDOUT, twin_loss=1.6) == (
-        "2.500 at first, 1.500 at last, in nats per byte; 1.600 without faults at equal samples (-6.2%)"
+    assert fact("held-out loss", heldout=HELDOUT, beside_twin=BesideTwin(9000, 1.5, 1.6)) == (
+        "2.500 at first, 1.500 at last, in nats per byte; "
+        "at 9,000 samples 1.500, and 1.600 without faults (-6.2%)"
     )
+
+
+def test_losses_are_compared_at_the_last_point_that_the_twin_has_come_to() -> None:
+    further = [Heldout(30, 5120, 2.6), Heldout(60, 20_480, 1.4)]
+    assert beside_twin(HELDOUT, further) == BesideTwin(10_240, 1.5, pytest.approx(2.0))
+    shorter = [Heldout(10, 2560, 2.9), Heldout(30, 5120, 2.6)]
+    assert beside_twin(HELDOUT, shorter) == BesideTwin(5120, 2.5, 2.6)
+    assert beside_twin(HELDOUT, shorter[:1]) is None
 
 
 def test_twin_is_what_the_command_printed_when_it_had_no_faults(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""`p2ptrain plan`: what a run will cost over given links, and what to change.
+
+The arithmetic is `protocol.forecast`. How long a sample takes is given, or measured on this machine with one
+thread, as a peer has by default.
+
+Not covered: peers that differ, and the first steps, which compute slower.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from p2ptrain.config import PeerConfig, RunConfig
+from p2ptrain.errors import ConfigError
+from p2ptrain.events import duration
+from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.protocol.forecast import GOOD_UTILISATION, Forecast, Links, forecast
+from p2ptrain.replica.replica import Replica
+from p2ptrain.tasks import Task, build_task
+
+MEASURE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--json` prints."""
+
+    peers: int
+    parameters: int
+    encoded_bytes: int
+    samples_per_second: float
+    """Of one peer."""
+    measured_here: bool
+    forecast: Forecast
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second from text like `20Mbit`, `1.5 Gbit/s` or `500kbit`. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg])bit(?:/s|ps)?", text.strip().lower())
+    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8 if found else 0.0
+    if not rate:
+        raise ConfigError(f"{text!r} is no rate; say 20Mbit, 500kbit or 1Gbit (bits per second)")
+    return rate
+
+
+def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, corpus: str) -> Plan:
+    """`tokens_per_second`: of one peer, 0: measure it here. Raises ConfigError or CorpusError."""
+    if not run.min_peers <= peers <= run.max_peers:
+        raise ConfigError(
+            f"--peers ({peers}) is not within min_peers ({run.min_peers}) and max_peers ({run.max_peers}) "
+            f"of run {run.run_id}"
+        )
+    torch.set_num_threads(PeerConfig().threads)
+    task = build_task(run, corpus)
+    replica = Replica(task.build_model(run.seed), run, "")
+    codec = codec_named(run.codec)
+    whole, rest = divmod(replica.numel, run.chunk_values)
+    encoded = whole * codec.encoded_bytes(run.chunk_values) + (codec.encoded_bytes(rest) if rest else 0)
+    pace = tokens_per_second / run.task.context or _samples_per_second(task, replica.model)
+    figures = forecast(
+        peers=peers,
+        batch_size=run.target_batch_size,
+        sample_seconds=1 / pace,
+        encoded_bytes=encoded,
+        state_bytes=replica.max_state_bytes,
+        links=links,
+    )
+    return Plan(peers, replica.numel, encoded, pace, not tokens_per_second, figures)
+
+
+def plan_lines(plan: Plan, run: RunConfig) -> list[str]:
+    """The plan for people."""
+    figures = plan.forecast
+    where = "measured on this machine" if plan.measured_here else "as you say"
+    facts = {
+        "model": f"{plan.parameters:,} parameters, {_size(plan.encoded_bytes)} in {run.codec}",
+        "a peer computes": f"{plan.samples_per_second:,.1f} samples a second, {where}",
+        "a step takes": f"{duration(figures.step_seconds)}: computing {duration(figures.compute_seconds)}, "
+        f"sending {duration(figures.transfer_seconds)}, round trips {duration(figures.latency_seconds)}",
+        "utilisation": f"{figures.utilisation:.0%} of a peer's time is computing",
+        "a peer sends": f"{_size(figures.sent_bytes)} a step, {_size(figures.bytes_per_day)} a day, "
+        "and receives as much",
+        "joining takes": f"{duration(figures.join_seconds)} for the snapshot",
+        "bottleneck": figures.bottleneck,
+        "advice": _advice(figures, run),
+    }
+    return [f"{name:<16} {fact}" for name, fact in facts.items()]
+
+
+def _advice(figures: Forecast, run: RunConfig) -> str:
+    if figures.utilisation >= GOOD_UTILISATION:
+        return "none: computing takes most of the time"
+    words = (
+        f"target_batch_size = {figures.good_batch_size} (now {run.target_batch_size}) would bring computing "
+        f"to {GOOD_UTILISATION:.0%}, if so large a batch still suits the model"
+    )
+    if run.codec == "fp32" and figures.bottleneck != "round trips":
+        words += '; codec = "fp16" halves the bytes'
+    return words
+
+
+def _samples_per_second(task: Task, model: nn.Module) -> float:
+    count = PeerConfig().micro_batch_size
+    done, began = -count, 0.0  # the first is to warm up
+    while not began or time.perf_counter() - began < MEASURE_SECONDS:
+        task.loss_sum(model, task.batch(0, "plan", max(done, 0), count)).backward()  # type: ignore[no-untyped-call]
+        done += count
+        began = began or time.perf_counter()
+    return done / (time.perf_counter() - began)
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 999.5:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.3g} TB"
