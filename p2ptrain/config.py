@@ -298,6 +298,11 @@ class PeerConfig(Section):
     changes at each start: set one to open it in your router. Where no connection can be made either way,
     gradients go over the slower connection that peers have anyway."""
 
+    relay_for: Annotated[int, Field(ge=0, le=128)] = 0
+    """How many peers behind NAT this one passes traffic on for, when they have something for each other; 0:
+    none. Set it on a machine that others can open connections to. It costs upload and download, as much as
+    those peers exchange among themselves, and nothing else limits that."""
+
     metrics_host: Annotated[str, Field(max_length=255)] = "127.0.0.1"
     """Address to serve metrics and health on. `0.0.0.0` will show them to all who can reach this machine."""
 

@@ -506,6 +506,27 @@ class PeerStoodOut(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReachChanged(_Happened):
+    """A peer has dialled this one back, with another result than before."""
+
+    event: ClassVar[str] = "reach_changed"
+    reachable: bool
+    address: str
+    """Where it was dialled."""
+    relays: int
+    """Peers that pass on what hidden peers have for each other."""
+
+    def sentence(self) -> str:
+        if self.reachable:
+            return f"other peers can open connections to this one at {clean(self.address)}"
+        way = "by way of a relay" if self.relays else "not at all"
+        return (
+            f"behind NAT or a firewall: nobody can open a connection to this peer at {clean(self.address)}; "
+            f"it opens them itself, and reaches peers that are hidden, too, {way}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(_Happened):
     """The libp2p daemon had died and runs again, under the same peer id."""
 
@@ -540,6 +561,7 @@ Event = (
     | PeerBenched
     | CarrierChanged
     | PeerStoodOut
+    | ReachChanged
     | DaemonRestarted
 )
 

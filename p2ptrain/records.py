@@ -420,9 +420,33 @@ class Greeting(Record):
     access: Pass | None = None
 
 
+# -- am I reachable: asked on a stream of its own, see `swarm.reach` -----------------------------------------
+
+
+class DialBack(Record):
+    """Please dial me at the address that you see me at, on this port, over a new connection."""
+
+    kind: Literal["dial_back"] = "dial_back"
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Dialled(Record):
+    """What came of it."""
+
+    kind: Literal["dialled"] = "dialled"
+    reachable: bool | None
+    """None: it was not tried."""
+    address: Annotated[str, Field(max_length=256)] = ""
+    detail: Text = ""
+    """Why it failed, or was not tried."""
+
+
 Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
 Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
-Wire = Annotated[Message | Chunk | Averaged | Request | Reply | Hello | Greeting, Field(discriminator="kind")]
+Wire = Annotated[
+    Message | Chunk | Averaged | Request | Reply | Hello | Greeting | DialBack | Dialled,
+    Field(discriminator="kind"),
+]
 WIRE: TypeAdapter[Wire] = TypeAdapter(Wire)
 
 # -- signed DHT records --------------------------------------------------------------------------------------

@@ -85,9 +85,12 @@ async def bootstrap(
     folder: Path,
     public: bool | None,
     ready: Callable[[str | None], None],
+    *,
+    relay_for: int,
 ) -> dict[str, object]:
     """Serve the run until a signal comes; `ready` is given the invite once peers can enter, None if the run
-    is not `public` (None: as at the last start, at first True)."""
+    is not `public` (None: as at the last start, at first True). `relay_for`: so many hidden peers meet
+    here."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
     swarm = Libp2pSwarm(
@@ -96,6 +99,7 @@ async def bootstrap(
         listen=(listen,),
         announce=announce,
         invite=invites.own_invite(folder, run, load_or_create(key).peer_id, int(time.time())),
+        relay_for=relay_for,
         on_event=lambda event: logger.log(event.level, event.sentence()),
     )
     with Stop() as stop:

@@ -77,6 +77,10 @@ def bootstrap(
             show_default=False,
         ),
     ] = None,
+    relay_for: Annotated[
+        int,
+        typer.Option(min=0, max=128, help="Pass traffic on between so many peers behind NAT; 0: none."),
+    ] = 64,
     data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap's and the organizer's key.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -96,6 +100,7 @@ def bootstrap(
             folder,
             public,
             lambda invite: role.print_invite(invite, as_json, _say),
+            relay_for=relay_for,
         )
     )
     if as_json:
@@ -210,6 +215,39 @@ def chaos(
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     if receipt.problem:
         raise RehearsalFailed(receipt.problem)
+
+
+@app.command()
+def doctor(
+    invite: Annotated[
+        str, typer.Argument(help="Look at the way into this run, too; without it, at this machine only.")
+    ] = "",
+    peer: Annotated[Path | None, typer.Option(help="Peer file: how this machine would take part.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether this machine can take part, and if not, the cause and what to do.
+
+    Exit status 0: it can; else that of the first cause, as `join` would end with it.
+    """
+    from p2ptrain.config import PeerConfig, load_peer
+    from p2ptrain.swarm.access import decode
+    from peers import doctor as role
+
+    entrance = decode(invite) if invite else None
+    config = load_peer(peer) if peer else PeerConfig()
+    checks = _run(
+        role.examine(
+            entrance,
+            config,
+            lambda check: _say("\n".join(role.lines(check))),
+            lambda what: print(f"{what} …", file=sys.stderr, flush=True),
+        )
+    )
+    code = role.exit_code(checks)
+    _say("this machine can take part" if not code else "this machine cannot take part as it is")
+    if as_json:
+        typer.echo(json.dumps(role.plain(checks)))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -104,11 +104,12 @@ async def volunteer(
             listen=config.listen,
             announce=config.announce,
             data_port=config.data_port,
+            relay_for=config.relay_for,
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
         async with swarm:
-            run = await _fetch_run(swarm, invite)
+            run = await fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
                     f"this is another run than the one in the swarm: {'; '.join(differing)}; "
@@ -149,6 +150,8 @@ async def volunteer(
             )
             metrics.read_state = lambda: _state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
+            metrics.hidden.set_function(lambda: swarm.reach.hidden)
+            metrics.read_links = swarm.links
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)
             pages = HealthServer(
@@ -194,7 +197,7 @@ async def volunteer(
                 )
 
 
-async def _fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
+async def fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
     """The run file, from whichever of the invite's peers gives the right one first."""
     reasons: list[str] = []
     uninvited: Uninvited | None = None

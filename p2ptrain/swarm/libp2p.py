@@ -40,12 +40,30 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 from pydantic import ValidationError
 
-from p2ptrain.errors import ConfigError, LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
-from p2ptrain.events import Carrier, CarrierChanged, DaemonRestarted, PeerFaulted, short
+from p2ptrain.errors import (
+    BadMessage,
+    ConfigError,
+    LocalFault,
+    P2PTrainError,
+    PortBusy,
+    StorageError,
+    Unreachable,
+)
+from p2ptrain.events import (
+    Carrier,
+    CarrierChanged,
+    DaemonRestarted,
+    PeerFaulted,
+    ReachChanged,
+    clean,
+    short,
+)
 from p2ptrain.records import (
     SIGNED,
     Averaged,
     Chunk,
+    DialBack,
+    Dialled,
     Message,
     PeerId,
     Presence,
@@ -54,8 +72,10 @@ from p2ptrain.records import (
     Revocations,
     SignedRecord,
 )
+from p2ptrain.swarm import reach
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.crew import Crew
+from p2ptrain.swarm.frames import pack, read_frame
 from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create
@@ -92,6 +112,16 @@ HANG_SECONDS = 15.0
 """A daemon that does not answer a simple question for so long is killed."""
 REENTER_SECONDS = 3.0
 """Between two attempts to get back to initial peers that were lost."""
+FIRST_LOOK_SECONDS = 20.0
+"""After the start, to be dialled back again: by then a router may have opened our port (UPnP)."""
+LOOK_SECONDS = 600.0
+"""Between two looks after that."""
+RESERVE_SECONDS = 20.0
+"""Between two reservations at relays; they may have been restarted meanwhile."""
+STRANGER = {"noListenAddrs": "1", "tls": "1", "relay": "0"}
+"""Options of a daemon without identity or connections, for looking at somebody from outside."""
+RELAY_LIMITS = {"relayDataLimit": str(2**50), "relayTimeLimit": "24h", "relayBufferSize": str(2**16)}
+"""Of one connection that we relay; at its end both sides make another, and one round is tried again."""
 
 REVIEW_SECONDS = 3.0
 """How often a peer asks which invites have been revoked, and looks at whose invite has ended."""
@@ -110,7 +140,7 @@ _LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d{1,5})")
 _ADDRESS = re.compile(r"/ip[46]/([0-9A-Fa-f.:]+)/")
 _PEER = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)")
 
-Event = PeerFaulted | CarrierChanged | DaemonRestarted
+Event = PeerFaulted | CarrierChanged | ReachChanged | DaemonRestarted
 
 
 class Libp2pSwarm:
@@ -127,6 +157,7 @@ class Libp2pSwarm:
         *,
         data_port: int | None = None,
         invite: Invite | None = None,
+        relay_for: int = 0,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
     ) -> None:
@@ -136,6 +167,7 @@ class Libp2pSwarm:
         - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
         - `data_port`: to take chunks on over TLS; 0 for any, None for neither taking nor sending them so.
         - `invite`: what we show to others; they must show one by the same organizer. Without it all may come.
+        - `relay_for`: how many hidden peers we pass traffic on for; we must be reachable ourselves.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
 
         Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
@@ -146,6 +178,12 @@ class Libp2pSwarm:
         self._initial = [entry for entry in map(_entry, initial_peers) if entry.peer != self.peer_id]
         self._listen = list(listen)
         self._announce = list(announce)
+        self._relay_for = relay_for
+        self.reach = reach.Reach()
+        """What others say of us: whether they can open connections to us."""
+        self.relays: tuple[_Entry, ...] = ()
+        """Where other hidden peers can meet us, if we are hidden."""
+        self._doorkeeper = reach.Doorkeeper()
         self._keys = {
             kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", "revocations")
         }
@@ -180,7 +218,7 @@ class Libp2pSwarm:
         self._starts = 0
         self._streams = 0
         self._addresses: list[str] = []
-        self._connected = 0
+        self._links: Counter[str] = Counter()
 
     # -- lifetime --------------------------------------------------------------------------------------------
 
@@ -204,6 +242,7 @@ class Libp2pSwarm:
             self._node = await self._start_node()
             stack.push_async_callback(self._stop_node)
             await self._enter(self._node)
+            await self._look_outside(self._node)
             self._node_came.set()
             supervision = self._crew.spawn(self._supervise())
             self._crew.spawn(self._keep_up())
@@ -317,9 +356,18 @@ class Libp2pSwarm:
         """Multiaddresses with our peer id, to enter the swarm by, as of a moment ago; loopback last."""
         return self._addresses
 
+    @property
+    def clock_skew_seconds(self) -> float | None:
+        """By how much an initial peer's clock is ahead of ours; None if none has said."""
+        return self._node.skew_seconds if self._node is not None else None
+
     def connected_peers(self) -> int:
         """Peers that the daemon has a connection with; as of a moment ago."""
-        return self._connected
+        return self._links.total()
+
+    def links(self) -> Mapping[str, int]:
+        """Of these, how many `direct`, and how many only by a `relay`."""
+        return self._links
 
     # -- the daemon, and the DHT on it -----------------------------------------------------------------------
 
@@ -331,6 +379,10 @@ class Libp2pSwarm:
                 await node.listen(self._directory / "streams")
                 await node.start_dht(self._validator, self._node)
                 await self._look_at(node)
+                relays = self._relay_for and not all(map(_is_loopback, self._listen))
+                if relays and await self._relays_little(node):
+                    await node.stop()
+                    return await self._start_node()
         except BaseException as error:
             await node.stop()
             if isinstance(error, OSError | EOFError):  # a TimeoutError is an OSError
@@ -363,9 +415,12 @@ class Libp2pSwarm:
         }
         if self._announce:
             options["announceAddrs"] = ",".join(self._announce)
-        if self._initial:
-            # Behind a NAT, be reachable through an initial peer.
-            options |= {"autoRelay": "1", "trustedRelays": ",".join(str(entry) for entry in self._initial)}
+        if self._relay_for:
+            count = str(self._relay_for)
+            options |= {"forceReachabilityPublic": "1", **RELAY_LIMITS}
+            options |= {"relayMaxReservations": count, "relayMaxCircuits": count}
+        else:
+            options["relayService"] = "0"
         if not all(map(_is_loopback, self._listen)):
             options["natPortMap"] = "1"
         return options
@@ -414,20 +469,15 @@ class Libp2pSwarm:
 
         Raises Unreachable if none answers, LocalFault if our clock is wrong.
         """
-        outcomes: asyncio.Queue[bool | P2PTrainError] = asyncio.Queue()
+        outcomes: asyncio.Queue[P2PTrainError | None] = asyncio.Queue()
         for entry in self._initial:
             self._crew.spawn(self._enter_by(node, entry, outcomes))
         faults: list[P2PTrainError] = []
         while len(faults) < len(self._initial):
             outcome = await outcomes.get()
-            if isinstance(outcome, P2PTrainError):
+            if outcome is not None:
                 faults.append(outcome)
                 continue
-            if not outcome:
-                logger.warning(
-                    "other peers cannot open connections to this one, so some will reach it slowly or never; "
-                    "open its port in the router, or in the firewall"
-                )
             await self._look_at(node)
             return
         for fault in faults:
@@ -440,13 +490,14 @@ class Libp2pSwarm:
             )
 
     async def _enter_by(
-        self, node: _Node, entry: _Entry, outcomes: asyncio.Queue[bool | P2PTrainError]
+        self, node: _Node, entry: _Entry, outcomes: asyncio.Queue[P2PTrainError | None]
     ) -> None:
-        """Get known to one initial peer. The outcome is whether it can open connections to us, or a fault."""
+        """Get known to one initial peer. The outcome is None, or a fault."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await node.connect(entry)
-                outcomes.put_nowait(await node.greet_dht(entry.peer))
+                await node.greet_dht(entry.peer)
+            outcomes.put_nowait(None)
         except TimeoutError:
             outcomes.put_nowait(Unreachable(f"{entry} did not answer within {CONNECT_SECONDS:.0f} s"))
         except Unreachable as fault:
@@ -455,6 +506,128 @@ class Libp2pSwarm:
             outcomes.put_nowait(fault)
         except (OSError, EOFError):
             outcomes.put_nowait(Unreachable(f"{entry}: our own libp2p daemon died meanwhile"))
+
+    # -- am I reachable --------------------------------------------------------------------------------------
+
+    async def _look_outside(self, node: _Node) -> None:
+        """Have the initial peers dial us back."""
+        port = reach.port_of((self._announce or self._listen)[0])
+        if port is None or all(map(_is_loopback, self._listen)):
+            return  # on this machine everybody reaches everybody
+        entries = [entry for entry in self._initial if node.knows(entry.peer)]
+        answers = await asyncio.gather(*(self._ask_back(node, entry, port) for entry in entries))
+        found = reach.judged([answer for answer in answers if answer is not None])
+        before = self.reach
+        if found.reachable is None or found.reachable is before.reachable:
+            return
+        self.reach = found
+        await self._reserve(node)
+        self._on_event(
+            ReachChanged(reachable=bool(found.reachable), address=found.address, relays=len(self.relays))
+        )
+
+    async def _reserve(self, node: _Node) -> None:
+        """Be there for other hidden peers, at each connected peer that relays. A relay forgets us when the
+        connection breaks, or after an hour. p2pd would reserve by itself, but only once it knows that it is
+        hidden, and that it never learns among private addresses."""
+        if not self.reach.hidden:
+            self.relays = ()
+            return
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                entries = reach.candidates(await node.connections(), [each.peer for each in self._initial])
+        except (OSError, EOFError):
+            return  # our own daemon died; there will be another time
+        grants = await asyncio.gather(*(self._granted(node, peer) for peer, _ in entries))
+        self.relays = tuple(
+            _Entry(peer, address)
+            for (peer, address), grant in zip(entries, grants, strict=True)
+            if grant >= reach.ENOUGH_BYTES
+        )
+
+    async def _granted(self, node: _Node, relay: PeerId) -> int:
+        """How many bytes this peer relays for us and another, each way; 0 if it does not."""
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                reader, writer = await node.open_stream(relay, reach.HOP)
+                try:
+                    writer.write(reach.RESERVE)
+                    return reach.granted(await reach.read_message(reader))
+                finally:
+                    writer.transport.abort()
+        except (Unreachable, BadMessage, OSError, EOFError):  # a TimeoutError is an OSError
+            return 0
+
+    async def _relays_little(self, node: _Node) -> bool:
+        """p2pd starts two relays for one protocol, ours and one that passes 128 KiB and hangs up, and which
+        of them answers is chance. A stranger asks."""
+        stranger = await self._start_daemon(STRANGER)
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                await stranger.connect(_Entry(self.peer_id, (await node.addresses())[0]))
+            return await self._granted(stranger, self.peer_id) < reach.ENOUGH_BYTES
+        except (Unreachable, OSError, EOFError):
+            return False  # nobody could say
+        finally:
+            await stranger.stop()
+
+    async def _ask_back(self, node: _Node, entry: _Entry, port: int) -> Dialled | None:
+        """What that peer says; None if it does not."""
+        try:
+            async with asyncio.timeout(reach.ANSWER_SECONDS):
+                reader, writer = await node.open_stream(entry.peer, reach.PROTOCOL)
+                try:
+                    writer.write(pack(DialBack(port=port)))
+                    answer, _, _ = await read_frame(reader, max_payload_bytes=0)
+                finally:
+                    writer.transport.abort()
+        except (Unreachable, BadMessage, OSError, EOFError):  # a TimeoutError is an OSError
+            return None
+        return answer if isinstance(answer, Dialled) else None
+
+    async def _answer_reach(
+        self, peer: PeerId, observed: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Dial back a peer that asks for it."""
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                question, _, _ = await read_frame(reader, max_payload_bytes=0)
+        except (BadMessage, TimeoutError):
+            return
+        if not isinstance(question, DialBack):
+            return
+        address = reach.target(observed, question.port)
+        if address is None:
+            answer = Dialled(reachable=None, detail="not asked over TCP")
+        elif not self._doorkeeper.admits(peer, asyncio.get_running_loop().time()):
+            answer = Dialled(reachable=None, detail="busy; ask again later")
+        else:
+            try:
+                failure = await self._dial_back(_Entry(peer, address))
+                answer = Dialled(reachable=not failure, address=address, detail=clean(failure, 300))
+            except LocalFault as fault:
+                answer = Dialled(reachable=None, detail=clean(str(fault), 300))
+            finally:
+                self._doorkeeper.done()
+        writer.write(pack(answer))
+        await writer.drain()
+
+    async def _dial_back(self, entry: _Entry) -> str:
+        """Why no new connection can be made to this peer; empty if one can. A daemon of its own makes it:
+        ours would use the connection that it has."""
+        stranger = await self._start_daemon(STRANGER)
+        try:
+            async with asyncio.timeout(reach.DIAL_SECONDS):
+                await stranger.connect(entry)
+            return ""
+        except TimeoutError:
+            return f"no answer within {reach.DIAL_SECONDS:.0f} s"
+        except Unreachable as fault:
+            return str(fault)
+        except (OSError, EOFError) as error:
+            raise LocalFault(f"the libp2p daemon died while dialling: {error!r}") from error
+        finally:
+            await stranger.stop()
 
     async def _running_node(self) -> _Node:
         try:
@@ -492,7 +665,8 @@ class Libp2pSwarm:
     async def _keep_up(self) -> None:
         """Look after the daemon, and find back to lost initial peers: newcomers still enter by them."""
         loop = asyncio.get_running_loop()
-        entered = loop.time()
+        entered, reserve_at = loop.time(), loop.time()
+        look_at = loop.time() + FIRST_LOOK_SECONDS
         while True:
             await asyncio.sleep(UPKEEP_SECONDS)
             node = self._node
@@ -508,6 +682,12 @@ class Libp2pSwarm:
                     if not node.knows(entry.peer):
                         self._crew.spawn(self._enter_by(node, entry, asyncio.Queue()))
                 entered = loop.time()
+            if loop.time() >= look_at:
+                look_at = loop.time() + LOOK_SECONDS
+                self._crew.spawn(self._look_outside(node))
+            if self.reach.hidden and loop.time() >= reserve_at:
+                reserve_at = loop.time() + RESERVE_SECONDS
+                self._crew.spawn(self._reserve(node))
 
     async def _guard(self, gate: Gate) -> None:
         """Hear of revoked invites, pass on that they are, and part from those who came by them."""
@@ -529,7 +709,7 @@ class Libp2pSwarm:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it
             addresses = sorted(await node.addresses(), key=_is_loopback)
             self._addresses = [f"{address}/p2p/{self.peer_id}" for address in addresses]
-            self._connected = await node.count_peers()
+            self._links = await node.links()
 
     async def _stop_node(self) -> None:
         if self._node is not None:
@@ -543,7 +723,7 @@ class Libp2pSwarm:
             node = await self._running_node()
             try:
                 async with asyncio.timeout(seconds):
-                    return await node.open_stream(peer, _PROTOCOLS[kind])
+                    return await self._stream_to(node, peer, _PROTOCOLS[kind], seconds)
             except TimeoutError:
                 raise Unreachable(f"no stream to peer {short(peer)} within {seconds:g} s") from None
             except (ConnectionError, FileNotFoundError, EOFError):
@@ -554,6 +734,24 @@ class Libp2pSwarm:
                 raise Unreachable("our own libp2p daemon does not answer") from None
             except OSError as error:
                 raise Unreachable(f"no stream to peer {short(peer)}: {error}") from None
+
+    async def _stream_to(self, node: _Node, peer: PeerId, protocol: str, seconds: float) -> Stream:
+        """One that is hidden itself asks the relays for a peer that it cannot reach. One that is not leaves
+        it to the hidden peer to come: that way is direct. Raises Unreachable or TimeoutError."""
+        if not self.reach.hidden:
+            return await node.open_stream(peer, protocol)
+        try:
+            async with asyncio.timeout(seconds / 2):
+                return await node.open_stream(peer, protocol)
+        except (Unreachable, TimeoutError) as fault:
+            reasons = [str(fault) or "no answer"]
+        for relay in self.relays:
+            try:
+                await node.connect(_Entry(peer), through=relay)
+                return await node.open_stream(peer, protocol)
+            except Unreachable as fault:
+                reasons.append(f"by way of {short(relay.peer)}: {fault}")
+        raise Unreachable("; ".join(reasons))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._streams >= MAX_STREAMS:
@@ -568,7 +766,10 @@ class Libp2pSwarm:
             info = p2pd_pb2.StreamInfo()
             await read_pbmsg_safe(reader, info)
             peer = PeerId(base58.b58encode(info.peer).decode())
-            await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
+            if info.proto == reach.PROTOCOL:
+                await self._answer_reach(peer, str(Multiaddr(info.addr)), reader, writer)
+            else:
+                await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
         except (OSError, EOFError):
             pass  # the daemon died
         finally:
@@ -601,6 +802,8 @@ class _Node:
     control: Path
     p2p: Any
     dht: Any = None
+    skew_seconds: float | None = None
+    """Of the clock that was met last, against ours."""
     died: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -615,7 +818,9 @@ class _Node:
     async def listen(self, streams: Path) -> None:
         """Have inbound streams of our protocols brought to this unix socket."""
         address = Multiaddr(f"/unix{streams}").to_bytes()
-        handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=list(_KIND_OF), balanced=False)
+        handler = p2pd_pb2.StreamHandlerRequest(
+            addr=address, proto=[*_KIND_OF, reach.PROTOCOL], balanced=False
+        )
         await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler))
 
     async def start_dht(self, validator: RecordValidator, before: _Node | None) -> None:
@@ -633,8 +838,8 @@ class _Node:
         if before is not None and before.dht is not None:
             self.dht.protocol.storage = before.dht.protocol.storage
 
-    async def greet_dht(self, peer: PeerId) -> bool:
-        """Get known to the peer's DHT node. Returns whether it can open connections to us.
+    async def greet_dht(self, peer: PeerId) -> None:
+        """Get known to the peer's DHT node.
 
         Raises Unreachable, or LocalFault if our clocks differ too much for records that live for seconds.
         """
@@ -645,13 +850,13 @@ class _Node:
             number = DHTID.from_bytes(answer.peer.node_id)
         except Exception as error:  # hivemind passes on whatever went wrong there, by any name
             raise Unreachable(f"it is there, but its DHT does not answer: {error!r}") from error
-        if abs(skew := answer.dht_time - time.time()) > MAX_CLOCK_SKEW_SECONDS:
+        self.skew_seconds = skew = answer.dht_time - time.time()
+        if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
             raise LocalFault(
                 f"the clock of this machine and that of peer {short(peer)} differ by {skew:.0f} s, at most "
                 f"{MAX_CLOCK_SKEW_SECONDS:.0f} s will do; set this one by network time"
             )
         await protocol.update_routing_table(number, remote, responded=True)
-        return bool(answer.available)
 
     async def store(self, key: DHTID, author: PeerId, sealed: bytes, expires: float) -> bool:
         """Have the nodes nearest to the key, and our own, keep the record; whether one of the others does.
@@ -681,9 +886,11 @@ class _Node:
         """Whether the DHT node has this peer among its contacts."""
         return self.dht.protocol.routing_table.get(peer_id=PeerID.from_base58(peer)) is not None
 
-    async def connect(self, entry: _Entry) -> None:
-        """Raises Unreachable."""
+    async def connect(self, entry: _Entry, *, through: _Entry | None = None) -> None:
+        """`through`: a relay that both are connected to. Raises Unreachable."""
         addresses = [Multiaddr(entry.address).to_bytes()] if entry.address else []
+        if through is not None:
+            addresses = [reach.circuit(Multiaddr(through.address).to_bytes(), through.peer)]
         call = p2pd_pb2.ConnectRequest(peer=base58.b58decode(entry.peer), addrs=addresses)
         await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=call))
 
@@ -702,9 +909,20 @@ class _Node:
         response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         return [str(Multiaddr(address)) for address in response.identify.addrs]
 
-    async def count_peers(self) -> int:
+    async def links(self) -> Counter[str]:
+        """Peers that are connected, by whether one of their connections is direct."""
+        found = await self.connections()
+        direct = {peer for peer, address in found if not reach.is_relayed(address)}
+        return Counter("direct" if peer in direct else "relay" for peer in {peer for peer, _ in found})
+
+    async def connections(self) -> list[tuple[PeerId, str]]:
+        """Who is at the other end of each, and its address there."""
         response = await self._tell(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        return len({info.id for info in response.peers})
+        return [
+            (PeerId(base58.b58encode(info.id).decode()), str(Multiaddr(address)))
+            for info in response.peers
+            for address in info.addrs
+        ]
 
     def detach(self) -> None:
         """Let go of hivemind's side of it."""

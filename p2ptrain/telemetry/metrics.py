@@ -57,6 +57,7 @@ from p2ptrain.events import (
     PeerFaulted,
     PeerStoodOut,
     Previewed,
+    ReachChanged,
     ReplicaDiverged,
     RolledBack,
     RoundAborted,
@@ -130,6 +131,13 @@ class Extent(StrEnum):
 
     DONE = "done"
     ALL = "all"
+
+
+class Path(StrEnum):
+    """How a connection goes."""
+
+    DIRECT = "direct"
+    RELAY = "relay"
 
 
 class Split(StrEnum):
@@ -237,6 +245,7 @@ class Metrics:
         self._restarts = counter(
             "daemon_restarts_total", "Times that the libp2p daemon died and was restarted."
         )
+        self.hidden = gauge("hidden", "1 while other peers cannot open connections to this one.")
         self.connected_peers = gauge("connected_peers", "Peers that this one is connected to.")
 
         # state
@@ -273,6 +282,8 @@ class Metrics:
         """Lane → bytes (sent, received) so far; a lane that is not in `LANES` is left out."""
         self.read_carriers: Callable[[], Mapping[Carrier, int]] = dict
         """Carrier → peers whose chunks it carries."""
+        self.read_links: Callable[[], Mapping[str, int]] = dict
+        """Path → connections with peers."""
         self.read_journal_lost: Callable[[], int] = int
         """Events that the journal could not keep."""
         self.read_donated: Callable[[], int] = int
@@ -339,7 +350,7 @@ class Metrics:
                 self._deadlines.labels(Wait.REQUEST).set(event.request_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
-            case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp():
+            case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp() | ReachChanged():
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
@@ -400,6 +411,12 @@ class _Readings(Collector):
         for carrier in Carrier:
             carriers.add_metric([carrier], self._metrics.read_carriers().get(carrier, 0))
         yield carriers
+        links = GaugeMetricFamily(
+            "p2ptrain_links", "Peers that this one is connected to, by the way it goes.", labels=["path"]
+        )
+        for path in Path:
+            links.add_metric([path], self._metrics.read_links().get(path, 0))
+        yield links
         yield CounterMetricFamily(
             "p2ptrain_donated_bytes",
             "Bytes of snapshots and entries given to peers that were catching up.",

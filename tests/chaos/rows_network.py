@@ -5,6 +5,7 @@ Not covered: IPv6, and networks in which only some packets are too large.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from itertools import pairwise
@@ -387,7 +388,7 @@ def flapping(trial: Trial) -> Figures:
     criterion="both train (by relay or in client mode); `p2ptrain doctor` names the NAT",
 )
 def behind_nat(trial: Trial) -> Figures:
-    with trial.swarm(peers=2) as swarm:
+    with trial.swarm(peers=2, tells="p2ptrain_hidden") as swarm:
         swarm.add("hidden-1", behind_nat=True)
         one = swarm.together()
         swarm.add("hidden-2", behind_nat=True)
@@ -395,10 +396,21 @@ def behind_nat(trial: Trial) -> Figures:
             two = swarm.together()
         except Failed as reason:
             raise Failed(f"one behind NAT trains after {one:.1f} s; two do not: {reason}") from reason
+        since = time.time()
         swarm.watch(trial.pick(15, 3))
+        committed, attempted = _attempts(swarm, since)
         swarm.together()
-        doctor = swarm.run_command("hidden-1", "doctor", "--json")
-        told = f"one behind NAT trains after {one:.1f} s, two after {two:.1f} s"
-        must("No such command" not in doctor, f"{told}, but there is no `p2ptrain doctor` to name the NAT")
-        must("nat" in doctor.lower(), f"{told}, but `p2ptrain doctor` does not name the NAT: {doctor[-300:]}")
+        must(
+            swarm.last("peer-1", "reach_changed")["reachable"], "peer-1, which is not hidden, says that it is"
+        )
+        for name in ("hidden-1", "hidden-2"):
+            by_relay = swarm.metrics(name)['p2ptrain_links{path="relay"}']
+            must(by_relay == 1, f"{name} has {by_relay:g} links by way of a relay, 1 was expected")
+        told = f"one behind NAT trains after {one:.1f} s, two after {two:.1f} s, {committed} of {attempted} "
+        told += "attempts committed"
+        doctor = swarm.run_command("hidden-1", "doctor", swarm.stage.invites()[-1], "--json")
+        printed = [line for line in doctor.splitlines() if line.startswith("{")]
+        must(bool(printed), f"{told}, but `p2ptrain doctor` does not answer: {doctor[-300:]}")
+        findings = {check["name"]: check["finding"] for check in json.loads(printed[-1])["checks"]}
+        must(findings.get("reach") == "behind NAT", f"{told}, but `p2ptrain doctor` finds {findings}")
     return Figures(f"{told}; doctor names the NAT", {"one_seconds": one, "two_seconds": two})

@@ -324,13 +324,13 @@ class Swarm:
         return sum(parameter.numel() for parameter in model.parameters())
 
     def run_command(self, name: str, *words: str) -> str:
-        """What `p2ptrain` with these words says on that peer's host, within 30 s, on stdout and stderr."""
+        """What `p2ptrain` with these words says on that peer's host, within 60 s, on stdout and stderr."""
         command = [
             *self.lab.hosts.hosts[name].inside,
             str(Path(sys.executable).with_name("p2ptrain")),
             *words,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         return done.stdout + done.stderr
 
     def memory_slopes(self, seconds: float, *, settle_seconds: float) -> dict[str, float]:

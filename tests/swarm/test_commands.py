@@ -68,6 +68,23 @@ def test_join_gives_up_when_the_bootstrap_takes_connections_and_says_nothing(peo
         complaint(people.join(invite_to(address), "peer"), 4, address, "firewall")
 
 
+def test_doctor_names_a_closed_door_and_a_bootstrap_that_is_not_there(people: Crew, tmp_path: Path) -> None:
+    _, invite = people.bootstrap(run_file(tmp_path, "healthy", 10))
+    closed = tmp_path / "closed.toml"
+    closed.write_text(f'announce = ["/ip4/127.0.0.1/tcp/{free_port()}"]\n')
+    away = invite_to(f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{NOBODY}")
+    examined = [
+        people.start("doctor", *words, "--json") for words in ((invite, "--peer", str(closed)), (away,), ())
+    ]
+    assert [process.end(60) for process in examined] == [0, 4, 0]
+    found = [
+        {check["name"]: check["finding"] for check in process.result()["checks"]} for process in examined
+    ]
+    assert [each.get("reach") for each in found] == ["behind NAT", None, None]
+    assert [each.get("run") for each in found] == ["ok", None, None]
+    assert found[1]["swarm"] == "Unreachable"
+
+
 def test_join_asks_for_a_new_invite_when_its_run_is_no_longer_the_bootstraps(
     people: Crew, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from p2ptrain.events import (
     PeerFaulted,
     PeerStoodOut,
     Previewed,
+    ReachChanged,
     ReplicaDiverged,
     RolledBack,
     RoundAborted,
@@ -95,6 +96,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     PeerBenched(peer=BERT, offences=3, seconds=120.0),
     CarrierChanged(peer=BERT, carrier=Carrier.LIBP2P, reason="192.0.2.7 port 4433: no answer within 5 s"),
     STOOD_OUT,
+    ReachChanged(reachable=False, address="/ip4/203.0.113.7/tcp/31337", relays=1),
     DaemonRestarted(seconds=0.8),
     Leaving(step=500, reason="asked to", rounds=412, samples=12_288),
 )

@@ -1,0 +1,384 @@
+"""`p2ptrain doctor`: can this machine take part, and if not, what is the cause and what to do?
+
+Each check is a function of what was measured, and comes to one `Check`. `examine` measures: this machine
+first, then, by an invite, the way into the swarm, from a peer of a new identity that leaves again. Not
+covered: how fast this machine would be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped]
+
+from p2ptrain import PROTOCOL_VERSION, __version__
+from p2ptrain.config import PeerConfig, RunConfig, check_together
+from p2ptrain.errors import LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
+from p2ptrain.swarm import p2pd, reach
+from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.validator import MAX_CLOCK_SKEW_SECONDS
+from peers.places import user_data
+
+if TYPE_CHECKING:
+    from p2ptrain.swarm.libp2p import Libp2pSwarm
+
+PYTHONS = ((3, 11), (3, 13))
+PACKAGES = ("torch", "hivemind", "numpy", "safetensors")
+FEW_FILES, ENOUGH_FILES = 256, 1024
+"""Open files: a lane is one, here and in the libp2p daemon."""
+PROCESS_BYTES = 600 * 10**6
+"""What Python, torch and hivemind have before there is a model."""
+STATE_BYTES, WORK_BYTES = 12, 24
+"""Per parameter: weight and two moments; gradients, averages, and a snapshot for newcomers."""
+ROOM_BYTES = 100 * 10**6
+"""On disk for key and journal."""
+WISE_PORT = 31337
+NETWORK_SECONDS = 45.0
+"""For all questions to the swarm together; each has a shorter deadline of its own."""
+
+
+class Verdict(StrEnum):
+    FINE = "fine"
+    NOTE = "note"
+    """It will do; it could be better."""
+    BAD = "bad"
+    """So this machine cannot take part."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one look came to."""
+
+    name: str
+    verdict: Verdict
+    finding: str
+    """The result for programs, in a word or two."""
+    detail: str
+    remedy: str = ""
+    """One thing to do; empty if there is nothing to do."""
+    exit_code: int = 0
+    """Of the command, if this is bad."""
+
+
+def fine(name: str, finding: str, detail: str) -> Check:
+    return Check(name, Verdict.FINE, finding, detail)
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 if one can take part, else that of the first cause."""
+    return next((check.exit_code for check in checks if check.verdict is Verdict.BAD), 0)
+
+
+def lines(check: Check) -> list[str]:
+    """The check as a person reads it."""
+    mark = {Verdict.FINE: "ok  ", Verdict.NOTE: "note", Verdict.BAD: "BAD "}[check.verdict]
+    remedy = [f"              → {check.remedy}"] if check.remedy else []
+    return [f"{mark}  {check.name:<7} {check.detail}", *remedy]
+
+
+def plain(checks: list[Check]) -> dict[str, Any]:
+    """All of it for `--json`."""
+    return {
+        "can_take_part": not exit_code(checks),
+        "exit_code": exit_code(checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+# -- what the measurements mean ------------------------------------------------------------------------------
+
+
+def versions(python: tuple[int, int], found: Mapping[str, str | None], daemon_fault: str) -> Check:
+    """`found`: package → version, None if it is not there; `daemon_fault`: why p2pd cannot be run."""
+    shown = f"p2ptrain {__version__} (protocol {PROTOCOL_VERSION}), Python {python[0]}.{python[1]}"
+    least, most = PYTHONS
+    if not least <= python <= most:
+        wanted = f"{least[0]}.{least[1]} to {most[0]}.{most[1]}"
+        return Check(
+            "version", Verdict.BAD, "python", f"{shown}; {wanted} is needed", "python3.11 -m venv .venv", 1
+        )
+    if missing := [package for package, version in found.items() if version is None]:
+        return Check(
+            "version",
+            Verdict.BAD,
+            "missing package",
+            f"{shown}, without {', '.join(missing)}",
+            "pip install --force-reinstall p2ptrain",
+            1,
+        )
+    if daemon_fault:
+        return Check(
+            "version", Verdict.BAD, "no daemon", daemon_fault, "pip install --force-reinstall hivemind", 1
+        )
+    packages = ", ".join(f"{package} {version}" for package, version in found.items())
+    return fine("version", "ok", f"{shown}, {packages}")
+
+
+def processor(cores: int, threads: int) -> Check:
+    shown = f"{threads} of {cores} cores will compute, on the CPU"
+    if threads > cores:
+        return Check(
+            "compute",
+            Verdict.NOTE,
+            "more threads than cores",
+            f"{threads} threads on {cores} cores, which makes both slow",
+            f"set threads = {cores} in the peer file",
+        )
+    return fine("compute", "ok", shown)
+
+
+def needed_memory(parameters: int, config: PeerConfig) -> int:
+    """Bytes that training so many parameters takes, activations apart."""
+    return PROCESS_BYTES + parameters * (STATE_BYTES + WORK_BYTES) + config.log_megabytes * 10**6
+
+
+def needed_disk(parameters: int, config: PeerConfig) -> int:
+    """Bytes for the checkpoints that are kept, one that is being written, and a download."""
+    return ROOM_BYTES + parameters * STATE_BYTES * (config.checkpoints_kept + 2)
+
+
+def memory(available: int, needed: int | None) -> Check:
+    """`needed`: None while it is not known what is to be trained."""
+    shown = f"{_size(available)} free"
+    if needed is None:
+        return fine("memory", "ok", shown)
+    if available < needed:
+        return Check(
+            "memory",
+            Verdict.BAD,
+            "too little",
+            f"{shown}, about {_size(needed)} are needed for this run",
+            "close other programs, or take a machine with more memory",
+            1,
+        )
+    return fine("memory", "ok", f"{shown}, about {_size(needed)} needed")
+
+
+def disk(folder: Path, free: int, writable: bool, needed: int | None) -> Check:
+    code = StorageError.exit_code
+    if not writable:
+        return Check(
+            "disk",
+            Verdict.BAD,
+            "not writable",
+            f"{folder} cannot be written",
+            "set data_dir in the peer file to a folder of yours",
+            code,
+        )
+    shown = f"{_size(free)} free in {folder}"
+    if free < (needed or ROOM_BYTES):
+        return Check(
+            "disk",
+            Verdict.BAD,
+            "too little",
+            f"{shown}, {_size(needed or ROOM_BYTES)} are needed",
+            "make room there, or set data_dir in the peer file to a larger disk",
+            code,
+        )
+    return fine("disk", "ok", shown if needed is None else f"{shown}, {_size(needed)} needed")
+
+
+def open_files(soft: int, hard: int) -> Check:
+    """The limit for this process, and how far it may be raised; a limit below 0 is none."""
+    if soft < 0 or soft >= ENOUGH_FILES:
+        return fine("files", "ok", f"{'any number of' if soft < 0 else soft} open files")
+    within = ENOUGH_FILES if hard < 0 else min(hard, ENOUGH_FILES)
+    bad = soft < FEW_FILES
+    return Check(
+        "files",
+        Verdict.BAD if bad else Verdict.NOTE,
+        "low limit",
+        f"{soft} open files are allowed, {ENOUGH_FILES} are wise in a large swarm",
+        f"ulimit -n {within}",
+        1 if bad else 0,
+    )
+
+
+def clock(ahead_seconds: float) -> Check:
+    """By how much the swarm's clock is ahead of ours."""
+    where = "behind" if ahead_seconds > 0 else "ahead of"
+    shown = f"{abs(ahead_seconds):.1f} s {where} the swarm's"
+    if abs(ahead_seconds) > MAX_CLOCK_SKEW_SECONDS:
+        return Check(
+            "clock",
+            Verdict.BAD,
+            "wrong",
+            f"{shown}; at most {MAX_CLOCK_SKEW_SECONDS:.0f} s will do",
+            "sudo timedatectl set-ntp true",
+            LocalFault.exit_code,
+        )
+    return fine("clock", "ok", shown)
+
+
+def reachable(reach_: reach.Reach, relays: int, listen: str) -> Check:
+    """What a peer that dialled back found; `listen` is the first address of the peer file."""
+    port = reach.port_of(listen) or 0
+    if reach_.reachable is None:
+        return Check(
+            "reach", Verdict.NOTE, "unknown", "nobody dialled back, so it is not known whether others can"
+        )
+    if reach_.reachable:
+        return fine("reach", "public", f"others can open connections to {reach_.address}")
+    if reach.OTHER_IDENTITY in reach_.detail:
+        return fine("reach", "public", f"others can connect to {reach_.address}; a p2ptrain runs there")
+    hidden = (
+        "reaches other hidden peers by way of a relay"
+        if relays
+        else "cannot reach other hidden peers, since none of the invite's peers relays"
+    )
+    remedy = f"to be reached, forward TCP port {port or WISE_PORT} to this machine in your router"
+    if not port:
+        remedy += f', with listen = ["/ip4/0.0.0.0/tcp/{WISE_PORT}"] in the peer file'
+    return Check(
+        "reach",
+        Verdict.NOTE,
+        "behind NAT",
+        f"behind NAT or a firewall: {reach_.address} could not be dialled ({reach_.detail}). This machine "
+        f"takes part all the same: it opens the connections, and {hidden}",
+        f"nothing needed; {remedy}" if relays else remedy,
+    )
+
+
+def fault(name: str, error: P2PTrainError, remedy: str) -> Check:
+    return Check(name, Verdict.BAD, type(error).__name__, str(error), remedy, error.exit_code)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:,.0f} MB"
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+async def examine(
+    invite: Invite | None, config: PeerConfig, tell: Callable[[Check], None], doing: Callable[[str], None]
+) -> list[Check]:
+    """All checks, each told as soon as it is made; `doing` hears what takes a while."""
+    checks: list[Check] = []
+
+    def add(check: Check) -> None:
+        checks.append(check)
+        tell(check)
+
+    add(_versions())
+    if exit_code(checks):
+        return checks  # what follows would only say that it cannot be imported
+    add(processor(os.cpu_count() or 1, config.threads))
+    add(open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
+    parameters = None
+    if invite is not None:
+        doing("asking the swarm, which takes up to 20 s")
+        try:
+            async with asyncio.timeout(NETWORK_SECONDS):
+                parameters = await _ask_swarm(invite, config, add)
+        except TimeoutError:
+            late = Unreachable(f"the swarm did not answer everything within {NETWORK_SECONDS:.0f} s")
+            add(fault("swarm", late, "try again"))
+    add(_disk(config, None if parameters is None else needed_disk(parameters, config)))
+    needs = None if parameters is None else needed_memory(parameters, config)
+    add(memory(psutil.virtual_memory().available, needs))
+    return checks
+
+
+def _disk(config: PeerConfig, needed: int | None) -> Check:
+    folder = Path(config.data_dir).expanduser() if config.data_dir else user_data()
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return disk(folder, shutil.disk_usage(there).free, os.access(there, os.W_OK), needed)
+
+
+def _versions() -> Check:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    try:
+        p2pd.binary()
+        daemon_fault = ""
+    except LocalFault as problem:
+        daemon_fault = str(problem)
+    return versions(sys.version_info[:2], found, daemon_fault)
+
+
+async def _ask_swarm(invite: Invite, config: PeerConfig, add: Callable[[Check], None]) -> int | None:
+    """The way in, the clock, the way back, and the run; its number of parameters, if it came so far."""
+    from p2ptrain.swarm.libp2p import Libp2pSwarm
+
+    with tempfile.TemporaryDirectory(prefix="p2ptrain-doctor-") as folder:
+
+        def guest(listen: tuple[str, ...], announce: tuple[str, ...]) -> Libp2pSwarm:
+            return Libp2pSwarm(
+                Path(folder) / "identity.key",
+                invite.run_id,
+                initial_peers=invite.addresses,
+                listen=listen,
+                announce=announce,
+                on_event=lambda event: None,
+            )
+
+        try:
+            swarm = guest(config.listen, config.announce)
+            try:
+                await swarm.__aenter__()
+            except PortBusy:
+                # By our own peer, most likely: ask about its port, and listen on another.
+                swarm = guest(("/ip4/0.0.0.0/tcp/0",), config.announce or config.listen)
+                await swarm.__aenter__()
+        except P2PTrainError as problem:
+            skew = swarm.clock_skew_seconds
+            if isinstance(problem, LocalFault) and skew is not None and abs(skew) > MAX_CLOCK_SKEW_SECONDS:
+                add(fine("swarm", "ok", "it answers"))
+                add(clock(skew))
+            else:
+                add(fault("swarm", problem, _way_in(problem)))
+            return None
+        try:
+            others = swarm.connected_peers()
+            add(fine("swarm", "ok", f"run {invite.run_id} answers; {others} peers connected"))
+            if (skew := swarm.clock_skew_seconds) is not None:
+                add(clock(skew))
+            add(reachable(swarm.reach, len(swarm.relays), config.listen[0]))
+            return await _ask_run(swarm, invite, config, add)
+        finally:
+            await swarm.__aexit__(None, None, None)
+
+
+def _way_in(problem: P2PTrainError) -> str:
+    if isinstance(problem, Unreachable):
+        return "ask the organizer whether the bootstrap runs, and for a new invite"
+    return "see the sentence above"
+
+
+async def _ask_run(
+    swarm: Libp2pSwarm, invite: Invite, config: PeerConfig, add: Callable[[Check], None]
+) -> int | None:
+    from peers.volunteer import fetch_run
+
+    try:
+        run = await fetch_run(swarm, invite)
+        check_together(run, config)
+        parameters = _parameters(run, config)
+    except P2PTrainError as problem:
+        add(fault("run", problem, "see the sentence above"))
+        return None
+    add(fine("run", "ok", f"{run.run_id}: {parameters:,} parameters, protocol {PROTOCOL_VERSION}"))
+    return parameters
+
+
+def _parameters(run: RunConfig, config: PeerConfig) -> int:
+    from p2ptrain.tasks import build_task
+
+    model = build_task(run, config.corpus).build_model(run.seed)
+    return sum(parameter.numel() for parameter in model.parameters())
