@@ -347,7 +347,7 @@ class LowRank:
 
     ‖decoded - x‖ ≤ 1.01 · ‖x‖ (Euclidean, of the chunk) where some |x| > 2^-100: a matrix whose singular
     values are all alike comes through hardly at all, one of rank 4 or less nearly as in `fp16`. So encoding
-    again what was decoded changes it, but little.
+    again what was decoded changes it, though whole rows but little.
 
     This is not PowerSGD (Vogels et al. 2019), though the power iteration is. There, all members share one
     factor, average the other and then the first, which takes two rounds in a row and the shapes of the
