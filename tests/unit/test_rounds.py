@@ -9,6 +9,7 @@ from typing import Any
 import uvloop
 
 from p2ptrain.allreduce import Rounds
+from p2ptrain.gradients.codecs import codec_named
 
 
 def test_deadline_that_has_passed_may_be_set_again() -> None:
@@ -22,7 +23,7 @@ def test_deadline_that_has_passed_may_be_set_again() -> None:
     async def twice_late() -> None:
         overdue: Any = SimpleNamespace(deadline=lambda: 0.0, tick=tick)
         nobody: Any = None
-        rounds = Rounds(nobody, overdue, nobody, 1024, nobody, nobody, nobody)
+        rounds = Rounds(nobody, overdue, codec_named("fp32"), 1024, nobody, nobody, nobody)
         for _ in range(2):
             rounds._carry_out([])
         await asyncio.sleep(0)
