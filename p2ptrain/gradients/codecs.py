@@ -235,7 +235,7 @@ def _blocks(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def _to_levels(values: Tensor, block: int, most: int) -> tuple[memoryview, Tensor]:
+def _to_levels(values: Tensor, block: int, most: int) -> tuple[bytes, Tensor]:
     """The blocks' scales (bf16, as bytes) and int8 [n], within ±`most`: their product is `values`, rounded.
 
     A scale is the block's largest value / `most`, rounded to 8 bits: by at most 2^-8 of itself.
@@ -249,7 +249,7 @@ def _to_levels(values: Tensor, block: int, most: int) -> tuple[memoryview, Tenso
     _largest_to_send(largest)
     scales = largest.div_(_float32(most)).clamp_(min=_SMALLEST_NORMAL).to(torch.bfloat16)
     levels = torch.mul(rows, scales.float().reciprocal_()[:, None]).round_().to(torch.int8)
-    return scales.view(torch.int16).numpy().data, levels.view(-1)[:count]
+    return scales.view(torch.int16).numpy().tobytes(), levels.view(-1)[:count]
 
 
 def _from_levels(codec: Codec, data: Buffer, levels: Tensor, block: int, out: Tensor) -> None:
@@ -347,7 +347,7 @@ class LowRank:
 
     ‖decoded - x‖ ≤ 1.01 · ‖x‖ (Euclidean, of the chunk) where some |x| > 2^-100: a matrix whose singular
     values are all alike comes through hardly at all, one of rank 4 or less nearly as in `fp16`. So encoding
-    again what was decoded changes it, but little.
+    again what was decoded changes it, though whole rows but little.
 
     This is not PowerSGD (Vogels et al. 2019), though the power iteration is. There, all members share one
     factor, average the other and then the first, which takes two rounds in a row and the shapes of the

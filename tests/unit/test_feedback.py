@@ -14,6 +14,8 @@ from p2ptrain.gradients.aggregation import mean_chunk
 from p2ptrain.gradients.codecs import CODECS, LARGEST, Codec, codec_named
 from p2ptrain.gradients.feedback import Owed
 
+torch.set_num_threads(1)  # for so little work, threads only wait for each other
+
 NUMEL, CHUNK = 1500, 1200
 lossy = pytest.mark.parametrize(
     "codec", [each for each in CODECS.values() if each.feedback], ids=lambda c: c.name
@@ -146,7 +148,7 @@ def test_mean_comes_out_the_same_whatever_order_the_chunks_are_ready_in(codec: C
     base = Owed(codec, 100, 100 + NUMEL)
     base.encode(100, drawn(1))
     outs = []
-    for starts in ([0, CHUNK, 2 * CHUNK], [2 * CHUNK, 0, CHUNK]):
+    for starts in ([0, CHUNK], [CHUNK, 0]):
         attempt = base.moved(100, 100 + NUMEL)
         outs.append({at: attempt.encode(100 + at, drawn(2)[at : at + CHUNK])[0] for at in starts})
     assert outs[0] == outs[1]
@@ -156,10 +158,10 @@ def test_mean_comes_out_the_same_whatever_order_the_chunks_are_ready_in(codec: C
 @pytest.mark.parametrize(
     ("start", "stop", "kept"),
     [
-        (100, 400, (100, 400)),
-        (50, 450, (100, 400)),
+        (100, 1600, (100, 1600)),
+        (50, 1650, (100, 1600)),
         (200, 250, (200, 250)),
-        (300, 700, (300, 400)),
+        (1500, 1900, (1500, 1600)),
         (0, 99, (0, 0)),
     ],
 )
@@ -168,7 +170,7 @@ def test_reducer_still_owes_what_both_spans_have_when_its_span_moves(
 ) -> None:
     owed = Owed(codec, 100, 100 + NUMEL)
     owed.encode(100, drawn(1))
-    before = dict(zip(range(100, 400), owed._lost.tolist(), strict=True))
+    before = dict(zip(range(100, 100 + NUMEL), owed._lost.tolist(), strict=True))
     after = dict(zip(range(start, stop), owed.moved(start, stop)._lost.tolist(), strict=True))
     assert after == {at: before[at] if at in range(*kept) else 0.0 for at in range(start, stop)}
 
@@ -193,11 +195,12 @@ def test_mean_is_encoded_as_it_is_when_the_codec_owes_nothing(codec: Codec) -> N
 
 @lossy
 def test_many_steps_move_as_far_as_their_gradients_when_each_alone_is_rounded_coarsely(codec: Codec) -> None:
-    """Values far below half a level of their block never get through alone; with what is owed they do."""
-    small = torch.full((NUMEL,), 0.01)
+    """Values far below half a level of their block never get through alone; with what is owed they do, a few
+    steps late."""
+    small = torch.full((NUMEL,), 0.03)
     small[::50] = 1.0
     members, owed = [Accumulator(NUMEL) for _ in range(3)], Owed(codec, 0, NUMEL)
-    steps, moved = 300, torch.zeros(NUMEL)
+    steps, moved = 200, torch.zeros(NUMEL)
     for _ in range(steps):
         parts = []
         for member in members:
@@ -206,12 +209,12 @@ def test_many_steps_move_as_far_as_their_gradients_when_each_alone_is_rounded_co
             parts.append(decoded(codec, chunks))
             member.settle(codec, chunks)
         moved += owed.encode(0, mean_chunk(parts, [1, 1, 1]))[1]
-    assert torch.allclose(moved / steps, small, atol=0.005)
+    assert (moved - steps * small).abs().max() < 4  # without, int4 would be 6 behind
 
 
 def test_int4_without_feedback_would_never_move_a_small_value() -> None:
     """The measure itself."""
-    small = torch.full((64,), 0.01)
+    small = torch.full((64,), 0.03)
     small[0] = 1.0
     out = torch.empty(64)
     codec_named("int4").decode(codec_named("int4").encode(small), out)
