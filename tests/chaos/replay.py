@@ -199,12 +199,12 @@ def replay(members: Sequence[Recorded], run: RunConfig, orders: int, seed: int) 
 def every_way(
     orders: int, *, peers: int = 4, seed: int = 0, width: int = 128, chunk_values: int = 16_384
 ) -> list[Figures]:
-    """Record a round and replay it, with each codec there is and the mean; and in a fifth of the orders with
+    """Record a round and replay it, with each codec there is and the mean; and in a tenth of the orders with
     each other rule in fp32, which hides no difference."""
     found = []
     torch.set_num_threads(1)
     ways = [(codec, "mean", orders) for codec in sorted(CODECS)]
-    ways += [("fp32", name, -(-orders // 5)) for name in AGGREGATIONS if name != "mean"]
+    ways += [("fp32", name, -(-orders // 10)) for name in AGGREGATIONS if name != "mean"]
     for codec, aggregation, times in ways:
         run = RunConfig(
             run_id="replay",
