@@ -206,12 +206,12 @@ def every_way(
     chunk_values: int = 16_384,
     codecs: Sequence[str] = tuple(sorted(CODECS)),
 ) -> list[Figures]:
-    """Record a round and replay it, with each of these codecs and the mean; and in a fifth of the orders with
+    """Record a round and replay it, with each of these codecs and the mean; and in a tenth of the orders with
     each other rule in fp32, which hides no difference."""
     found = []
     torch.set_num_threads(1)
     ways = [(codec, "mean", orders) for codec in codecs]
-    ways += [("fp32", name, -(-orders // 5)) for name in AGGREGATIONS if name != "mean"]
+    ways += [("fp32", name, -(-orders // 10)) for name in AGGREGATIONS if name != "mean"]
     for codec, aggregation, times in ways:
         run = RunConfig(
             run_id="replay",

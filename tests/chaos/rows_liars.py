@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 
 from p2ptrain.config import BytesTask, commented_toml
@@ -88,14 +87,17 @@ def not_finite(trial: Trial) -> Figures:
     fault="1 of 5 sends its gradient flipped, constant, noise, or flipped and five times as long",
     injected="a lying volunteer",
     criterion="final loss at most 1.05 times that of plain means without it; metrics name it and no other",
-    deadline_seconds=900,
+    deadline_seconds=600,
 )
 def poisoned(trial: Trial) -> Figures:
     steps = trial.pick(80, 25)
     told, wrong, numbers = [], [], dict[str, float]()
     clean, _ = fifth_peer(trial, steps, "mean", "")
     for aggregation, lie in (
-        *product(BOUNDED, ("flip", "constant", "random", "outweigh")),
+        ("multi_krum", "flip"),
+        ("multi_krum", "constant"),
+        ("multi_krum", "random"),
+        ("multi_krum", "outweigh"),
         ("mean", "outweigh"),  # for comparison: it is documented as unsafe
     ):
         loss, named = fifth_peer(trial, steps, aggregation, lie)
@@ -109,11 +111,6 @@ def poisoned(trial: Trial) -> Figures:
     if wrong:
         raise Failed(f"{'; '.join(wrong)}. Measured: {text}")
     return Figures(text, {"clean_loss": clean, **numbers})
-
-
-BOUNDED = ("multi_krum",)
-"""What the criterion is demanded of here; all rules are held to it in `tests/swarm/test_robust_training.py`,
-where gradients are less noisy."""
 
 
 def fifth_peer(trial: Trial, steps: int, aggregation: str, lie: str) -> tuple[float, set[str]]:

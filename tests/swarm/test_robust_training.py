@@ -28,7 +28,7 @@ from tests.swarm.training import Regression, Training, check_replicas, small_run
 
 pytestmark = pytest.mark.swarm
 
-PEERS, SAMPLES, STEPS = 5, 8, 60
+PEERS, SAMPLES, STEPS = 5, 128, 30
 TASK = Regression()
 
 
@@ -73,16 +73,20 @@ def final_loss(rule: str, lie: str) -> float:
 
 
 @pytest.mark.parametrize("lie", ["", *LIES])
-@pytest.mark.parametrize("rule", [name for name in AGGREGATIONS if name != "mean"])
-def test_model_learns_as_well_as_by_the_mean_of_honest_peers_when_one_of_five_lies(
-    rule: str, lie: str
+@pytest.mark.parametrize(
+    ("rule", "most"), [("multi_krum", 1.05), ("centered_clip", 1.1), ("trimmed_mean", 1.1), ("median", 1.1)]
+)
+def test_model_learns_nearly_as_well_as_by_the_mean_of_honest_peers_when_one_of_five_lies(
+    rule: str, most: float, lie: str
 ) -> None:
-    assert final_loss(rule, lie) <= 1.05 * final_loss("mean", "")
+    """Multi-Krum leaves the liar out. With the others it still pushes each value a little, always the same
+    way if it likes."""
+    assert final_loss(rule, lie) <= most * final_loss("mean", "")
 
 
 @pytest.mark.parametrize("lie", ["constant", "against all the others"])
 def test_plain_mean_does_not_bear_one_liar(lie: str) -> None:
-    assert final_loss("mean", lie) > 1.5 * final_loss("mean", "")
+    assert final_loss("mean", lie) > 10 * final_loss("mean", "")
 
 
 def test_every_peer_names_the_liar_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
