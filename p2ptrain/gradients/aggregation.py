@@ -113,7 +113,7 @@ def multi_krum(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     gradients that differ by chance only, and a slow peer is not taken for a liar.
 
     With no more than a quarter of the members lying, or one, a liar counts only if it is as near to the
-    others as an honest member is.
+    others as an honest member is. One that claims fewer samples may be farther away, and weighs less.
     """
     means, weights = _means(totals, samples)
     if len(means) < FEWEST:
