@@ -483,7 +483,7 @@ def protocol(rogue: Rogue) -> None:
 @lie
 def config(rogue: Rogue) -> None:
     """It trains with twice the learning rate of the run file that it was given."""
-    fetch = volunteer._fetch_run
+    fetch = volunteer.fetch_run
 
     async def fetching(*arguments: Any) -> RunConfig:
         run = await fetch(*arguments)
@@ -491,7 +491,7 @@ def config(rogue: Rogue) -> None:
         faster = run.optimizer.model_copy(update={"lr": 2 * run.optimizer.lr})
         return run.model_copy(update={"optimizer": faster})
 
-    volunteer._fetch_run = fetching
+    volunteer.fetch_run = fetching
 
 
 @lie
