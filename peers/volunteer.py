@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +61,8 @@ RUN_FILE_PAUSES_SECONDS = (0.5, 1.0)
 BAR_SECONDS = 0.25
 GATE_SECONDS = 1.0
 """Between two looks whether our invite still holds."""
+COMPUTE_NICE = 10
+"""How far training stands back behind rounds, and behind whatever else this machine does."""
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
 
@@ -116,7 +120,8 @@ async def volunteer(
                     "join without --run to take the swarm's, or ask the organizer for the right invite"
                 )
             check_together(run, config)
-            compute, aside = _threads(stack, "compute", 1), _threads(stack, "aside", 2)
+            compute = _threads(stack, "compute", 1, _give_way)
+            aside = _threads(stack, "aside", 2, _give_way)
             work = _threads(stack, "reduce", 1)
             replica, task, print_ = await compute(partial(_build, run, config))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
@@ -265,8 +270,20 @@ def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:
     return Replica(model, run, print_), task, print_
 
 
-def _threads(stack: contextlib.ExitStack, name: str, count: int) -> Compute:
-    executor = ThreadPoolExecutor(count, thread_name_prefix=name)
+def _give_way() -> None:
+    """From now on this thread takes what processor time the others leave: where there is little, a round that
+    all wait for comes before a micro-batch that nobody does. Linux alone has priorities of threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        nice = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(nice + COMPUTE_NICE, 19))
+
+
+def _threads(
+    stack: contextlib.ExitStack, name: str, count: int, begin: Callable[[], None] = lambda: None
+) -> Compute:
+    """Each thread of them starts with `begin`."""
+    executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
     stack.callback(executor.shutdown, wait=True, cancel_futures=True)
 
     async def call(function: Callable[..., Any], *arguments: Any) -> Any:

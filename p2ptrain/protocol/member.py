@@ -59,7 +59,7 @@ MAX_KNOWN = 1024
 MAX_PASSED = 10_000
 MAX_UNHELPFUL = 5
 RATE_GAIN = 0.25
-"""Of each newly measured sending rate; spans follow the mean."""
+"""Of what sending a byte took in the last round; spans follow the mean."""
 OFFENCES_FORGIVEN = 2
 """A bit may flip, and a peer may restart in the middle of something."""
 BENCH_SECONDS = 120.0
@@ -104,7 +104,7 @@ class Member:
         self.lost: set[PeerId] = set()
         self.known: dict[PeerId, Position] = {}
         self._report: Report | None = None
-        self._rate = 0.0
+        self._seconds_per_byte = 0.0
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
         self._unhelpful: Counter[PeerId] = Counter()
@@ -218,9 +218,15 @@ class Member:
         )
         return self._settle(self._speak(), now)
 
+    @property
+    def _rate(self) -> float:
+        return 1 / self._seconds_per_byte if self._seconds_per_byte else 0.0
+
     def sent_at(self, rate: float) -> None:
         """In a round that ended, this peer sent so many bytes per second while it had something to send."""
-        self._rate += (rate - self._rate) * (RATE_GAIN if self._rate else 1.0)
+        # Of times, not of rates: one that has become slow is known to be at once.
+        before = self._seconds_per_byte
+        self._seconds_per_byte += (1 / rate - before) * (RATE_GAIN if before else 1.0)
 
     def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
         """The data plane holds every span of the attempt that `header` names, so long after this peer had

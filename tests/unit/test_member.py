@@ -11,7 +11,8 @@ from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
 from p2ptrain.protocol.member import BENCH_SECONDS, Member
 from p2ptrain.protocol.round import Begin, Benched, Cancel, CatchUp, Effect, Send, TookOver
-from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId, Position
+from p2ptrain.protocol.spans import balanced
+from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId, Position, Report
 
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
@@ -477,6 +478,25 @@ def test_member_never_declares_done_when_it_has_promised_a_successor_otherwise()
     assert member.held(story.header(freeze, "m"), 0.0, story.now) == []
     assert member.received(A, freeze, story.now) == [Send(A, member.answer())]
     assert member.answer().held is None
+
+
+def test_peer_that_has_become_slow_gets_less_to_reduce_in_the_next_round() -> None:
+    story = tell("a b c stand at step 6")
+    spans = []
+    for rate in (8e6, 1e5):
+        story.machines[B].sent_at(rate)
+        for name in (A, C):
+            story.machines[name].sent_at(8e6)
+        reports = {
+            name: report.message
+            for name in (B, C)
+            for report in story.machines[name].progressed(2, 0, 0.0, 0.0, None, story.now)
+            if isinstance(report, Send) and isinstance(report.message, Report)
+        }
+        assert reports.keys() == {B, C}
+        spans.append(balanced([8e6, *(report.rate for report in reports.values())]))
+    assert spans[0] == pytest.approx([1 / 3] * 3)
+    assert spans[1][1] == 0
 
 
 # -- restarts, promises and a majority -----------------------------------------------------------------------
