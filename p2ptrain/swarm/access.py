@@ -127,6 +127,11 @@ def untimely(grant: Grant, now: float) -> str:
     """Why the grant does not hold at this time, as the end of "the invite …"; empty if it does."""
     if grant.issued > now + MAX_CLOCK_SKEW_SECONDS:
         return f"is not valid before {_shown(grant.issued)}, and it is {_shown(now)} by the clock here"
+    return ended(grant, now)
+
+
+def ended(grant: Grant, now: float) -> str:
+    """The same, but for when it began: a clock that is set back shall put nobody out who is in."""
     if grant.expires is not None and now >= grant.expires:
         return f"expired at {_shown(grant.expires)}, and it is {_shown(now)} by the clock here"
     return ""

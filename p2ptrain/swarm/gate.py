@@ -30,7 +30,7 @@ from p2ptrain.records import (
     Request,
     Revocations,
 )
-from p2ptrain.swarm.access import Invite, is_borne_by, is_signed, untimely
+from p2ptrain.swarm.access import Invite, ended, is_borne_by, is_signed
 from p2ptrain.swarm.identity import Identity, verify
 
 MAX_PASSES = 2048
@@ -66,7 +66,7 @@ class Gate:
             return f"{which} is to run {grant.run_digest[:12]}… and not to {ours.run_digest[:12]}…"
         if self.revocations is not None and grant.serial in self.revocations.serials:
             return f"{which} has been revoked by the organizer"
-        if late := untimely(grant, self._clock()):
+        if late := ended(grant, self._clock()):
             return f"{which} {late}"
         return ""
 

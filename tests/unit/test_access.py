@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from organizer import NOW, ORGANIZER, invite
 from pydantic import ValidationError
@@ -59,6 +59,10 @@ def refusal(text: str) -> str:
     return message
 
 
+places = st.integers(0, 9999)
+"""Drawn so, since the text of an invite, signed and with a fresh key, is another one each time."""
+
+
 @given(invite=invites)
 def test_invite_comes_back_when_decoded(invite):
     text = encode(invite)
@@ -69,8 +73,9 @@ def test_invite_comes_back_when_decoded(invite):
 @given(invite=invites, data=st.data())
 def test_invite_is_refused_when_one_character_changed(invite, data):
     text = encode(invite)
-    place = data.draw(st.integers(0, len(text) - 1))
-    other = data.draw(st.characters(exclude_characters=text[place]))
+    place = data.draw(places) % len(text)
+    other = data.draw(st.characters())
+    assume(other != text[place])
     refusal(text[:place] + other + text[place + 1 :])
 
 
@@ -92,7 +97,7 @@ def test_invite_is_refused_when_cut_short_anywhere():
 def test_invite_comes_back_when_a_mail_wrapped_it(invite, data):
     text = encode(invite)
     for _ in range(3):
-        place = data.draw(st.integers(0, len(text)))
+        place = data.draw(places) % (len(text) + 1)
         text = text[:place] + data.draw(st.sampled_from(["\n", "\r\n", " ", "\n\t"])) + text[place:]
     assert decode(f"  {text} \n") == invite
 
