@@ -200,7 +200,7 @@ async def train_here(
             if name == "_gradients":
                 batch_ended = time.monotonic()
             elif name == "_apply_now":
-                applied[arguments[0].header.step] = time.monotonic()
+                applied[arguments[0].entry.header.step] = time.monotonic()
             return result
 
         return await asyncio.get_running_loop().run_in_executor(threads[0], timed)
