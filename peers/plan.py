@@ -20,6 +20,8 @@ from p2ptrain.errors import ConfigError
 from p2ptrain.events import duration
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.forecast import GOOD_UTILISATION, Forecast, Links, forecast
+from p2ptrain.protocol.spans import chunk_ranges
+from p2ptrain.replica.joining import MAX_DONORS, UPLOAD_SHARE
 from p2ptrain.replica.replica import Replica
 from p2ptrain.tasks import Task, build_task
 
@@ -59,8 +61,8 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
     task = build_task(run, corpus)
     replica = Replica(task.build_model(run.seed), run, "")
     codec = codec_named(run.codec)
-    whole, rest = divmod(replica.numel, run.chunk_values)
-    encoded = whole * codec.encoded_bytes(run.chunk_values) + (codec.encoded_bytes(rest) if rest else 0)
+    chunks = chunk_ranges(0, replica.numel, run.chunk_values)
+    encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)
     pace = tokens_per_second / run.task.context or _samples_per_second(task, replica.model)
     figures = forecast(
         peers=peers,
@@ -68,6 +70,8 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
         sample_seconds=1 / pace,
         encoded_bytes=encoded,
         state_bytes=replica.max_state_bytes,
+        most_donors=MAX_DONORS,
+        donor_share=UPLOAD_SHARE,
         links=links,
     )
     return Plan(peers, replica.numel, encoded, pace, not tokens_per_second, figures)

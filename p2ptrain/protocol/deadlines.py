@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from p2ptrain.protocol.estimate import Estimate, clamp
 from p2ptrain.protocol.round import Rules
+from p2ptrain.protocol.spans import moved_bytes
 from p2ptrain.records import PeerId
 
 FIRST_BITS_PER_SECOND = 2e6
@@ -64,5 +65,4 @@ class Deadlines:
         return clamp(0.0, self.rules.silence_seconds + need, self.rules.attempt_most_seconds)
 
     def _moved_bytes(self, members: int) -> float:
-        """2 (n − 1) / n of the encoded vector, each way."""
-        return 2 * (members - 1) / members * self.rules.encoded_bytes
+        return moved_bytes(members, self.rules.encoded_bytes)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-DONORS = 8
-DONOR_SHARE = 0.25
-"""Of a donor's uplink, for all joiners together (`replica.joining`)."""
+from p2ptrain.protocol.spans import moved_bytes
+
 ROUND_TRIPS = 2.0
 """Freeze, contributions, means, Done and commit are one way each; half a round trip hides in the micro-batch
 that the freeze lets finish."""
@@ -56,17 +55,26 @@ class Forecast:
 
 
 def forecast(
-    *, peers: int, batch_size: int, sample_seconds: float, encoded_bytes: int, state_bytes: int, links: Links
+    *,
+    peers: int,
+    batch_size: int,
+    sample_seconds: float,
+    encoded_bytes: int,
+    state_bytes: int,
+    most_donors: int,
+    donor_share: float,
+    links: Links,
 ) -> Forecast:
-    """`sample_seconds`: what one sample takes one peer; `batch_size`: of all peers together."""
-    sent = 2 * (peers - 1) / peers * encoded_bytes
+    """`sample_seconds`: what one sample takes one peer; `batch_size`: of all peers together; `donor_share`:
+    of a donor's uplink, for all joiners together."""
+    sent = moved_bytes(peers, encoded_bytes)
     compute = batch_size * sample_seconds / peers
     narrow = min(links.uplink, links.downlink)
     transfer = sent / narrow
     trips = _round_trips(encoded_bytes / peers, narrow, links.rtt_seconds) if sent else 0.0
     latency = trips * links.rtt_seconds
     step = compute + transfer + latency
-    donors = min(DONORS, max(peers - 1, 1))
+    donors = min(most_donors, max(peers - 1, 1))
     costs = {
         "computing": compute,
         "uplink" if links.uplink <= links.downlink else "downlink": transfer,
@@ -81,7 +89,7 @@ def forecast(
         utilisation=compute / step,
         sent_bytes=sent,
         bytes_per_day=sent * SECONDS_PER_DAY / step,
-        join_seconds=state_bytes / min(links.downlink, donors * DONOR_SHARE * links.uplink),
+        join_seconds=state_bytes / min(links.downlink, donors * donor_share * links.uplink),
         bottleneck=max(costs, key=lambda what: costs[what]),
         good_batch_size=max(1, math.ceil(enough * peers / sample_seconds)),
     )

@@ -40,6 +40,12 @@ def balanced(rates: Sequence[float]) -> list[float]:
     return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
 
 
+def moved_bytes(members: int, encoded_bytes: int) -> float:
+    """What a member of a round sends, and receives as well, if all have equal shares: 2 (n − 1) / n of the
+    encoded gradient."""
+    return 2 * (members - 1) / members * encoded_bytes
+
+
 def share_out(values: int, shares: Sequence[float]) -> tuple[int, ...]:
     """Boundaries of `len(shares)` spans over `values` values, in proportion to `shares` (> 0 in sum).
 

@@ -239,7 +239,7 @@ class TlsCarrier:
         except (OSError, ValueError) as error:
             flow.fail(fault := Unreachable(_said(error)))
             raise fault from None
-        except BaseException:
+        except BaseException:  # refused, or cancelled: nobody else has the connection to close it
             flow.fail(Unreachable("given up"))
             raise
         return flow
@@ -345,10 +345,10 @@ class TlsCarrier:
             if peer in self._carriers and peer not in self._flows:
                 self._tell(peer, Carrier.LIBP2P, str(fault))
             receiver.broken(peer)
-        except BaseException as error:
+        except BaseException:  # cancelled, as we leave: the connection must not outlive whoever reads it
             flow.fail(Unreachable("we left"))
             self._remove(peer, flow)
-            raise error
+            raise
 
     def _remove(self, peer: PeerId, flow: Flow) -> None:
         self._past_bytes[0] += flow.sent_bytes

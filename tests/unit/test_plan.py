@@ -24,6 +24,8 @@ def cost(*, peers: int = 4, batch_size: int = 100, links: Links = HOME) -> Forec
         sample_seconds=0.1,
         encoded_bytes=10_000_000,
         state_bytes=60_000_000,
+        most_donors=8,
+        donor_share=0.25,
         links=links,
     )
 
