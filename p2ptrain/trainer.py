@@ -174,13 +174,13 @@ class Peer:
         )
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batch: asyncio.Future[float] | None = None
+        self._batch: asyncio.Future[tuple[float, float]] | None = None
         self._batch_step = 0
-        self._void_batch: asyncio.Future[float] | None = None
+        self._void_batch: asyncio.Future[tuple[float, float]] | None = None
         """The micro-batch that was under way when this peer had to catch up."""
         self._batch_size = self._batch_count = config.micro_batch_size
         """Of the next micro-batch, and of the one under way."""
-        self._batch_began = self._batch_ended = self._batch_seconds = 0.0
+        self._batch_began = self._batch_seconds = 0.0
         self._drawn = 0
         """Samples drawn while the replica stands where it does."""
         self._compute_seconds = 0.0
@@ -463,14 +463,14 @@ class Peer:
             self._batch_seconds *= count / self._batch_count
             self._batch_count = count
         self._batch_step, self._batch_began = step, self._now()
-        self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
-        self._batch.add_done_callback(self._note_end)
+        self._batch = asyncio.ensure_future(self._timed_gradients(step, self._drawn, count))
         self._drawn += count
         if not ahead:
             self._report()
 
-    def _note_end(self, _: asyncio.Future[float]) -> None:
-        self._batch_ended = self._now()
+    async def _timed_gradients(self, step: int, first: int, count: int) -> tuple[float, float]:
+        """The micro-batch's Σ of losses, and when it ended: it may be taken later, with `delay`."""
+        return await self._compute(self._gradients, step, first, count), self._now()
 
     def _gradients(self, step: int, first: int, count: int) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
@@ -505,14 +505,14 @@ class Peer:
         ahead = into is self._ahead
         counts = self._batch_counts(self.replica.position.step + ahead)
         batch, self._batch = self._batch, None
-        loss_sum = await batch
+        loss_sum, ended = await batch
         count = self._batch_count
         if not counts:
             self._observe(
                 events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.BEHIND)
             )
             return
-        took = self._batch_ended - self._batch_began
+        took = ended - self._batch_began
         self._compute_seconds += took
         self._batch_seconds = took if not self._batch_seconds else 0.7 * self._batch_seconds + 0.3 * took
         if not await self._compute(into.add, self.replica.gradient, count, loss_sum):
