@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +63,6 @@ GATE_SECONDS = 1.0
 """Between two looks whether our invite still holds."""
 COMPUTE_NICE = 10
 """How far training stands back behind rounds, and behind whatever else this machine does."""
-RELEASE_SECONDS = 30.0
-"""Between two times that memory which nobody uses goes back to the system."""
 FINISH_SECONDS = 4.0
 """How long a stopping peer waits for the round that is under way."""
 
@@ -168,11 +165,7 @@ async def volunteer(
                 host=config.metrics_host,
                 port=config.metrics_port,
             )
-            beside = (
-                watch_event_loop(metrics.event_loop_lag_seconds.observe),
-                _keep_releasing(aside),
-            )
-            async with pages, peer, _beside(*beside), _bar(peer):
+            async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe), _bar(peer):
                 peer.metrics_port = pages.port
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
@@ -356,31 +349,12 @@ def _failed_checks(peer: Peer) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """While the body runs, this does, too."""
-    tasks = [asyncio.create_task(each) for each in work]
+async def _watched(observe_lag: Callable[[float], None]) -> AsyncIterator[None]:
+    watching = asyncio.create_task(watch_event_loop(observe_lag), name="event loop lag")
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _keep_releasing(aside: Compute) -> None:
-    while True:
-        await asyncio.sleep(RELEASE_SECONDS)
-        await aside(release_memory)
-
-
-def release_memory() -> None:
-    """Give back what the C library keeps of freed tensors, where it can (glibc; 10 to 30 ms).
-
-    It keeps as much as each thread ever had at once, so a peer would grow for an hour and more, whenever
-    training, a snapshot and a round happen to come together. Having every tensor mapped by itself avoids
-    that, too, and was measured to cost 14 % (from 1 MiB) to 42 % (from 64 KiB) of the training speed.
-    """
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+        watching.cancel()
 
 
 def _export_catch_up(metrics: Metrics, peer: Peer) -> None:
