@@ -355,8 +355,10 @@ class Attempt:
         """Stop all transfers."""
         self._over = True
         self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
+        # A cancelled task holds the frame that it was in, and that holds this: megabytes, until the collector
+        # of cycles comes by, which it does the more rarely the larger the program is.
+        while self._tasks:
+            self._tasks.pop().cancel()
 
     # -- inside ----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Three peers of uneven pace train on a network with 10 to 50 ms of latency; time 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from training import Regression, Trainer, Training, check_replicas, largest_pause, small_run
 
 from p2ptrain import events
+from p2ptrain.allreduce import Attempt
 from p2ptrain.config import RunConfig
 from p2ptrain.events import CatchUpBy, WasteCause
 from p2ptrain.gradients.accumulator import Accumulator, Sent
@@ -483,6 +485,22 @@ def test_only_commits_change_what_the_codec_owes_and_a_newcomer_owes_nothing() -
         await training.until(lambda: len(dora.of(events.RoundCommitted)) > 3)
 
     play(story, small_run(codec="int8"))
+
+
+def test_attempt_that_is_over_is_gone_before_the_collector_of_cycles_comes_by() -> None:
+    """It holds megabytes, and the collector comes the more rarely the larger the program is."""
+
+    async def story(training: Training) -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            await training.until_step(25)
+            attempts = [each for each in gc.get_objects() if isinstance(each, Attempt)]
+        finally:
+            gc.enable()
+        assert len(attempts) <= len(training.peers)
+
+    play(story)
 
 
 # -- with `delay` --------------------------------------------------------------------------------------------
