@@ -495,7 +495,7 @@ def test_attempt_that_is_over_is_gone_before_the_collector_of_cycles_comes_by() 
         gc.disable()
         try:
             await training.until_step(25)
-            attempts = [each for each in gc.get_objects() if isinstance(each, Attempt)]
+            attempts = [each for each in gc.get_objects() if type(each) is Attempt]
         finally:
             gc.enable()
         assert len(attempts) <= len(training.peers)
