@@ -32,7 +32,7 @@ Serial = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[int, Field(ge=0, lt=2**40)]
 """Seconds since 1970, by whose clock it may be."""
 
-MAX_ROSTER = 256
+MAX_ROSTER = 1024
 MAX_HEADER_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 4096
 """Of the first frame on a stream: until then anybody may have opened it."""

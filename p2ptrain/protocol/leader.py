@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
@@ -67,6 +68,15 @@ class Attempt:
 class _Known:
     report: Report
     at: float
+
+    @cached_property
+    def pace(self) -> progress.Pace:
+        return progress.Pace(
+            samples=self.report.samples,
+            in_flight=self.report.in_flight,
+            finish_at=self.at + self.report.finish_seconds,
+            batch_seconds=self.report.batch_seconds,
+        )
 
 
 class Leader:
@@ -272,17 +282,9 @@ class Leader:
         """Freeze, if the batch is full."""
         if self.phase is not Phase.COLLECTING:
             return []
-        paces = {
-            peer: progress.Pace(
-                samples=known.report.samples,
-                in_flight=known.report.in_flight,
-                finish_at=known.at + known.report.finish_seconds,
-                batch_seconds=known.report.batch_seconds,
-            )
-            for peer, known in self._eligible()
-        }
         if self.expected and now < self._hold_until:
             return []
+        paces = {peer: known.pace for peer, known in self._eligible()}
         if len(paces) < self.rules.min_peers or not self.quorate(paces):
             self.dropped.clear()  # without them there would be no step at all
         if not self.quorate(paces):
@@ -309,6 +311,8 @@ class Leader:
     def _eligible(self) -> list[tuple[PeerId, _Known]]:
         """At most `max_peers` members: those that have the say first, then those that bring most; ties by
         peer id."""
+        if len(self.reports) <= self.rules.max_peers:
+            return list(self.reports.items())
         ranked = sorted(
             self.reports.items(),
             key=lambda item: (

@@ -106,6 +106,8 @@ RESTART_SECONDS = 30.0
 DHT_SECONDS = 10.0
 REPLICAS = 8
 """Nodes that are asked to keep a record; some may just have left."""
+KEEPERS_SECONDS = 60.0
+"""So long they are not searched anew while they answer: whoever searches is sent all that they keep."""
 UPKEEP_SECONDS = 2.0
 """Between two looks at our own daemon."""
 HANG_SECONDS = 15.0
@@ -805,6 +807,8 @@ class _Node:
     skew_seconds: float | None = None
     """Of the clock that was met last, against ours."""
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    _keepers: dict[DHTID, tuple[float, list[Any]]] = field(default_factory=dict)
+    """Who keeps our records under a key, and when they were found, while all of them answer."""
 
     @classmethod
     async def attach(cls, daemon: Daemon, control: Path) -> _Node:
@@ -865,13 +869,16 @@ class _Node:
         our record on to it. For the same reason we keep it only after the others have been asked.
         """
         protocol, value = self.dht.protocol, MSGPackSerializer.dumps(sealed)
-        nearest = await self.dht.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+        found_at, keepers = self._keepers.pop(key, (float("-inf"), []))
+        now = asyncio.get_running_loop().time()
+        if now - found_at > KEEPERS_SECONDS:
+            nearest = await self.dht.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+            found_at, keepers = now, list(nearest[key].values())
         answers = await asyncio.gather(
-            *(
-                protocol.call_store(peer, [key], [value], [expires], [author])
-                for peer in nearest[key].values()
-            )
+            *(protocol.call_store(peer, [key], [value], [expires], [author]) for peer in keepers)
         )
+        if len(keepers) == REPLICAS and all(answer is not None for answer in answers):
+            self._keepers[key] = found_at, keepers
         protocol.storage.store_subkey(key, author, value, expires)
         return any(answer is not None and answer[0] for answer in answers)
 

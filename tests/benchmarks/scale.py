@@ -31,6 +31,7 @@ from typing import Any
 
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.member import Member, Stage
+from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import Apply, Begin, Cancel, CatchUp, Effect, Rules, Send
 from p2ptrain.protocol.spans import chunk_ranges, moved_bytes
@@ -58,13 +59,14 @@ BATCH_SECONDS = 2.0
 BATCHES_PER_STEP = 5
 """So a step computes for some 10 s on each peer."""
 APPLY_SECONDS = 0.05
-PRESENCE_SECONDS = 3.0
 WARM_ROUNDS = 2
 SEAL_BYTES = 110
 """A signature and an expiry around each presence record."""
 REPLICAS = 8
-"""DHT nodes that keep the presence records; a look-up hears all of them."""
+"""DHT nodes that keep the presence records, as in `swarm.libp2p`; a look hears all of them."""
 MAX_EVENTS = 100_000_000
+MOST_SECONDS = 600.0
+"""Of virtual time, for a round on average."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Link:
     _tensors_until: float = 0.0
 
     def carry(self, size: int, now: float, control: bool) -> float:
-        """When it begins to carry so many bytes that are there now; it ends `size / bytes_per_second` later."""
+        """When it begins to carry what is there now; it ends `size / bytes_per_second` later."""
         seconds = size / self.bytes_per_second
         if control:
             begins = max(now, self._control_until)
@@ -103,6 +105,7 @@ class Tally:
     """Sent."""
     decided_seconds: Counter[PeerId] = field(default_factory=Counter)
     """Of real time, in the machine."""
+    looks: int = 0
     began: float = 0.0
 
 
@@ -195,8 +198,8 @@ class Swarm:
     def run(self, rounds: int) -> None:
         for peer in self.peers.values():
             peer.start()
-        if not self.clock.run(lambda: len(self.rounds) >= rounds, MAX_EVENTS):
-            raise RuntimeError("nothing happens any more")
+        most = MOST_SECONDS * rounds
+        self.clock.run(lambda: len(self.rounds) >= rounds or self.clock.now > most, MAX_EVENTS)
 
     def present(self) -> dict[PeerId, Position]:
         return {name: peer.position for name, peer in self.peers.items()}
@@ -210,7 +213,7 @@ class Swarm:
         tally, leader, count = self.tally, header.ballot.leader, len(self.peers)
         seconds = now - tally.began
         kinds = sorted(kind for kind in tally.sizes if kind not in ("chunk", "averaged") and " " not in kind)
-        lookup = REPLICAS * (count - 1) * PRESENCE_BYTES
+        records = (count - 1) * PRESENCE_BYTES
         moved = moved_bytes(count, self.rules.encoded_bytes) / self.uplink
         self.rounds.append(
             {
@@ -253,9 +256,9 @@ class Swarm:
                     ),
                 },
                 "entry_header_bytes": len(header.model_dump_json()),
-                "lookup_bytes": lookup,
-                "lookup_bytes_per_second": lookup / PRESENCE_SECONDS,
-                "keeper_sent_bytes_per_second": lookup / REPLICAS * count / PRESENCE_SECONDS,
+                "looks": tally.looks,
+                "look_bytes_per_peer": tally.looks / count * REPLICAS * records,
+                "keeper_sent_bytes_per_second": tally.looks * records / seconds,
             }
         )
         self.tally = Tally(began=now)
@@ -280,16 +283,24 @@ class Peer:
         self.norm_sent = 0
         self.early: list[tuple[PeerId, Chunk | Averaged]] = []
         self.alarm = float("inf")
+        self.looked_at = 0.0
 
     def start(self) -> None:
-        self._do(self.machine.informed, self.swarm.present(), self.clock.now)
+        self.look()
         self._do(partial(self.machine.advance, settled=False), self.position, None, self.clock.now)
         self.work()
-        self.clock.call_at(PRESENCE_SECONDS * (1 + self.offset), self.look)
+        self.clock.call_at(PRESENCE_SECONDS * (1 + self.offset), self.look_if_due)
+
+    def look_if_due(self) -> None:
+        due = look_seconds(len(self.machine.known), urgent=self.machine.following == self.name)
+        if self.clock.now - self.looked_at >= due:
+            self.look()
+        self.clock.call_at(self.clock.now + PRESENCE_SECONDS, self.look_if_due)
 
     def look(self) -> None:
+        self.looked_at = self.clock.now
+        self.swarm.tally.looks += 1
         self._do(self.machine.informed, self.swarm.present(), self.clock.now)
-        self.clock.call_at(self.clock.now + PRESENCE_SECONDS, self.look)
 
     # -- computing -------------------------------------------------------------------------------------------
 
@@ -507,10 +518,11 @@ def measure(
         swarm.run(WARM_ROUNDS + rounds)
     finally:
         gc.enable()
-    measured = median(swarm.rounds[WARM_ROUNDS:])
+    measured = swarm.rounds[WARM_ROUNDS:]
     return {
         "peers": count,
-        **measured,
+        "rounds": len(measured),
+        **(median(measured) if measured else {}),
         "data_connections_per_peer": len({frozenset(pair) for pair in swarm.pairs}) * 2 / count,
         "aborts": swarm.aborts,
         "catch_ups": swarm.catch_ups,

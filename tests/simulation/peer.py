@@ -353,12 +353,11 @@ class Peer:
                     raise Stopped
                 case Commit(position=position):
                     header = sim.invariants.leading_to(position)
-                    if header.ballot.leader != self.name:
-                        pass  # it only repeats what another has committed
-                    elif not sim.told(header) and sim.falls_now(self, "all done"):
-                        raise Stopped
-                    elif sim.told(header) and sim.falls_now(self, "half told"):
-                        raise Stopped
+                    if header.ballot.leader == self.name:
+                        if not sim.told(header) and sim.falls_now(self, "all done"):
+                            raise Stopped
+                        if sim.told(header) and sim.falls_now(self, "half told"):
+                            raise Stopped
                 case _:
                     pass
         if self.lies and isinstance(message, Answer) and message.question is None:
