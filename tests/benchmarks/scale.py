@@ -8,7 +8,7 @@ A link sends one frame after the other, control messages first; what arrives que
 downlink. Of tensors only the sizes exist. Each peer computes micro-batches of about the same length all the
 time, as in training, and looks up who is there as often as the trainer does.
 
-Figures are of the rounds after the first two: the median over these, and the mean or most over peers.
+Figures are of the rounds after the first: the median over these, and the mean or most over peers.
 
 Not covered: TCP's slow start and its losses, how long encoding and adding take, faults (`tests/simulation`
 has those), and which way a DHT look-up takes; its answers are counted, and cost no time here.
@@ -23,11 +23,11 @@ import random
 import resource
 import statistics
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.member import Member, Stage
@@ -37,6 +37,7 @@ from p2ptrain.protocol.round import Apply, Begin, Cancel, CatchUp, Effect, Rules
 from p2ptrain.protocol.spans import chunk_ranges, moved_bytes
 from p2ptrain.records import (
     Averaged,
+    Call,
     Chunk,
     Direct,
     EntryHeader,
@@ -59,7 +60,7 @@ BATCH_SECONDS = 2.0
 BATCHES_PER_STEP = 5
 """So a step computes for some 10 s on each peer."""
 APPLY_SECONDS = 0.05
-WARM_ROUNDS = 2
+WARM_ROUNDS = 1
 SEAL_BYTES = 110
 """A signature and an expiry around each presence record."""
 REPLICAS = 8
@@ -103,7 +104,7 @@ class Tally:
     """Sent and received."""
     frames: Counter[PeerId] = field(default_factory=Counter)
     """Sent."""
-    decided_seconds: Counter[PeerId] = field(default_factory=Counter)
+    decided_seconds: defaultdict[PeerId, float] = field(default_factory=lambda: defaultdict(float))
     """Of real time, in the machine."""
     looks: int = 0
     began: float = 0.0
@@ -147,20 +148,14 @@ class Swarm:
         self.aborts = self.catch_ups = 0
         self.pairs: set[tuple[PeerId, PeerId]] = set()
         """Whoever had a chunk for whom."""
-        self._packed: deque[tuple[Message, bytes, Message]] = deque(maxlen=4)
+        self._packed: deque[tuple[Message, int, Message]] = deque(maxlen=4)
 
     # -- what travels ----------------------------------------------------------------------------------------
 
     def tell(self, sender: Peer, to: PeerId, message: Message) -> None:
         """A control message, through the frames that a stream would carry."""
-        known = next((known for known in self._packed if known[0] is message), None)
-        if known is None:
-            frame = pack(message)
-            parsed = parse(frame[LENGTHS_BYTES:])
-            known = message, frame, parsed  # type: ignore[assignment]
-            self._packed.append(known)
-        _, frame, parsed = known
-        size, tally = len(frame), self.tally
+        size, parsed = self._through_a_stream(message)
+        tally = self.tally
         tally.messages[message.kind] += 1
         tally.sizes[message.kind] += size
         tally.largest[message.kind] = max(tally.largest[message.kind], size)
@@ -168,7 +163,22 @@ class Swarm:
         tally.control_in[to] += size
         tally.control_messages[sender.name] += 1
         tally.control_messages[to] += 1
-        self._travel(sender, self.peers[to], size, True, partial(self.peers[to].hear, sender.name, parsed))
+        begins = sender.up.carry(size, self.clock.now, True)
+        left = begins + size / sender.up.bytes_per_second
+        arrive = partial(self.peers[to].hear, sender.name, parsed)
+        self.clock.call_at(
+            begins + self.rtt / 2, self._reach, self.peers[to], size, left + self.rtt / 2, arrive
+        )
+
+    def _through_a_stream(self, message: Message) -> tuple[int, Message]:
+        """The bytes of its frame, and what comes out. A commit is one message for all: it is packed once."""
+        for known, size, parsed in self._packed:
+            if known is message:
+                return size, parsed
+        frame = pack(message)
+        parsed = cast(Message, parse(frame[LENGTHS_BYTES:]))
+        self._packed.append((message, len(frame), parsed))
+        return len(frame), parsed
 
     def pass_on(
         self, sender: Peer, to: PeerId, header: Chunk | Averaged, header_bytes: int, size: int
@@ -181,16 +191,29 @@ class Swarm:
         tally.largest[f"{header.kind} headers"] = max(tally.largest[f"{header.kind} headers"], header_bytes)
         tally.frames[sender.name] += 1
         self.pairs.add((sender.name, to))
-        self._travel(sender, self.peers[to], whole, False, partial(self.peers[to].take, sender.name, header))
+        sender.outbox.append((self.clock.now, to, header, whole))
+        if not sender.sending:
+            self._send_next(sender)
 
-    def _travel(self, sender: Peer, to: Peer, size: int, control: bool, arrive: Callable[[], None]) -> None:
-        begins = sender.up.carry(size, self.clock.now, control)
-        left = begins + size / sender.up.bytes_per_second
-        self.clock.call_at(begins + self.rtt / 2, self._reach, to, size, control, left + self.rtt / 2, arrive)
+    def _send_next(self, sender: Peer) -> None:
+        """The next tensor frame leaves as soon as the link is free; only that one is on the clock's list."""
+        sender.sending = bool(sender.outbox)
+        if sender.sending:
+            ready_at, to, header, size = sender.outbox.popleft()
+            begins = sender.up.carry(size, ready_at, False)
+            self.clock.call_at(begins + self.rtt / 2, self._sent, sender, to, header, size, begins)
 
-    def _reach(self, to: Peer, size: int, control: bool, last: float, arrive: Callable[[], None]) -> None:
-        """The first byte is at the receiver's downlink, and the last one not before `last`."""
-        begins = to.down.carry(size, self.clock.now, control)
+    def _sent(self, sender: Peer, to: PeerId, header: Chunk | Averaged, size: int, began: float) -> None:
+        last = began + size / sender.up.bytes_per_second + self.rtt / 2
+        receiver = self.peers[to]
+        begins = receiver.down.carry(size, self.clock.now, False)
+        ends = max(last, begins + size / receiver.down.bytes_per_second)
+        self.clock.call_at(ends, receiver.take, sender.name, header)
+        self._send_next(sender)
+
+    def _reach(self, to: Peer, size: int, last: float, arrive: Callable[[], None]) -> None:
+        """The first byte of a message is at the receiver's downlink, and the last one not before `last`."""
+        begins = to.down.carry(size, self.clock.now, True)
         self.clock.call_at(max(last, begins + size / to.down.bytes_per_second), arrive)
 
     # -- the story -------------------------------------------------------------------------------------------
@@ -200,6 +223,12 @@ class Swarm:
             peer.start()
         most = MOST_SECONDS * rounds
         self.clock.run(lambda: len(self.rounds) >= rounds or self.clock.now > most, MAX_EVENTS)
+
+    def frozen(self, step: int) -> None:
+        """A leader says so; of several attempts the last one counts."""
+        times = self.times.get(step)
+        if times is None or times.frozen < self.clock.now:
+            self.times[step] = Times(self.clock.now)
 
     def present(self) -> dict[PeerId, Position]:
         return {name: peer.position for name, peer in self.peers.items()}
@@ -217,7 +246,6 @@ class Swarm:
         moved = moved_bytes(count, self.rules.encoded_bytes) / self.uplink
         self.rounds.append(
             {
-                "step": header.step,
                 "step_seconds": seconds,
                 "round_seconds": times.applied - times.frozen - (times.sealed - times.told) - APPLY_SECONDS,
                 "optimum_seconds": moved + 3 * self.rtt,
@@ -271,7 +299,7 @@ class Peer:
         self.swarm, self.name, self.clock = swarm, name, swarm.clock
         self.up, self.down = Link(uplink), Link(downlink)
         self.machine = Member(name, f"{chance.getrandbits(64):016x}", swarm.rules)
-        self.position, self.last = GENESIS, None
+        self.position = GENESIS
         self.offset = chance.random()
         self.batch_seconds = BATCH_SECONDS * chance.uniform(0.95, 1.05)
         self.samples = 0
@@ -280,10 +308,12 @@ class Peer:
         self.batch_ends = 0.0
         self.reduction: Reduction | None = None
         self.sealed: float | None = None
-        self.norm_sent = 0
         self.early: list[tuple[PeerId, Chunk | Averaged]] = []
         self.alarm = float("inf")
         self.looked_at = 0.0
+        self.outbox: deque[tuple[float, PeerId, Chunk | Averaged, int]] = deque()
+        """Tensor frames that wait for the uplink, each since when."""
+        self.sending = False
 
     def start(self) -> None:
         self.look()
@@ -422,9 +452,7 @@ class Peer:
         assert self.sealed is not None
         times = self.swarm.times[freeze.step]
         times.held = max(times.held, now)
-        moved = moved_bytes(len(freeze.roster), self.swarm.rules.encoded_bytes)
-        if now > self.sealed:
-            self.machine.sent_at(moved / (now - self.sealed))
+        self.machine.sent_at(self.up.bytes_per_second)  # measured while it has something to send
         self._do(self.machine.held, reduction.header(self.position.lineage), now - self.sealed, now)
 
     # -- effects and events ----------------------------------------------------------------------------------
@@ -439,15 +467,16 @@ class Peer:
         for effect in effects:
             match effect:
                 case Send(to, message):
-                    if isinstance(message, Freeze):
-                        self.swarm.times[message.step] = Times(frozen=self.clock.now)
+                    if isinstance(message, Call):
+                        self.swarm.frozen(message.step)
                     self.swarm.tell(self, to, message)
                 case Begin(freeze):
-                    self.swarm.times.setdefault(freeze.step, Times(frozen=self.clock.now))
+                    if freeze.ballot.leader == self.name:
+                        self.swarm.frozen(freeze.step)
                     self.begin(freeze)
                 case Cancel():
                     self.swarm.aborts += 1
-                    self.reduction = self.sealed = None
+                    self.reduction, self.sealed = None, None
                     self.work()
                 case Apply(header, newcomers):
                     self.clock.call_at(self.clock.now + APPLY_SECONDS, self.apply, header, newcomers)
@@ -465,7 +494,7 @@ class Peer:
         self._do(self.machine.tick, self.clock.now)
 
     def apply(self, header: EntryHeader, newcomers: tuple[PeerId, ...]) -> None:
-        self.position, self.last = advance(self.position, header), header
+        self.position = advance(self.position, header)
         self.samples, self.reduction, self.sealed = 0, None, None
         self._do(
             partial(self.machine.advance, newcomers=newcomers, settled=True),
@@ -538,7 +567,7 @@ def main() -> None:
     parser.add_argument("--uplink", type=float, default=20.0, help="Mbit/s")
     parser.add_argument("--downlink", type=float, default=100.0, help="Mbit/s")
     parser.add_argument("--rtt", type=float, default=50.0, help="ms")
-    parser.add_argument("--rounds", type=int, default=2, help="to measure, after two more")
+    parser.add_argument("--rounds", type=int, default=2, help="to measure, after one more")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     results = []
