@@ -98,7 +98,9 @@ class BelievesAnyMean(Reduction):
     """A receiver that takes a mean for whatever roster and place it names."""
 
     def receive(self, reducer: PeerId, averaged: Averaged) -> bool:
-        self._averaged[self._rank(reducer)].add(averaged.number)
+        got = self._averaged[self._rank(reducer)]
+        self._missing -= averaged.number not in got
+        got.add(averaged.number)
         self._counts = averaged.samples
         return True
 
