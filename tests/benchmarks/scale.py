@@ -6,7 +6,8 @@ Every peer is a production `Member` (and `Leader`, when it is its turn) with a p
 messages are packed and parsed as on a stream, so their sizes are real and their bounds hold. Time is virtual.
 A link sends one frame after the other, control messages first; what arrives queues for the receiver's
 downlink. Of tensors only the sizes exist. Each peer computes micro-batches of about the same length all the
-time, as in training, and looks up who is there as often as the trainer does.
+time, as in training, and looks up who is there as often as the trainer does. The swarm has grown before: all
+were on the roster of one entry.
 
 Figures are of the rounds after the first: the median over these, and the mean or most over peers.
 
@@ -22,6 +23,7 @@ import json
 import random
 import resource
 import statistics
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -34,9 +36,10 @@ from p2ptrain.protocol.member import Member, Stage
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import Apply, Begin, Cancel, CatchUp, Effect, Rules, Send
-from p2ptrain.protocol.spans import chunk_ranges, moved_bytes
+from p2ptrain.protocol.spans import chunk_ranges, moved_bytes, share_out
 from p2ptrain.records import (
     Averaged,
+    Ballot,
     Call,
     Chunk,
     Direct,
@@ -141,6 +144,17 @@ class Swarm:
             attempt_most_seconds=3600.0,
         )
         names = sorted(PeerId("12D3KooW" + "".join(chance.choices(BASE58, k=44))) for _ in range(count))
+        self.last = EntryHeader(
+            step=0,
+            parent=GENESIS.lineage,
+            ballot=Ballot(number=1, leader=names[0]),
+            roster=tuple(names),
+            samples=(MICRO_BATCH * BATCHES_PER_STEP,) * count,
+            spans=share_out(values, [1.0] * count),
+            squared_norms=(1 / 3,) * count,
+            digest="0" * 64,
+        )
+        self.position = advance(GENESIS, self.last)
         self.peers = {name: Peer(self, name, chance, uplink, downlink) for name in names}
         self.tally = Tally()
         self.rounds: list[dict[str, Any]] = []
@@ -290,6 +304,8 @@ class Swarm:
             }
         )
         self.tally = Tally(began=now)
+        told = {what: self.rounds[-1][what] for what in ("round_seconds", "control_bytes_per_peer")}
+        print(f"{count} peers, step {header.step}: {told}", file=sys.stderr, flush=True)
 
 
 class Peer:
@@ -299,7 +315,7 @@ class Peer:
         self.swarm, self.name, self.clock = swarm, name, swarm.clock
         self.up, self.down = Link(uplink), Link(downlink)
         self.machine = Member(name, f"{chance.getrandbits(64):016x}", swarm.rules)
-        self.position = GENESIS
+        self.position = swarm.position
         self.offset = chance.random()
         self.batch_seconds = BATCH_SECONDS * chance.uniform(0.95, 1.05)
         self.samples = 0
@@ -317,7 +333,8 @@ class Peer:
 
     def start(self) -> None:
         self.look()
-        self._do(partial(self.machine.advance, settled=False), self.position, None, self.clock.now)
+        last = self.swarm.last
+        self._do(partial(self.machine.advance, settled=True), self.position, last, self.clock.now)
         self.work()
         self.clock.call_at(PRESENCE_SECONDS * (1 + self.offset), self.look_if_due)
 
