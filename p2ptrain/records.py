@@ -32,7 +32,7 @@ Serial = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[int, Field(ge=0, lt=2**40)]
 """Seconds since 1970, by whose clock it may be."""
 
-MAX_ROSTER = 256
+MAX_ROSTER = 1024
 MAX_HEADER_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 4096
 """Of the first frame on a stream: until then anybody may have opened it."""
@@ -129,19 +129,18 @@ class Report(Record):
 
 
 class Freeze(Record):
-    """leader → members: this attempt has this roster; reduce now."""
+    """One attempt, as each of its members knows it. It travels as a `Call`."""
 
     kind: Literal["freeze"] = "freeze"
     step: Step
     parent: Digest
     ballot: Ballot
     roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    incarnations: Annotated[tuple[Incarnation, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    """Whom of each peer this attempt counts on, in roster order: a later one brings other samples."""
     spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_ROSTER + 1)]
     """Boundaries of the spans in values: roster member i reduces [spans[i], spans[i+1])."""
     finishing: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)]
-    """Members that finish their micro-batch in flight first; the others bring what they have now."""
+    """Members that finish their micro-batch in flight first; the others bring what they have now. A member
+    knows of itself only."""
     cutoff_seconds: Seconds
     """A finishing member waits for its micro-batch no longer than this."""
     deadline_seconds: Seconds
@@ -149,17 +148,43 @@ class Freeze(Record):
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Freeze:
-        members = len(self.roster)
-        if not (len(self.incarnations) == len(self.spans) - 1 == members):
-            raise ValueError(f"incarnations and spans must fit the roster of {members}")
+        if len(self.spans) - 1 != len(self.roster):
+            raise ValueError(f"spans must fit the roster of {len(self.roster)}")
         return self
 
 
+class Call(Record):
+    """leader → member: an attempt begins, and you are on its roster; reduce now.
+
+    A freeze without what the member has already: that is most of it, and with a whole roster for each of its
+    members a leader would send as their square.
+    """
+
+    kind: Literal["call"] = "call"
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    left: Annotated[tuple[Count, ...], Field(max_length=MAX_ROSTER)]
+    """Ranks, on the roster of the last entry, of those who are not on this one."""
+    came: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)]
+    """Who is on this roster, and was not on that."""
+    levels: Annotated[str, Field(min_length=1, max_length=MAX_ROSTER)]
+    """The members' rates, a letter each, in roster order: from these follow the spans."""
+    incarnation: Incarnation
+    """Whom this attempt counts on: a later incarnation of the member would bring other samples."""
+    finishing: bool
+    """Finish the micro-batch in flight first; else bring what is there now."""
+    cutoff_seconds: Seconds
+    deadline_seconds: Seconds
+
+
 class Done(Record):
-    """member → leader: I hold every span; this is the header I would commit."""
+    """member → leader: I hold every span; with them I would get there."""
 
     kind: Literal["done"] = "done"
-    header: EntryHeader
+    ballot: Ballot
+    position: Position
+    """After the entry. Its lineage binds the whole header."""
 
 
 class Failed(Record):
@@ -176,7 +201,8 @@ class Commit(Record):
     """leader → members and newcomers: the attempt is committed, apply it."""
 
     kind: Literal["commit"] = "commit"
-    header: EntryHeader
+    position: Position
+    """After the entry; its lineage tells who holds the entry that this is the one."""
     newcomers: Annotated[tuple[Id, ...], Field(max_length=MAX_ROSTER)] = ()
     """Peers that reported at this step too late for its roster: the next leader expects them."""
 
@@ -213,10 +239,8 @@ class Answer(Record):
     """Whom this peer takes for the leader of its step; itself, if it leads."""
     question: Ballot | None = None
     """The take-over ballot that this answers, if it answers one."""
-    held: EntryHeader | None = None
-    """The header of the attempt whose every span this peer holds."""
-    committed: EntryHeader | None = None
-    """The last entry this peer applied."""
+    held: Position | None = None
+    """Where the attempt it joined would lead, if it holds every span of that."""
 
 
 class Resync(Record):
@@ -230,7 +254,7 @@ class Resync(Record):
     donor: Id
 
 
-Message = Report | Freeze | Done | Failed | Commit | Abort | Ask | Answer | Resync
+Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync
 
 # -- the data plane ------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.records import PeerId, Presence, RoundRecord
 from p2ptrain.replica.checkpoint import save
@@ -54,9 +55,6 @@ from p2ptrain.tasks import Task
 
 SEE_OFF_SECONDS = 0.05
 """How often a peer that is about to leave looks whether all are where it is."""
-PRESENCE_SECONDS = 3.0
-"""How often a peer renews its presence record and looks who else is there; the record lives five times as
-long."""
 CATCHING_UP_SECONDS = 5.0
 """Between two lines about how far a catch-up is; one that takes less is told of when it is done."""
 PREVIEW_SECONDS = 15.0
@@ -189,7 +187,7 @@ class Peer:
         """Whether this peer took part in the commit that led here, and so is in time for the next one."""
         self._step_began = 0.0
         self._round_published = float("-inf")
-        self._previewed = float("-inf")
+        self._previewed = self._looked_at = float("-inf")
         self._digesting: asyncio.Task[None] | None = None
         self._saving = asyncio.Lock()
 
@@ -663,7 +661,11 @@ class Peer:
         step = self.replica.position.step
         while True:
             await asyncio.sleep(PRESENCE_SECONDS)
-            await self._announce()
+            await self._publish_presence()
+            member = self.rounds.member
+            urgent = member.following == self.swarm.peer_id or not self._in_time
+            if self._now() - self._looked_at >= look_seconds(len(member.known), urgent=urgent):
+                await self._look()
             self._tell_waiting(stands_still=step == self.replica.position.step)
             self._tell_deadlines()
             step = self.replica.position.step
@@ -698,6 +700,10 @@ class Peer:
     async def _announce(self) -> list[Presence]:
         """Publish this peer's presence, then look who else is there: so of two newcomers one sees the
         other."""
+        await self._publish_presence()
+        return await self._look()
+
+    async def _publish_presence(self) -> None:
         record = Presence(
             peer=self.swarm.peer_id,
             role="train",
@@ -710,6 +716,10 @@ class Peer:
             extra=self.task.note,
         )
         await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
+
+    async def _look(self) -> list[Presence]:
+        """Who else is there."""
+        self._looked_at = self._now()
         others = [
             record
             for record in await self.swarm.lookup("presence")

@@ -8,7 +8,7 @@ A leader whom the last entry appointed starts COLLECTING. One that takes over st
 question, with a higher ballot, is a promise by each who answers to leave lower ballots alone. If anyone
 applied the entry, it is committed; if all who still hold the attempt are Done on one header, it is committed
 now; else it is aborted, and a new attempt follows. A leader commits only when everyone on its roster is Done
-with the same header.
+with the same header: each names where that leads, and a lineage binds the header it ends with.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
 from p2ptrain.protocol.deadlines import Deadlines
+from p2ptrain.protocol.roster import call_for
 from p2ptrain.protocol.round import Distrusted, Effect, Rules, Send, Waiting
-from p2ptrain.protocol.spans import balanced, share_out
+from p2ptrain.protocol.spans import levels, share_out, shares
 from p2ptrain.records import (
     Abort,
     Answer,
     Ask,
     Ballot,
+    Call,
     Commit,
+    Done,
     EntryHeader,
     Failed,
     Freeze,
@@ -51,8 +55,11 @@ class Attempt:
     """One try at the round."""
 
     freeze: Freeze
+    incarnations: dict[PeerId, str]
+    """Whom of each member it counts on: a later one brings other samples."""
+    calls: dict[PeerId, Call]
     deadline: float
-    done: dict[PeerId, EntryHeader] = field(default_factory=dict)
+    done: dict[PeerId, Position] = field(default_factory=dict)
     accused_by: dict[PeerId, tuple[PeerId, ...]] = field(default_factory=dict)
     cause: AbortCause = AbortCause.DEADLINE
 
@@ -61,6 +68,15 @@ class Attempt:
 class _Known:
     report: Report
     at: float
+
+    @cached_property
+    def pace(self) -> progress.Pace:
+        return progress.Pace(
+            samples=self.report.samples,
+            in_flight=self.report.in_flight,
+            finish_at=self.at + self.report.finish_seconds,
+            batch_seconds=self.report.batch_seconds,
+        )
 
 
 class Leader:
@@ -80,6 +96,7 @@ class Leader:
         self.me = me
         self.rules = rules
         self.position = position
+        self.last = last
         self.electorate = frozenset(last.roster if last is not None and rules.quorum == "majority" else ())
         self.phase = Phase.COLLECTING
         self.number = 0
@@ -157,11 +174,12 @@ class Leader:
             and self.quorate({self.me, *self._answers})
         )
 
-    def conclude(self, mine: Answer, now: float) -> list[Effect]:
+    def conclude(self, mine: Answer, members: Iterable[PeerId], now: float) -> list[Effect]:
         """All answers are in, or their time is up: commit what may have been committed, else start afresh.
 
-        `mine` is this peer's own answer. Whoever holds an attempt has heard from its whole roster, so all of
-        them had joined it; one that answers without having joined it has restarted and no longer counts.
+        `mine` is this peer's own answer, `members` are those of the attempt that it holds. Whoever holds an
+        attempt has heard from its whole roster, so all of them had joined it; one that answers without having
+        joined it has restarted and no longer counts.
         Answers of peers that have applied the entry never get here: the member acts on those at once.
         """
         if not self.quorate(here := {self.me, *self._answers}):
@@ -170,19 +188,25 @@ class Leader:
             again = [effect for peer in sorted(silent) for effect in self.again(peer)]
             return [*again, *self._wait(self._short_of(here))]
         self.phase = Phase.COLLECTING
-        self._asked = set()
+        asked, self._asked = self._asked, set()
         self._expect(self._answers, now)
         answers = {self.me: mine, **self._answers}
-        header = max((a.held for a in answers.values() if a.held), key=lambda h: h.ballot, default=None)
-        if header is None:
+        ballots = [a.joined for a in answers.values() if a.joined is not None and a.held is not None]
+        if not ballots:
             return self.consider(now)
-        joined = {
-            peer: a for peer, a in answers.items() if a.joined is not None and header.ballot <= a.joined
-        }
-        if all(a.held == header for a in joined.values()):
-            return self._commit(header)
-        undo = Abort(step=header.step, ballot=header.ballot, cause=AbortCause.LEADER_LOST.value)
-        return [Send(peer, undo) for peer, a in sorted(joined.items()) if a.held == header]
+        ballot = max(ballots)
+        joined = {peer: a for peer, a in answers.items() if a.joined is not None and ballot <= a.joined}
+        held = {peer: a.held for peer, a in joined.items() if a.joined == ballot and a.held is not None}
+        if len(held) == len(joined) and len(set(held.values())) == 1:
+            return self._commit(next(iter(held.values())), asked | set(members))
+        undo = Abort(step=self.position.step, ballot=ballot, cause=AbortCause.LEADER_LOST.value)
+        return [Send(peer, undo) for peer in sorted(held)]
+
+    def holders(self, position: Position) -> list[PeerId]:
+        """Who has told this leader that it holds what leads there."""
+        told = {peer: answer.held for peer, answer in self._answers.items()}
+        done = self.attempt.done if self.attempt is not None else {}
+        return sorted(peer for peer, held in {**told, **done}.items() if held == position)
 
     # -- collecting ------------------------------------------------------------------------------------------
 
@@ -196,7 +220,7 @@ class Leader:
             freeze = self.attempt.freeze
             if sender not in freeze.roster:
                 self.newcomers.add(sender)
-            elif report.incarnation != freeze.incarnations[freeze.roster.index(sender)]:
+            elif report.incarnation != self.attempt.incarnations[sender]:
                 # It has restarted: what it brought and held is gone, unless it was Done.
                 if sender not in self.attempt.done:
                     return [*self._abort(AbortCause.PEER_LOST, (), now), *self.report(sender, report, now)]
@@ -258,17 +282,9 @@ class Leader:
         """Freeze, if the batch is full."""
         if self.phase is not Phase.COLLECTING:
             return []
-        paces = {
-            peer: progress.Pace(
-                samples=known.report.samples,
-                in_flight=known.report.in_flight,
-                finish_at=known.at + known.report.finish_seconds,
-                batch_seconds=known.report.batch_seconds,
-            )
-            for peer, known in self._eligible()
-        }
         if self.expected and now < self._hold_until:
             return []
+        paces = {peer: known.pace for peer, known in self._eligible()}
         if len(paces) < self.rules.min_peers or not self.quorate(paces):
             self.dropped.clear()  # without them there would be no step at all
         if not self.quorate(paces):
@@ -295,6 +311,8 @@ class Leader:
     def _eligible(self) -> list[tuple[PeerId, _Known]]:
         """At most `max_peers` members: those that have the say first, then those that bring most; ties by
         peer id."""
+        if len(self.reports) <= self.rules.max_peers:
+            return list(self.reports.items())
         ranked = sorted(
             self.reports.items(),
             key=lambda item: (
@@ -308,40 +326,46 @@ class Leader:
     def _freeze(self, roster: list[PeerId], full: progress.Full, now: float) -> list[Effect]:
         self.number += 1
         deadline_seconds = full.cutoff_seconds + self._deadlines.reduce_seconds(len(roster))
+        paces = levels([self.reports[peer].report.rate for peer in roster])
         freeze = Freeze(
             step=self.position.step,
             parent=self.position.lineage,
             ballot=self.ballot,
             roster=tuple(roster),
-            incarnations=tuple(self.reports[peer].report.incarnation for peer in roster),
-            spans=share_out(self.rules.values, balanced([self.reports[peer].report.rate for peer in roster])),
+            spans=share_out(self.rules.values, shares(paces)),
             finishing=full.finishing,
             cutoff_seconds=full.cutoff_seconds,
             deadline_seconds=deadline_seconds,
         )
+        incarnations = {peer: self.reports[peer].report.incarnation for peer in roster}
+        calls = {
+            peer: call_for(peer, freeze, paces, incarnation, self.last)
+            for peer, incarnation in incarnations.items()
+        }
         # The leader gives the members time to name who is missing before it decides itself.
-        self.attempt = Attempt(freeze, deadline=now + deadline_seconds + 2 * self.rules.heartbeat_seconds)
+        deadline = now + deadline_seconds + 2 * self.rules.heartbeat_seconds
+        self.attempt = Attempt(freeze, incarnations, calls, deadline)
         self.phase = Phase.REDUCING
         self._reason = ""
-        return [Send(peer, freeze) for peer in roster]
+        return [Send(peer, call) for peer, call in calls.items()]
 
     # -- reducing --------------------------------------------------------------------------------------------
 
-    def done(self, sender: PeerId, header: EntryHeader, now: float) -> list[Effect]:
+    def done(self, sender: PeerId, done: Done, now: float) -> list[Effect]:
         """A member holds every span."""
         attempt = self.attempt
-        if self.phase is not Phase.REDUCING or attempt is None or header.ballot != attempt.freeze.ballot:
-            return self._repeat_abort(sender, header.ballot)
-        if sender not in attempt.freeze.roster or header.roster != attempt.freeze.roster:
+        if self.phase is not Phase.REDUCING or attempt is None or done.ballot != attempt.freeze.ballot:
+            return self._repeat_abort(sender, done.ballot)
+        if sender not in attempt.incarnations:
             return []
-        attempt.done[sender] = header
+        attempt.done[sender] = done.position
         if len(attempt.done) < len(attempt.freeze.roster):
             return []
-        headers = Counter(held.model_dump_json() for held in attempt.done.values())
-        if len(headers) == 1:
-            return self._commit(header)
-        believed, _ = max(headers.items(), key=lambda item: (item[1], item[0]))
-        odd = [peer for peer, held in attempt.done.items() if held.model_dump_json() != believed]
+        votes = Counter(attempt.done.values())
+        if len(votes) == 1:
+            return self._commit(done.position, attempt.freeze.roster)
+        believed, _ = max(votes.items(), key=lambda item: (item[1], item[0].lineage, item[0].weight))
+        odd = [peer for peer, held in attempt.done.items() if held != believed]
         return self._abort(AbortCause.DIGEST_MISMATCH, odd, now)
 
     def failed(self, sender: PeerId, failed: Failed, now: float) -> list[Effect]:
@@ -388,7 +412,7 @@ class Leader:
     def again(self, peer: PeerId) -> list[Effect]:
         """The link to a member was reset: repeat what it may have missed."""
         if self.phase is Phase.REDUCING and self.attempt and peer in self.attempt.freeze.roster:
-            return [Send(peer, self.attempt.freeze)]
+            return [Send(peer, self.attempt.calls[peer])]
         if self.phase is Phase.ASKING and peer in (self._asked | self.electorate) - self._answers.keys():
             return [Send(peer, Ask(position=self.position, ballot=self.ballot))]
         return []
@@ -414,11 +438,11 @@ class Leader:
         abort = self._aborted.get(ballot)
         return [Send(sender, abort)] if abort is not None and self.phase is not Phase.ENDED else []
 
-    def _commit(self, header: EntryHeader) -> list[Effect]:
+    def _commit(self, position: Position, members: Iterable[PeerId]) -> list[Effect]:
         self.phase = Phase.ENDED
-        commit = Commit(header=header, newcomers=tuple(sorted(self.newcomers)))
+        commit = Commit(position=position, newcomers=tuple(sorted(self.newcomers)))
         # The leader itself comes last: what it applies, it has first told the others.
-        others = sorted((set(header.roster) | self.audience()) - {self.me})
+        others = sorted((set(members) | self.audience()) - {self.me})
         return [Send(peer, commit) for peer in (*others, self.me)]
 
 

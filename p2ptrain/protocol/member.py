@@ -23,7 +23,7 @@ from p2ptrain.events import AbortCause
 from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.leader import Leader, Phase, cause_of
 from p2ptrain.protocol.lineage import advance, heavier
-from p2ptrain.protocol.roster import leader_order
+from p2ptrain.protocol.roster import freeze_of, leader_order
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
@@ -41,6 +41,7 @@ from p2ptrain.records import (
     Answer,
     Ask,
     Ballot,
+    Call,
     Commit,
     Done,
     EntryHeader,
@@ -98,6 +99,8 @@ class Member:
         self.joined: Ballot | None = None
         self.freeze: Freeze | None = None
         self.held_header: EntryHeader | None = None
+        self.held_position: Position | None = None
+        """Where that header leads."""
         self.deadlines = Deadlines(rules)
         self.heard: dict[PeerId, float] = {}
         self._late: set[PeerId] = set()
@@ -158,7 +161,7 @@ class Member:
         self.stage = Stage.ACCUMULATING
         if not same:
             self.ballot = None  # a promise is for the whole step, also after a catch-up that led nowhere
-        self.joined = self.freeze = self.held_header = None
+        self.joined = self.freeze = self.held_header = self.held_position = None
         self._beat_at = now + self.rules.heartbeat_seconds
         self._report = Report(
             incarnation=self.incarnation,
@@ -235,7 +238,7 @@ class Member:
         if self.stage is not Stage.REDUCING or self.freeze is None or header.ballot != self.freeze.ballot:
             return []
         self.stage = Stage.HELD
-        self.held_header = header
+        self.held_header, self.held_position = header, advance(self._here(), header)
         return self._settle(self._speak(), now)
 
     def failed(
@@ -341,8 +344,7 @@ class Member:
             joined=self.joined,
             leader=self.following,
             question=question,
-            held=self.held_header,
-            committed=self.last,
+            held=self.held_position,
         )
 
     # -- messages --------------------------------------------------------------------------------------------
@@ -366,14 +368,14 @@ class Member:
                 return self._on_report(sender, message, now)
             case _ if self.stage is Stage.OUTSIDE:
                 return []
-            case Freeze():
-                return self._on_freeze(sender, message, now)
+            case Call():
+                return self._on_call(sender, message, now)
             case Done():
-                return self.leader.done(sender, message.header, now) if self.leader else []
+                return self.leader.done(sender, message, now) if self.leader else []
             case Failed():
                 return self.leader.failed(sender, message, now) if self.leader else []
             case Commit():
-                return self._on_commit(sender, message.header, message.newcomers)
+                return self._on_commit(sender, message.position, message.newcomers)
             case Abort():
                 return self._on_abort(sender, message)
             case Answer():
@@ -396,20 +398,21 @@ class Member:
             return []
         if self.last is not None and (theirs.step, theirs.lineage) == (self.last.step, self.last.parent):
             self._welcome([sender], now)
-            return [Send(sender, Commit(header=self.last))]
+            return [Send(sender, Commit(position=mine))]
         if heavier(theirs, mine):
             return [Send(sender, Ask(position=mine))]
         return [Send(sender, self.answer())]
 
-    def _on_freeze(self, sender: PeerId, freeze: Freeze, now: float) -> list[Effect]:
+    def _on_call(self, sender: PeerId, call: Call, now: float) -> list[Effect]:
         mine = self._here()
-        if (freeze.step, freeze.parent) != (mine.step, mine.lineage) or freeze.ballot.leader != sender:
+        if (call.step, call.parent) != (mine.step, mine.lineage) or call.ballot.leader != sender:
             return [Send(sender, self.answer())] if sender != self.me else []
-        if self.me not in freeze.roster or freeze.spans[-1] != self.rules.values:
+        freeze = freeze_of(self.me, call, self.last, self.rules.values)
+        if freeze is None:
             return []
         if self.ballot is not None and (freeze.ballot < self.ballot or self.ballot.leader != sender):
             return [Send(sender, self.answer())]
-        if freeze.incarnations[freeze.roster.index(self.me)] != self.incarnation:
+        if call.incarnation != self.incarnation:
             return [Send(sender, self._report)] if self._report is not None else []
         if self.joined is not None and freeze.ballot <= self.joined:
             return self._speak() if self.stage is Stage.HELD else []
@@ -421,16 +424,16 @@ class Member:
         self.stage = Stage.REDUCING
         return [*effects, Begin(freeze)]
 
-    def _on_commit(self, sender: PeerId, header: EntryHeader, newcomers: tuple[PeerId, ...]) -> list[Effect]:
+    def _on_commit(self, sender: PeerId, position: Position, newcomers: tuple[PeerId, ...]) -> list[Effect]:
         mine = self._here()
-        if (header.step, header.parent) == (mine.step, mine.lineage):
-            if self.held_header == header:
-                self.stage = Stage.OUTSIDE
-                return [Apply(header, newcomers)]
-            holders = [peer for peer in header.roster if peer not in self.lost and peer != self.me]
-            donor = sender if sender != self.me else next(iter(holders), sender)
-            return self._go_outside(donor, advance(mine, header))
-        if header.step > mine.step:
+        if self.held_header is not None and position == self.held_position:
+            self.stage = Stage.OUTSIDE
+            return [Apply(self.held_header, newcomers)]
+        if position.step == mine.step + 1 and heavier(position, mine):
+            holders = self.leader.holders(position) if self.leader is not None else []
+            others = [peer for peer in holders if peer not in self.lost and peer != self.me]
+            return self._go_outside(sender if sender != self.me else next(iter(others), sender), position)
+        if position.step > mine.step:
             return [Send(sender, Ask(position=mine))]
         return []
 
@@ -480,10 +483,9 @@ class Member:
 
     def _on_answer(self, sender: PeerId, answer: Answer, now: float) -> list[Effect]:
         mine, theirs = self._here(), answer.position
-        committed = answer.committed
-        if committed is not None and (committed.step, committed.parent) == (mine.step, mine.lineage):
-            return self._on_commit(sender, committed, ())
         if theirs != mine:
+            if theirs == self.held_position:
+                return self._on_commit(sender, theirs, ())
             if heavier(theirs, mine):
                 return self._go_outside(sender, theirs)
             # The sender believes it leads a step that is over, or trains a lineage that lost: it should know.
@@ -565,8 +567,9 @@ class Member:
 
     def _speak(self) -> list[Effect]:
         """Tell the leader what it must know now: that this peer is Done, or how far it is."""
-        if self.stage is Stage.HELD and self.held_header is not None:
-            return [Send(self.following, Done(header=self.held_header))]
+        if self.stage is Stage.HELD and self.held_header is not None and self.held_position is not None:
+            done = Done(ballot=self.held_header.ballot, position=self.held_position)
+            return [Send(self.following, done)]
         return [Send(self.following, self._report)] if self._report is not None else []
 
     def _beat(self) -> list[Effect]:
@@ -578,7 +581,8 @@ class Member:
     def _leave_attempt(self, cause: AbortCause, dropped: tuple[PeerId, ...] = ()) -> list[Effect]:
         if self.freeze is None:
             return []
-        ballot, self.freeze, self.held_header = self.freeze.ballot, None, None
+        ballot = self.freeze.ballot
+        self.freeze = self.held_header = self.held_position = None
         self.stage = Stage.ACCUMULATING
         return [Cancel(ballot, cause, dropped)]
 
@@ -648,7 +652,8 @@ class Member:
     def _conclude(self, now: float) -> list[Effect]:
         """The take-over's answers are in."""
         assert self.leader is not None
-        effects = self.leader.conclude(self.answer(), now)
+        members = self.freeze.roster if self.freeze is not None else ()
+        effects = self.leader.conclude(self.answer(), members, now)
         if self.stage is Stage.ACCUMULATING and self._report is not None:
             effects.append(Send(self.me, self._report))
         return effects

@@ -29,8 +29,13 @@ class Reduction:
         self._rank_of = {peer: rank for rank, peer in enumerate(freeze.roster)}
         self._samples: list[int | None] = [None] * members
         self._got: list[set[int]] = [set() for _ in range(members)]
+        self._arrived = [0] * self.chunks[self.rank]
+        """Members that brought each chunk of my span; those that bring no sample are counted apart."""
+        self._empty = 0
         self._next = 0
         self._averaged: list[set[int]] = [set() for _ in range(members)]
+        self._missing = sum(self.chunks)
+        """Averaged chunks that are not here."""
         self._norms: list[float | None] = [0.0 if count == 0 else None for count in self.chunks]
         self._counts: tuple[int, ...] | None = None
 
@@ -56,18 +61,18 @@ class Reduction:
             raise BadMessage(f"{sender[-8:]} claims {chunk.samples} samples after {self._samples[rank]}")
         if chunk.number in self._got[rank]:
             return False
+        if not chunk.samples:
+            self._empty += self._samples[rank] is None
+        else:
+            self._arrived[chunk.number] += 1
         self._samples[rank] = chunk.samples
         self._got[rank].add(chunk.number)
         return True
 
     def ready(self) -> list[int]:
         """The chunks of my span that became complete since the last call, in order."""
-        complete = []
-        while self._next < self.chunks[self.rank] and all(
-            count == 0 or self._next in got for count, got in zip(self._samples, self._got, strict=True)
-        ):
-            if None in self._samples:
-                break
+        complete, members = [], len(self._samples)
+        while self._next < len(self._arrived) and self._arrived[self._next] + self._empty == members:
             complete.append(self._next)
             self._next += 1
         return complete
@@ -82,12 +87,8 @@ class Reduction:
         last = self.chunks[rank] - 1
         if averaged.number > last:
             raise BadMessage(f"averaged chunk {averaged.number} of a span of {last + 1} from {reducer[-8:]}")
-        if len(averaged.samples) != len(self.freeze.roster) or sum(averaged.samples) == 0:
-            raise BadMessage(f"averaged chunk from {reducer[-8:]} names no samples for this roster")
-        if max(averaged.samples) > self._most_samples:
-            raise BadMessage(f"averaged chunk from {reducer[-8:]} counts more samples than a peer can bring")
-        if self._counts not in (None, averaged.samples):
-            raise BadMessage(f"{reducer[-8:]} divided by other sample counts than the reducers before it")
+        if averaged.samples != self._counts:
+            self._check_counts(reducer, averaged.samples)
         if (averaged.squared_norm is not None) != (averaged.number == last):
             raise BadMessage(
                 f"the norm belongs on the last chunk of a span; {reducer[-8:]} sent it otherwise"
@@ -96,6 +97,7 @@ class Reduction:
             return False
         self._counts = averaged.samples
         self._averaged[rank].add(averaged.number)
+        self._missing -= 1
         if averaged.squared_norm is not None:
             self._norms[rank] = averaged.squared_norm
         return True
@@ -103,7 +105,7 @@ class Reduction:
     @property
     def complete(self) -> bool:
         """Every averaged chunk of every span is here."""
-        return all(len(got) == count for got, count in zip(self._averaged, self.chunks, strict=True))
+        return not self._missing
 
     def header(self, digest: str) -> EntryHeader:
         """The entry that this attempt would commit; `digest` is over its encoded chunks in order."""
@@ -136,6 +138,14 @@ class Reduction:
             for peer, got, count in zip(self.freeze.roster, self._averaged, self.chunks, strict=True)
             if len(got) < count
         ]
+
+    def _check_counts(self, reducer: PeerId, samples: tuple[int, ...]) -> None:
+        if len(samples) != len(self.freeze.roster) or sum(samples) == 0:
+            raise BadMessage(f"averaged chunk from {reducer[-8:]} names no samples for this roster")
+        if max(samples) > self._most_samples:
+            raise BadMessage(f"averaged chunk from {reducer[-8:]} counts more samples than a peer can bring")
+        if self._counts is not None:
+            raise BadMessage(f"{reducer[-8:]} divided by other sample counts than the reducers before it")
 
     def _rank(self, peer: PeerId) -> int:
         if peer not in self._rank_of:

@@ -11,26 +11,48 @@ from itertools import accumulate
 
 MOST_OF_MEDIAN = 8.0
 """A rate counts for no more than so many medians: who boasts does not get to reduce everything."""
+LEAST_OF_MEDIAN = 2.0**-12
+"""And for no less: at that, there is nothing to reduce anyway."""
 STEPS_PER_OCTAVE = 4
 """Of a rate in medians, which is rounded to them (by 9 % at most): spans stay where they are while measured
-rates waver."""
+rates waver, and a rate can travel as one letter."""
+LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_MEDIAN = 48
+"""The letter of the median rate, by its place; the least and the most are 48 below and 12 above it."""
+_IN_OCTAVE = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
+"""As literals: what a machine's own `exp2` says may be off by a bit, and all must find the same spans."""
 
 
-def balanced(rates: Sequence[float]) -> list[float]:
-    """Shares of the gradient, 1 in sum, with which members that send at these rates end as early as can be.
+def levels(rates: Sequence[float]) -> str:
+    """The rates as they count, a letter each: in quarter octaves around the median of those that are known.
 
-    `rates`: bytes per second in roster order, 0 for unknown, which counts as the median. Of n members, one
-    with share x sends 1 - x to the other reducers and x to each of the n - 1 others: 1 + (n - 2) x of the
-    gradient in all, and receives as much. Whoever takes longer than the others with no share at all gets
-    none; those that have one end together. This is the optimum of the linear program that minimises the
-    longest time, and then the next longest; with two members, shares change nothing and are equal.
+    `rates`: bytes per second in roster order, 0 for unknown, which counts as the median.
     """
-    members = len(rates)
     known = sorted(rate for rate in rates if rate > 0)
-    if members < 3 or not known:
-        return [1 / members] * members
+    if not known:
+        return LETTERS[_MEDIAN] * len(rates)
     usual = known[(len(known) - 1) // 2]
-    each = [_rounded(min(rate / usual, MOST_OF_MEDIAN)) if rate > 0 else 1.0 for rate in rates]
+    letters = []
+    for rate in rates:
+        medians = max(LEAST_OF_MEDIAN, min(rate / usual, MOST_OF_MEDIAN)) if rate > 0 else 1.0
+        letters.append(LETTERS[_MEDIAN + round(STEPS_PER_OCTAVE * math.log2(medians))])
+    return "".join(letters)
+
+
+def shares(levels: str) -> list[float]:
+    """Shares of the gradient, 1 in sum, with which members of these levels end as early as can be; the same
+    on every machine, to the bit. Raises ValueError for what is no level.
+
+    Of n members, one with share x sends 1 - x to the other reducers and x to each of the n - 1 others:
+    1 + (n - 2) x of the gradient in all, and receives as much. Whoever takes longer than the others with no
+    share at all gets none; those that have one end together. This is the optimum of the linear program that
+    minimises the longest time, and then the next longest; with two members, shares change nothing and are
+    equal.
+    """
+    members = len(levels)
+    each = [_medians(LETTERS.index(letter) - _MEDIAN) for letter in levels]
+    if members < 3:
+        return [1 / members] * members
     fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
     for count, rate in enumerate(fastest_first, 1):
         sum_of_rates += rate
@@ -38,6 +60,11 @@ def balanced(rates: Sequence[float]) -> list[float]:
         if count == members or fastest_first[count] * ends <= 1:
             break
     return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
+
+
+def balanced(rates: Sequence[float]) -> list[float]:
+    """`shares` of the `levels` of these rates."""
+    return shares(levels(rates))
 
 
 def moved_bytes(members: int, encoded_bytes: int) -> float:
@@ -67,5 +94,6 @@ def chunk_count(start: int, stop: int, chunk_values: int) -> int:
     return -(-(stop - start) // chunk_values)
 
 
-def _rounded(medians: float) -> float:
-    return math.exp2(round(STEPS_PER_OCTAVE * math.log2(medians)) / STEPS_PER_OCTAVE)
+def _medians(steps: int) -> float:
+    octaves, step = divmod(steps, STEPS_PER_OCTAVE)
+    return math.ldexp(_IN_OCTAVE[step], octaves)

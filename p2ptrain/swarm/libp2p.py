@@ -58,6 +58,7 @@ from p2ptrain.events import (
     clean,
     short,
 )
+from p2ptrain.protocol.presence import look_seconds
 from p2ptrain.records import (
     SIGNED,
     Averaged,
@@ -106,6 +107,9 @@ RESTART_SECONDS = 30.0
 DHT_SECONDS = 10.0
 REPLICAS = 8
 """Nodes that are asked to keep a record; some may just have left."""
+KEEPERS_SECONDS = 60.0
+"""So long, or as long as between two looks of a large swarm, they are not searched anew while they answer:
+whoever searches is sent all that they keep."""
 UPKEEP_SECONDS = 2.0
 """Between two looks at our own daemon."""
 HANG_SECONDS = 15.0
@@ -805,6 +809,10 @@ class _Node:
     skew_seconds: float | None = None
     """Of the clock that was met last, against ours."""
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    _keepers: dict[DHTID, tuple[float, list[Any]]] = field(default_factory=dict)
+    """Who keeps our records under a key, and when they were found, while all of them answer."""
+    _found: Counter[DHTID] = field(default_factory=Counter)
+    """How many records there were under a key at the last look."""
 
     @classmethod
     async def attach(cls, daemon: Daemon, control: Path) -> _Node:
@@ -865,13 +873,16 @@ class _Node:
         our record on to it. For the same reason we keep it only after the others have been asked.
         """
         protocol, value = self.dht.protocol, MSGPackSerializer.dumps(sealed)
-        nearest = await self.dht.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+        found_at, keepers = self._keepers.pop(key, (float("-inf"), []))
+        now = asyncio.get_running_loop().time()
+        if now - found_at > max(KEEPERS_SECONDS, look_seconds(self._found[key], urgent=False)):
+            nearest = await self.dht.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+            found_at, keepers = now, list(nearest[key].values())
         answers = await asyncio.gather(
-            *(
-                protocol.call_store(peer, [key], [value], [expires], [author])
-                for peer in nearest[key].values()
-            )
+            *(protocol.call_store(peer, [key], [value], [expires], [author]) for peer in keepers)
         )
+        if len(keepers) == REPLICAS and all(answer is not None for answer in answers):
+            self._keepers[key] = found_at, keepers
         protocol.storage.store_subkey(key, author, value, expires)
         return any(answer is not None and answer[0] for answer in answers)
 
@@ -880,6 +891,7 @@ class _Node:
         # Not a number, because one that is later than any time would be met by a node which says that what it
         # has never expires; the search would end with it.
         found = (await self.dht.get_many_by_id([key], sufficient_expiration_time=math.nan))[key]
+        self._found[key] = 0 if found is None else len(found.value)
         return {} if found is None else found.value
 
     def knows(self, peer: PeerId) -> bool:

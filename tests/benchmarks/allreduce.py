@@ -115,7 +115,6 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
             parent="e" * 64,
             ballot=Ballot(number=1, leader=roster[0]),
             roster=tuple(roster),
-            incarnations=("",) * len(roster),
             spans=share_out(values, [1.0] * len(roster)),
             finishing=(),
             cutoff_seconds=0.0,

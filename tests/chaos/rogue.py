@@ -37,7 +37,7 @@ from p2ptrain.allreduce import Attempt, Contribution, Rounds
 from p2ptrain.config import RunConfig
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Apply, Begin, Effect, Send
-from p2ptrain.records import Averaged, Chunk, Commit, Done, Freeze, GetEntry, GetPiece, PeerId
+from p2ptrain.records import Averaged, Call, Chunk, Commit, Done, GetEntry, GetPiece, PeerId
 from p2ptrain.replica import checkpoint
 from p2ptrain.replica.snapshot import Assembly
 from p2ptrain.swarm import lanes
@@ -150,7 +150,7 @@ def sends(kind: type) -> Callable[[Rounds, Effect], bool]:
 @death
 def leading(rogue: Rogue) -> None:
     """As leader with all reports in, before N (0) of the messages that freeze the round."""
-    at_effect(rogue, sends(Freeze), rogue.number or 0, rogue.die_behind)
+    at_effect(rogue, sends(Call), rogue.number or 0, rogue.die_behind)
 
 
 @death

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from p2ptrain.protocol.lineage import heavier
+from p2ptrain.protocol.lineage import advance, heavier
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import Answer, Ballot, Commit, Done, EntryHeader, Message, PeerId, Position
 
@@ -48,6 +48,8 @@ class Invariants:
         """How many samples each member brought to an attempt."""
         self._holders: dict[tuple[AttemptName, str], set[PeerId]] = defaultdict(set)
         """Who has ever held every span of an attempt, by the digest of what was held."""
+        self._leading: dict[str, EntryHeader] = {}
+        """The entry that was held, by the lineage it leads to."""
         self._declared: set[tuple[AttemptName, str]] = set()
         self._children: dict[str, set[str]] = defaultdict(set)
         self._states: dict[str, str] = {}
@@ -61,21 +63,29 @@ class Invariants:
 
     def held(self, peer: Peer, header: EntryHeader) -> None:
         """The peer holds every span."""
+        self._leading[advance(peer.position, header).lineage] = header
         self._holders[(header.parent, header.ballot), header.digest].add(peer.name)
 
     def said(self, peer: Peer, message: Message) -> None:
         """A peer speaks: it commits only what all hold (I1), and it keeps its promises (I7)."""
         match message:
-            case Commit(header=header):
-                self.declared(peer, header)
+            case Commit(position=position):
+                self.declared(peer, self.leading_to(position))
             case Answer(question=Ballot() as ballot, held=None):
                 peer.promised = (message.position.lineage, ballot)
-            case Done(header=header) if peer.promised is not None:
+            case Done(position=position) if peer.promised is not None:
                 lineage, ballot = peer.promised
+                header = self.leading_to(position)
                 if header.parent == lineage and header.ballot < ballot:
                     raise Violation(f"I7: {peer.name} is Done with {header.ballot} after promising {ballot}")
             case _:
                 pass
+
+    def leading_to(self, position: Position) -> EntryHeader:
+        """The header of the entry that leads there: somebody has held it, or it would be made up."""
+        if (header := self._leading.get(position.lineage)) is None:
+            raise Violation(f"I1: {position} is spoken of, and nobody has ever held what leads there")
+        return header
 
     def declared(self, peer: Peer, header: EntryHeader) -> None:
         """The first peer that calls an attempt committed has to be right (I1); later ones repeat it."""

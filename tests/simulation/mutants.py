@@ -8,7 +8,7 @@ from p2ptrain.protocol.leader import Leader
 from p2ptrain.protocol.member import Member, Stage
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import Apply, Cancel, Effect
-from p2ptrain.records import Ask, Averaged, Chunk, Done, EntryHeader, Freeze, Message, PeerId, Position
+from p2ptrain.records import Ask, Averaged, Call, Chunk, Done, EntryHeader, Message, PeerId, Position
 
 
 class CommitsTooSoon(Member):
@@ -17,8 +17,8 @@ class CommitsTooSoon(Member):
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         attempt = self.leader.attempt if self.leader is not None else None
         if attempt is not None and isinstance(message, Done):
-            for peer in attempt.freeze.roster if message.header.ballot == attempt.freeze.ballot else ():
-                attempt.done.setdefault(peer, message.header)
+            for peer in attempt.freeze.roster if message.ballot == attempt.freeze.ballot else ():
+                attempt.done.setdefault(peer, message.position)
         return super()._receive(sender, message, now)
 
 
@@ -48,10 +48,10 @@ class BreaksItsPromise(Member):
 class ObeysAnyBallot(Member):
     """Joins an attempt also after it has promised a higher ballot, and counts itself out of none."""
 
-    def _on_freeze(self, sender: PeerId, freeze: Freeze, now: float) -> list[Effect]:
-        if self.ballot is not None and freeze.ballot < self.ballot:
+    def _on_call(self, sender: PeerId, call: Call, now: float) -> list[Effect]:
+        if self.ballot is not None and call.ballot < self.ballot:
             self.ballot = None
-        return super()._on_freeze(sender, freeze, now)
+        return super()._on_call(sender, call, now)
 
 
 class AsksNobody(Member):
@@ -98,7 +98,9 @@ class BelievesAnyMean(Reduction):
     """A receiver that takes a mean for whatever roster and place it names."""
 
     def receive(self, reducer: PeerId, averaged: Averaged) -> bool:
-        self._averaged[self._rank(reducer)].add(averaged.number)
+        got = self._averaged[self._rank(reducer)]
+        self._missing -= averaged.number not in got
+        got.add(averaged.number)
         self._counts = averaged.samples
         return True
 

@@ -351,11 +351,13 @@ class Peer:
             match message:
                 case Ask(ballot=Ballot()) if sim.falls_now(self, "asking", 0.3):
                     raise Stopped
-                case Commit(header=header) if header.ballot.leader == self.name:
-                    if not sim.told(header) and sim.falls_now(self, "all done"):
-                        raise Stopped
-                    if sim.told(header) and sim.falls_now(self, "half told"):
-                        raise Stopped
+                case Commit(position=position):
+                    header = sim.invariants.leading_to(position)
+                    if header.ballot.leader == self.name:
+                        if not sim.told(header) and sim.falls_now(self, "all done"):
+                            raise Stopped
+                        if sim.told(header) and sim.falls_now(self, "half told"):
+                            raise Stopped
                 case _:
                     pass
         if self.lies and isinstance(message, Answer) and message.question is None:

@@ -58,7 +58,6 @@ def frozen(step: int, roster: list[PeerId]) -> Freeze:
         parent="e" * 64,
         ballot=Ballot(number=1, leader=roster[0]),
         roster=tuple(roster),
-        incarnations=("",) * len(roster),
         spans=(0, 20_001, VALUES),
         finishing=(),
         cutoff_seconds=0.0,

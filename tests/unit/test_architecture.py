@@ -67,7 +67,9 @@ ROOMS = {
         WORDS | {"p2ptrain.protocol.estimate"}, names("base58 cryptography msgpack pydantic")
     ),
     "p2ptrain.swarm.holders": Room(frozenset(), names("psutil")),
-    "p2ptrain.swarm.libp2p": Room(WORDS | {"p2ptrain.swarm"}, names("base58 hivemind pydantic")),
+    "p2ptrain.swarm.libp2p": Room(
+        WORDS | {"p2ptrain.swarm", "p2ptrain.protocol.presence"}, names("base58 hivemind pydantic")
+    ),
     "p2ptrain.replica": Room(
         WORDS | names("p2ptrain.protocol p2ptrain.gradients"),
         TORCH | {"pydantic"},

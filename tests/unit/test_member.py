@@ -9,10 +9,12 @@ from transcripts import RULES, Story, standing_at, tell
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
+from p2ptrain.protocol.lineage import advance
 from p2ptrain.protocol.member import BENCH_SECONDS, Member
+from p2ptrain.protocol.roster import call_for
 from p2ptrain.protocol.round import Begin, Benched, Cancel, CatchUp, Effect, Send, TookOver
-from p2ptrain.protocol.spans import balanced
-from p2ptrain.records import Abort, Answer, Ask, Ballot, Freeze, PeerId, Position, Report
+from p2ptrain.protocol.spans import balanced, levels
+from p2ptrain.records import Abort, Answer, Ask, Ballot, Call, Freeze, PeerId, Position, Report
 
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
@@ -464,19 +466,9 @@ def test_member_never_declares_done_when_it_has_promised_a_successor_otherwise()
     )
     # c's data plane may still finish the old attempt: that must stay without effect, whoever asks.
     member = story.machines[C]
-    freeze = Freeze(
-        step=6,
-        parent=standing_at(6, (A, B, C))[0].lineage,
-        ballot=Ballot(number=1, leader=A),
-        roster=(A, B, C),
-        incarnations=("1.0", "1.0", "1.0"),
-        spans=(0, 4, 8, 12),
-        finishing=(),
-        cutoff_seconds=0.0,
-        deadline_seconds=3.0,
-    )
+    call, freeze = call_from_a(), freeze_by_a()
     assert member.held(story.header(freeze, "m"), 0.0, story.now) == []
-    assert member.received(A, freeze, story.now) == [Send(A, member.answer())]
+    assert member.received(A, call, story.now) == [Send(A, member.answer())]
     assert member.answer().held is None
 
 
@@ -548,18 +540,17 @@ def test_freeze_for_an_earlier_incarnation_is_not_joined() -> None:
     member = story.machines[C]
     assert member.incarnation == "1.1"
     for incarnation, joins in (("1.0", False), ("1.1", True)):
-        freeze = freeze_of(story, incarnations=("1.0", "1.0", incarnation))
-        effects = member.received(A, freeze, story.now)
+        effects = member.received(A, call_from_a(incarnation=incarnation), story.now)
         assert any(isinstance(effect, Begin) for effect in effects) is joins
 
 
 def test_attempt_that_was_left_is_not_joined_again_when_its_freeze_comes_twice() -> None:
     story = tell("a b c stand at step 6")
-    member, freeze = story.machines[B], freeze_of(story)
+    member, call, freeze = story.machines[B], call_from_a(), freeze_by_a()
     abort = Abort(step=6, ballot=freeze.ballot, cause="deadline")
-    assert Begin(freeze) in member.received(A, freeze, story.now)
+    assert Begin(freeze) in member.received(A, call, story.now)
     assert member.received(A, abort, story.now) == [Cancel(freeze.ballot, AbortCause.DEADLINE, ())]
-    assert member.received(A, freeze, story.now) == []
+    assert member.received(A, call, story.now) == []
 
 
 def test_member_that_did_not_hear_of_an_abort_is_told_again_when_it_is_done() -> None:
@@ -608,19 +599,19 @@ def test_member_that_promised_a_successor_joins_nothing_of_the_leader_before() -
         """
     )
     member = story.machines[C]
-    freeze = freeze_of(story, ballot=Ballot(number=7, leader=A))
-    assert member.received(A, freeze, story.now) == [Send(A, member.answer())], "however high its ballot"
+    call = call_from_a(ballot=Ballot(number=7, leader=A))
+    assert member.received(A, call, story.now) == [Send(A, member.answer())], "however high its ballot"
 
 
 def test_successor_keeps_a_held_entry_when_the_leader_before_aborts_it() -> None:
     story = tell("a b c stand at step 6")
-    member, freeze = story.machines[B], freeze_of(story)
-    member.received(A, freeze, story.now)
+    member, freeze = story.machines[B], freeze_by_a()
+    member.received(A, call_from_a(), story.now)
     member.held(story.header(freeze, "m"), 0.0, story.now)
     ask = Ask(position=member.answer().position, ballot=Ballot(number=2, leader=C))
     member.received(C, ask, story.now)
     assert member.received(A, Abort(step=6, ballot=freeze.ballot, cause="deadline"), story.now) == []
-    assert member.answer().held == story.header(freeze, "m")
+    assert member.answer().held == advance(standing_at(6, (A, B, C))[0], story.header(freeze, "m"))
 
 
 MAJORITY = replace(RULES, quorum="majority")
@@ -766,8 +757,7 @@ def test_peer_that_claims_more_samples_than_it_can_have_does_not_fill_the_batch(
 def refused(story: Story, member: Member, number: int, by: PeerId) -> list[Effect]:
     """In attempt `number` of a's, a chunk of that peer breaks the contract."""
     ballot = Ballot(number=number, leader=A)
-    incarnations = tuple("1.0" if peer != member.me else member.incarnation for peer in (A, B, C))
-    member.received(A, freeze_of(story, ballot=ballot, incarnations=incarnations), story.now)
+    member.received(A, call_from_a(ballot=ballot, incarnation=member.incarnation), story.now)
     return member.failed(ballot, [by], AbortCause.BAD_CHUNK, story.now)
 
 
@@ -821,19 +811,24 @@ def test_bench_doubles_with_each_further_offence_up_to_an_hour() -> None:
     assert seconds == [120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600, 3600]
 
 
-def freeze_of(story: Story, **changes: object) -> Freeze:
-    """What a, b and c at step 6 would get from a."""
+def freeze_by_a() -> Freeze:
+    """For a, b and c at step 6."""
     return Freeze(
         step=6,
         parent=standing_at(6, (A, B, C))[0].lineage,
         ballot=Ballot(number=1, leader=A),
         roster=(A, B, C),
-        incarnations=("1.0", "1.0", "1.0"),
         spans=(0, 4, 8, 12),
         finishing=(),
         cutoff_seconds=0.0,
         deadline_seconds=3.0,
-    ).model_copy(update=changes)
+    )
+
+
+def call_from_a(**changes: object) -> Call:
+    """What b or c would get of it."""
+    _, last = standing_at(6, (A, B, C))
+    return call_for(B, freeze_by_a(), levels([0.0] * 3), "1.0", last).model_copy(update=changes)
 
 
 # -- two leaders ---------------------------------------------------------------------------------------------
@@ -1226,26 +1221,16 @@ def test_donor_is_believed_no_more_when_it_could_not_help_five_times() -> None:
     [
         {"ballot": Ballot(number=9, leader=C)},
         {"parent": "f" * 64},
-        {"roster": (B, C), "spans": (0, 6, 12)},
-        {"spans": (0, 4, 8, 13)},
+        {"left": (0,), "levels": levels([0.0] * 2)},
+        {"levels": levels([0.0] * 4)},
+        {"levels": "ab?"},
     ],
-    ids=["for another leader", "of another parent", "without us", "of another size"],
+    ids=["for another leader", "of another parent", "without us", "of another roster", "of no levels"],
 )
 def test_freeze_is_not_obeyed_when_it_does_not_fit(change: dict[str, object]) -> None:
     story = tell("a b c stand at step 6")
     member = story.machines[A]
-    assert member.position is not None
-    fitting = Freeze(
-        step=6,
-        parent=member.position.lineage,
-        ballot=Ballot(number=9, leader=B),
-        roster=(A, B, C),
-        incarnations=("1.0", "1.0", "1.0"),
-        spans=(0, 4, 8, 12),
-        finishing=(),
-        cutoff_seconds=0.0,
-        deadline_seconds=3.0,
-    )
+    fitting = call_from_a(ballot=Ballot(number=9, leader=B))
     effects = member.received(B, fitting.model_copy(update=change), story.now)
     assert all(isinstance(effect, Send) and isinstance(effect.message, Answer) for effect in effects)
     assert member.freeze is None

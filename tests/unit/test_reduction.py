@@ -13,7 +13,6 @@ FREEZE = Freeze(
     parent="e" * 64,
     ballot=BALLOT,
     roster=(A, B, C),
-    incarnations=("1", "1", "1"),
     spans=(0, 4, 8, 10),
     finishing=(),
     cutoff_seconds=0.0,

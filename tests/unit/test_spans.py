@@ -7,18 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2ptrain.protocol.spans import (
+    LETTERS,
     MOST_OF_MEDIAN,
     STEPS_PER_OCTAVE,
     balanced,
     chunk_count,
     chunk_ranges,
+    levels,
     share_out,
+    shares,
 )
 
-shares = st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(lambda s: sum(s) > 0)
+parts_of_it = st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(lambda s: sum(s) > 0)
 
 
-@given(st.integers(1, 10**9), shares)
+@given(st.integers(1, 10**9), parts_of_it)
 def test_spans_cover_every_value_once(values: int, parts: list[float]) -> None:
     spans = share_out(values, parts)
     assert spans[0] == 0
@@ -51,20 +54,20 @@ exact = st.integers(0, 3 * STEPS_PER_OCTAVE).map(lambda step: 2 ** (step / STEPS
 
 @given(st.lists(exact, min_size=3, max_size=31).filter(lambda rates: len(rates) % 2 == 1))
 def test_members_that_reduce_end_together_and_the_others_could_not_end_earlier(rates: list[float]) -> None:
-    shares, reducers = balanced(rates), len(rates) - 2
-    assert sum(shares) == pytest.approx(1)
+    parts, reducers = balanced(rates), len(rates) - 2
+    assert sum(parts) == pytest.approx(1)
     # The median of an odd number is one of them, so ratios to it are not rounded either.
-    ends = [(1 + reducers * share) / rate for share, rate in zip(shares, rates, strict=True)]
-    together = [end for end, share in zip(ends, shares, strict=True) if share]
+    ends = [(1 + reducers * share) / rate for share, rate in zip(parts, rates, strict=True)]
+    together = [end for end, share in zip(ends, parts, strict=True) if share]
     assert together == pytest.approx([together[0]] * len(together))
     assert min(ends) == pytest.approx(together[0])
 
 
 def test_slow_uplink_sends_its_own_gradient_and_reduces_nothing() -> None:
-    shares = balanced([10e6, 20e6, 50e6, 100e6])
-    assert shares[0] == 0
+    parts = balanced([10e6, 20e6, 50e6, 100e6])
+    assert parts[0] == 0
     # What 10 Mbit/s take for the gradient bounds the round; everybody else is done by then.
-    assert max((1 + 2 * x) / rate for x, rate in zip(shares, [10, 20, 50, 100], strict=True)) == 1 / 10
+    assert max((1 + 2 * x) / rate for x, rate in zip(parts, [10, 20, 50, 100], strict=True)) == 1 / 10
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,19 @@ def test_shares_are_equal_when_nothing_speaks_for_others(rates: list[float]) -> 
 
 def test_boaster_gets_no_more_than_a_very_fast_peer() -> None:
     assert balanced([1.0, 1.0, 1.0, 1e15]) == balanced([1.0, 1.0, 1.0, MOST_OF_MEDIAN])
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1, max_size=20))
+def test_a_level_is_within_a_ninth_of_the_rate_in_medians(rates: list[float]) -> None:
+    known = sorted(rate for rate in rates if rate > 0)
+    usual = known[(len(known) - 1) // 2] if known else 1.0
+    at_median = levels([1.0])
+    for rate, letter in zip(rates, levels(rates), strict=True):
+        medians = min(max(rate / usual, 2**-12), MOST_OF_MEDIAN) if rate else 1.0
+        steps = LETTERS.index(letter) - LETTERS.index(at_median)
+        assert 2 ** (steps / STEPS_PER_OCTAVE) == pytest.approx(medians, rel=0.1)
+
+
+def test_what_is_no_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="substring"):
+        shares("zz?")

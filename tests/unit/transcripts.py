@@ -26,6 +26,7 @@ from typing import assert_never
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.lineage import advance
 from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.roster import freeze_of
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
@@ -45,6 +46,7 @@ from p2ptrain.records import (
     Answer,
     Ask,
     Ballot,
+    Call,
     Commit,
     Done,
     EntryHeader,
@@ -98,6 +100,8 @@ class Story:
         self._applying: dict[PeerId, Apply] = {}
         self._on_the_way: dict[tuple[PeerId, PeerId], deque[Message]] = {}
         self._digests: dict[str, str] = {}
+        self._entries: dict[str, str] = {}
+        """How an entry is shown, by the lineage that it leads to."""
         self._events: list[tuple[re.Pattern[str], Callable[..., Iterable[Effect]]]] = [
             (re.compile(pattern), play)
             for pattern, play in (
@@ -163,7 +167,10 @@ class Story:
     def _hold(self, name: str, content: str) -> list[Effect]:
         machine = self._machine(name)
         assert machine.freeze is not None
-        return machine.held(self.header(machine.freeze, content), 0.0, self.now)
+        assert machine.position is not None
+        header = self.header(machine.freeze, content)
+        self._entries[advance(machine.position, header).lineage] = self._entry(header)
+        return machine.held(header, 0.0, self.now)
 
     def _miss(self, name: str, suspects: str) -> list[Effect]:
         machine = self._machine(name)
@@ -227,7 +234,7 @@ class Story:
     def _shown(self, effect: Effect) -> str:
         match effect:
             case Send(to, message):
-                return f"→ {to}: {self._said(message)}"
+                return f"→ {to}: {self._said(to, message)}"
             case Begin(freeze):
                 return f"begins {_ballot(freeze.ballot)}"
             case Cancel(ballot, cause, dropped):
@@ -249,23 +256,25 @@ class Story:
             case _:
                 assert_never(effect)
 
-    def _said(self, message: Message) -> str:
+    def _said(self, to: PeerId, message: Message) -> str:
         match message:
             case Report():
                 more = f", {message.in_flight} more" if message.in_flight else ""
                 state = f" as {self._digests[message.state_digest]}" if message.state_digest else ""
                 return f"report {message.samples}{more}{state}"
-            case Freeze():
-                finishing = _names(", finishing ", message.finishing)
-                return f"freeze {_ballot(message.ballot)} of{_names(' ', message.roster)}{finishing}"
+            case Call():
+                freeze = freeze_of(to, message, self.machines[self._actor].last, self.rules.values)
+                assert freeze is not None
+                finishing = _names(", finishing ", freeze.finishing)
+                return f"freeze {_ballot(freeze.ballot)} of{_names(' ', freeze.roster)}{finishing}"
             case Done():
-                return f"done {self._entry(message.header)}"
+                return f"done {self._led_by(message.position)}"
             case Failed():
                 return (
                     f"failed {_ballot(message.ballot)} ({message.cause}){_names(' for ', message.suspects)}"
                 )
             case Commit():
-                return f"commit {self._entry(message.header)}{_names(', expecting ', message.newcomers)}"
+                return f"commit {self._led_by(message.position)}{_names(', expecting ', message.newcomers)}"
             case Abort():
                 return (
                     f"abort {_ballot(message.ballot)} ({message.cause}){_names(' without ', message.dropped)}"
@@ -278,7 +287,7 @@ class Story:
                 if message.question is not None:
                     parts.append(f"obeys {_ballot(message.question)}")
                 if message.held is not None:
-                    parts.append(f"holds {self._entry(message.held)}")
+                    parts.append(f"holds {self._led_by(message.held)}")
                 return ", ".join(parts)
             case Resync():
                 return f"resync to {self._digests[message.state_digest]} from {message.donor}"
@@ -288,6 +297,10 @@ class Story:
     def _entry(self, header: EntryHeader) -> str:
         content = self._digests.get(header.digest, "?")
         return f"{_ballot(header.ballot)} {content}"
+
+    def _led_by(self, position: Position) -> str:
+        """The entry that leads there."""
+        return self._entries.get(position.lineage, f"to step {position.step}")
 
 
 def standing_at(step: int, roster: tuple[PeerId, ...]) -> tuple[Position, EntryHeader | None]:
