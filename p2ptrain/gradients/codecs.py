@@ -25,8 +25,8 @@ from p2ptrain.errors import BadMessage
 
 Buffer = bytes | bytearray | memoryview
 
-LARGEST = 2.0**119
-"""No value beyond ± this is encoded or decoded. The totals of 256 members (`records.MAX_ROSTER`) within it
+LARGEST = 2.0**117
+"""No value beyond ± this is encoded or decoded. The totals of 1024 members (`records.MAX_ROSTER`) within it
 cannot add up to more than a float32 holds, and their mean is within it again: an average of accepted chunks
 can always be sent."""
 
