@@ -13,7 +13,6 @@ Not covered: contributions that come faster than they are added wait in memory, 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
 from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk
+from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -476,8 +476,8 @@ class Attempt:
         self._digests[key] = digest
         if self._over or self.header is not None or len(self._digests) < sum(map(len, self._ranges)):
             return
-        digests = hashlib.sha256(b"".join(self._digests[key] for key in sorted(self._digests)))
-        self.header = self._reduction.header(digests.hexdigest())
+        digest = joint_digest(self._digests[key] for key in sorted(self._digests))
+        self.header = self._reduction.header(digest)
         self._timer.cancel()
         self.held = asyncio.get_running_loop().time()
         self._on_held(self.header, self.held - (self.sealed or self.held))

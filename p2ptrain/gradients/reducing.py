@@ -9,11 +9,11 @@ Not covered: which chunks are here, and in what order they are taken; see `proto
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage
@@ -87,7 +87,7 @@ def average_chunk(
     rule.likeness.add(ranks, totals, samples)
     encoded, decoded = rule.owed.encode(start, rule.aggregation(totals, samples))
     place[:] = encoded
-    return squared_norm(decoded), hashlib.sha256(place).digest()
+    return squared_norm(decoded), blake3(place).digest()
 
 
 def check_chunk(
@@ -100,4 +100,4 @@ def check_chunk(
     codec.decode(encoded, scratch.take(0, count))
     if place is not None:
         place[:] = encoded
-    return hashlib.sha256(encoded).digest()
+    return blake3(encoded).digest()
