@@ -5,7 +5,8 @@ bytes: it sends this peer's contribution to every reducer, averages this peer's 
 averaged chunks of all spans in a shadow buffer that touches nothing until the round is committed.
 
 Numeric work is done by whatever `Work` the caller gives, a thread beside the event loop for instance, while
-other chunks are sent and received. Its order and so its results are the same for any.
+other chunks are sent and received; what takes less time than to hand it to a thread is done at once. Its
+order and so its results are the same for any.
 
 Not covered: contributions that come faster than they are added wait in memory, at most a span of each member.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
 from p2ptrain.gradients.accumulator import Sent
-from p2ptrain.gradients.aggregation import Aggregation
+from p2ptrain.gradients.aggregation import Aggregation, mean_chunk
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
@@ -129,6 +130,10 @@ class Gone:
 LEAST_SENT_BYTES = 64 * 1024
 """So much fits into the buffers on the way: how long it took says nothing."""
 
+AT_ONCE_VALUES = 2**20
+"""Adding up so many values, of all members together, takes half a millisecond or less. To hand it to a thread
+and wait for it costs a quarter, most of it in two threads' fight for the interpreter's lock."""
+
 Work = Callable[..., Awaitable[Any]]
 """Runs a function with its arguments, one after the other, and gives its result."""
 
@@ -186,7 +191,7 @@ class _Pace:
 
 
 _Key = tuple[int, int]
-"""(reducer's rank, number) of a chunk of the entry."""
+"""(reducer's rank, number) of a chunk of the entry, or (member's rank, number) of one to be averaged."""
 
 
 def touched_memory(size_bytes: int) -> memoryview:
@@ -281,6 +286,7 @@ class Attempt:
         self._swarm = swarm
         self._codec = codec
         self._work = work
+        self._quick = codec.quick and aggregation is mean_chunk
         self._scratch = scratch
         self._spawn = spawn
         self.likeness = Likeness()
@@ -293,7 +299,8 @@ class Attempt:
         self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness)
         self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
-        self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._parts: dict[_Key, Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._lent: dict[_Key, memoryview] = {}  # the same → where it is being received
         self._shadow = _Shadow(self._ranges, codec, memory)
         self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
         self._pace = _Pace()
@@ -312,9 +319,19 @@ class Attempt:
 
     def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
         """Where the payload of a frame of this attempt, about to arrive, shall be written; None: wherever."""
-        if self._over or not isinstance(header, Averaged) or sender not in self._outboxes:
+        if self._over or sender not in self._outboxes:
             return None
-        return self._shadow.lend((self.freeze.roster.index(sender), header.number), size)
+        key = self.freeze.roster.index(sender), header.number
+        if isinstance(header, Averaged):
+            return self._shadow.lend(key, size)
+        mine = self._ranges[self._reduction.rank]
+        if key in self._lent or header.number >= len(mine):
+            return None
+        start, stop = mine[header.number]
+        if size != self._codec.encoded_bytes(stop - start):
+            return None
+        place = self._lent[key] = self._scratch.lend(size)
+        return place
 
     async def receive(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's
@@ -360,6 +377,12 @@ class Attempt:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
+    async def _do(self, values: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Numeric work on so many values: here and now if it is quick."""
+        if self._quick and values <= AT_ONCE_VALUES:
+            return function(*arguments)
+        return await self._work(function, *arguments)
+
     async def _contribute(self, contribution: Contribution) -> None:
         """Encode and send, a chunk for each reducer in turn, so that all have something to do from the
         start."""
@@ -380,7 +403,8 @@ class Attempt:
                 )
                 encoded: Buffer = b""
                 if contribution.samples:
-                    encoded = await self._work(self._codec.encode, contribution.total[start:stop])
+                    encoded = await self._do(stop - start, self._codec.encode, contribution.total[start:stop])
+                    await asyncio.sleep(0)  # what was done at once has not let others have their turn
                     if self._codec.feedback:
                         self.sent.append((start, stop, encoded))
                 if rank == mine:
@@ -425,7 +449,8 @@ class Attempt:
         key = reduction.rank, number
         encoded = self._shadow.own(key)
         try:
-            norm, digest = await self._work(
+            norm, digest = await self._do(
+                len(parts) * (stop - start),
                 average_chunk,
                 self._rule,
                 self._scratch,
@@ -443,6 +468,9 @@ class Attempt:
             else:
                 self._fail([peer], AbortCause.NONFINITE, str(fault))
             return
+        for rank, part in zip(ranks, parts, strict=True):
+            if self._lent.get((rank, number)) is part:
+                self._scratch.give_back(self._lent.pop((rank, number)))
         self._norm += norm
         header = Averaged(
             step=self.freeze.step,
@@ -465,7 +493,8 @@ class Attempt:
         start, stop = self._ranges[rank][averaged.number]
         place = self._shadow.place_of(key, payload)
         try:
-            digest = await self._work(check_chunk, self._codec, self._scratch, payload, stop - start, place)
+            count = stop - start
+            digest = await self._do(count, check_chunk, self._codec, self._scratch, payload, count, place)
         except BadMessage as fault:
             self._fail([reducer], AbortCause.BAD_CHUNK, str(fault))
             return
@@ -476,8 +505,8 @@ class Attempt:
         self._digests[key] = digest
         if self._over or self.header is not None or len(self._digests) < sum(map(len, self._ranges)):
             return
-        digest = joint_digest(self._digests[key] for key in sorted(self._digests))
-        self.header = self._reduction.header(digest)
+        joint = joint_digest(self._digests[key] for key in sorted(self._digests))
+        self.header = self._reduction.header(joint)
         self._timer.cancel()
         self.held = asyncio.get_running_loop().time()
         self._on_held(self.header, self.held - (self.sealed or self.held))

@@ -42,6 +42,11 @@ class Codec(Protocol):
         """Whether it loses so much that this must be kept and sent later."""
         ...
 
+    @property
+    def quick(self) -> bool:
+        """Whether a chunk takes less time than handing it to another thread does."""
+        ...
+
     def encoded_bytes(self, count: int) -> int:
         """Size of `count` encoded values, in bytes."""
         ...
@@ -74,12 +79,14 @@ class Fp32:
 
     name = "fp32"
     feedback = False
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 4 * count
 
     def encode(self, values: Tensor) -> Buffer:
-        _largest_to_send(values)
+        if not _are_small(values):
+            _largest_to_send(values)
         return values.numpy().data.cast("B").toreadonly()
 
     def decode(self, data: Buffer, out: Tensor) -> None:
@@ -98,6 +105,7 @@ class Fp16:
 
     name = "fp16"
     feedback = False
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 4 + 2 * count
@@ -151,12 +159,14 @@ class Bf16:
 
     name = "bf16"
     feedback = True
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 2 * count
 
     def encode(self, values: Tensor) -> bytes:
-        _largest_to_send(values)
+        if not _are_small(values):
+            _largest_to_send(values)
         return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
     def decode(self, data: Buffer, out: Tensor) -> None:
@@ -179,6 +189,7 @@ class Int8:
 
     name = "int8"
     feedback = True
+    quick = True
     block, most = 128, 127
 
     def encoded_bytes(self, count: int) -> int:
@@ -207,6 +218,7 @@ class Int4:
 
     name = "int4"
     feedback = True
+    quick = False
     block, most = 64, 7
 
     def encoded_bytes(self, count: int) -> int:
@@ -289,6 +301,7 @@ class TopK:
 
     name = "topk"
     feedback = True
+    quick = False
 
     def kept(self, count: int) -> int:
         return _blocks(count, 32)
@@ -358,6 +371,7 @@ class LowRank:
 
     name = "lowrank"
     feedback = True
+    quick = False
     columns, rank, least = 128, 4, 1024
 
     def encoded_bytes(self, count: int) -> int:
@@ -430,6 +444,12 @@ def _largest(values: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
+def _are_small(values: Tensor) -> bool:
+    """Whether the values are certainly finite and within `LARGEST`: no value is larger than the root of the
+    sum of all squares, and if that is finite, none is beyond 2^64. (This is twice as fast as `aminmax`.)"""
+    return math.isfinite(torch.dot(values, values).item())
+
+
 def _largest_to_send(values: Tensor) -> float:
     largest = _largest(values)
     if not largest <= LARGEST:  # written so that NaN is refused too
@@ -438,8 +458,7 @@ def _largest_to_send(values: Tensor) -> float:
 
 
 def _check_received(values: Tensor) -> None:
-    largest = _largest(values)
-    if not largest <= LARGEST:
+    if not _are_small(values) and not (largest := _largest(values)) <= LARGEST:
         raise BadMessage(f"a chunk must be finite and within ±{LARGEST:.3g}, but holds {largest}")
 
 

@@ -9,9 +9,11 @@ Not covered: which chunks are here, and in what order they are taken; see `proto
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -22,6 +24,9 @@ from p2ptrain.gradients.codecs import Buffer, Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness
 
+MAX_SPARE = 64
+"""Pieces of memory for chunks that are kept for the next ones, half a megabyte each with fp32."""
+
 
 class Spoilt(BadMessage):
     """One part of a chunk cannot go into its mean; `index` says which, `finite` whether its numbers are."""
@@ -31,11 +36,15 @@ class Spoilt(BadMessage):
         self.index, self.finite = index, finite
 
 
-class Scratch:
-    """Memory to decode chunks into, for one thread at a time."""
+class Scratch(threading.local):
+    """Memory that is used again and again: the first touch of a fresh page costs as much as a copy of it.
+
+    Each thread has its own: two of them decode two chunks at once.
+    """
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
+        self._spare: list[memoryview] = []
 
     def take(self, index: int, count: int) -> Tensor:
         """Memory for `count` values, float32, with anything in it; for the same index, the same."""
@@ -44,6 +53,18 @@ class Scratch:
         if len(self._kept[index]) < count:
             self._kept[index] = torch.empty(count)
         return self._kept[index][:count]
+
+    def lend(self, size_bytes: int) -> memoryview:
+        """Memory for so many bytes, with anything in it, until it is given back, if ever."""
+        while self._spare:
+            if (memory := self._spare.pop()).nbytes == size_bytes:
+                return memory
+        return np.empty(size_bytes, np.uint8).data
+
+    def give_back(self, memory: memoryview) -> None:
+        """What was lent, and nobody uses any more."""
+        if len(self._spare) < MAX_SPARE:
+            self._spare.append(memory)
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ def average_chunk(
     if (odd := outsized(totals, samples, rule.usual_norm)) is not None:
         raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
     rule.likeness.add(ranks, totals, samples)
-    encoded, decoded = rule.owed.encode(start, rule.aggregation(totals, samples))
+    mean = rule.aggregation(totals, samples)
+    encoded, decoded = rule.owed.encode(start, mean, scratch.take(len(parts), count))
     place[:] = encoded
     return squared_norm(decoded), blake3(place).digest()
 
