@@ -151,19 +151,24 @@ Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 @dataclass
 class _Outbox:
-    """Frames for one peer, in order. After a broken link they are sent again from the first: receivers know
-    duplicates."""
+    """Frames for one peer, in order: the chunks of our contribution, which a reducer waits for, before any
+    mean. After a broken link they are sent again from the first: receivers know duplicates."""
 
     frames: list[tuple[Chunk | Averaged, Buffer]] = field(default_factory=list)
     sent: int = 0
+    contributed: int = 0
+    """Chunks of our contribution that were encoded."""
+    lost: bool = False
+    """The link is broken."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, header: Chunk | Averaged, payload: Buffer) -> None:
-        self.frames.append((header, payload))
+        at = self.sent if isinstance(header, Chunk) else len(self.frames)
+        self.frames.insert(at, (header, payload))
         self.wake.set()
 
     def rewind(self) -> None:
-        self.sent = 0
+        self.sent, self.lost = 0, False
         self.wake.set()
 
 
@@ -282,6 +287,7 @@ class Attempt:
         self.sealed: float | None = None
         """Loop time when the contribution was given, None before."""
         self.header: EntryHeader | None = None
+        self._contribution: Contribution | None = None
         self._me = swarm.peer_id
         self._swarm = swarm
         self._codec = codec
@@ -315,7 +321,11 @@ class Attempt:
     def contribute(self, contribution: Contribution) -> None:
         """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
         self.sealed = asyncio.get_running_loop().time()
-        self._tasks.append(self._spawn(self._contribute(contribution)))
+        self._contribution = contribution
+        for number in range(self._to_contribute(self._reduction.rank)):
+            self._take_part(self._me, self._chunk(number), None)
+        for outbox in self._outboxes.values():
+            outbox.wake.set()
 
     def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
         """Where the payload of a frame of this attempt, about to arrive, shall be written; None: wherever."""
@@ -383,41 +393,43 @@ class Attempt:
             return function(*arguments)
         return await self._work(function, *arguments)
 
-    async def _contribute(self, contribution: Contribution) -> None:
-        """Encode and send, a chunk for each reducer in turn, so that all have something to do from the
-        start."""
-        roster, mine = self.freeze.roster, self._reduction.rank
-        others_first = [*range(mine + 1, len(roster)), *range(mine + 1)]
-        most = max(map(len, self._ranges)) if contribution.samples else 1
-        for number in range(most):
-            for rank in others_first:
-                if number >= len(self._ranges[rank]):
-                    continue
-                start, stop = self._ranges[rank][number]
-                header = Chunk(
-                    step=self.freeze.step,
-                    parent=self.freeze.parent,
-                    ballot=self.freeze.ballot,
-                    number=number,
-                    samples=contribution.samples,
-                )
-                encoded: Buffer = b""
-                if contribution.samples:
-                    encoded = await self._do(stop - start, self._codec.encode, contribution.total[start:stop])
-                    await asyncio.sleep(0)  # what was done at once has not let others have their turn
-                    if self._codec.feedback:
-                        self.sent.append((start, stop, encoded))
-                if rank == mine:
-                    await self.receive(self._me, header, encoded)
-                else:
-                    self._outboxes[roster[rank]].put(header, encoded)
+    def _to_contribute(self, rank: int) -> int:
+        """How many chunks of our contribution that reducer is to get; one, empty, if we bring no samples."""
+        if self._contribution is None:
+            return 0
+        chunks = len(self._ranges[rank])
+        return chunks if self._contribution.samples else min(chunks, 1)
 
-    def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer) -> None:
+    def _chunk(self, number: int) -> Chunk:
+        assert self._contribution is not None
+        return Chunk(
+            step=self.freeze.step,
+            parent=self.freeze.parent,
+            ballot=self.freeze.ballot,
+            number=number,
+            samples=self._contribution.samples,
+        )
+
+    async def _encoded(self, rank: int, number: int) -> Buffer:
+        """A chunk of our contribution for that reducer, just before it is sent or added: so it is in the
+        cache then."""
+        assert self._contribution is not None
+        if not self._contribution.samples:
+            return b""
+        start, stop = self._ranges[rank][number]
+        values = self._contribution.total[start:stop]
+        encoded: Buffer = await self._do(stop - start, self._codec.encode, values)
+        if self._codec.feedback:
+            self.sent.append((start, stop, encoded))
+        return encoded
+
+    def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer | None) -> None:
+        """`payload`: None for our own, which is encoded when its turn comes."""
         reduction = self._reduction
         if not reduction.accept(sender, chunk):
             return
         rank = self.freeze.roster.index(sender)
-        if chunk.samples:
+        if chunk.samples and payload is not None:
             start, stop = self._ranges[reduction.rank][chunk.number]
             if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
                 raise BadMessage(
@@ -444,7 +456,11 @@ class Attempt:
         if not ranks:
             self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
             return
-        parts = [self._parts.pop((rank, number)) for rank in ranks]
+        mine = reduction.rank
+        parts = [
+            await self._encoded(mine, number) if rank == mine else self._parts.pop((rank, number))
+            for rank in ranks
+        ]
         counts = [samples[rank] for rank in ranks]
         key = reduction.rank, number
         encoded = self._shadow.own(key)
@@ -523,7 +539,11 @@ class Attempt:
             self._on_failed(suspects, cause, detail)
 
     async def _send_all(self, peer: PeerId, outbox: _Outbox) -> None:
+        rank = self.freeze.roster.index(peer)
         while True:
+            if (number := outbox.contributed) < self._to_contribute(rank) and not outbox.lost:
+                outbox.contributed += 1
+                outbox.put(self._chunk(number), await self._encoded(rank, number))
             if outbox.sent == len(outbox.frames):
                 outbox.wake.clear()
                 await outbox.wake.wait()
@@ -538,7 +558,7 @@ class Attempt:
             except Unreachable:
                 # Either the link comes back and `rewind` says everything again, or the peer is lost and the
                 # leader ends the attempt.
-                outbox.sent = len(outbox.frames)
+                outbox.sent, outbox.lost = len(outbox.frames), True
             finally:
                 self._pace.ends(loop.time(), taken)
 
