@@ -43,6 +43,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def exact(self) -> bool:
+        """Whether it loses nothing at all."""
+        ...
+
+    @property
     def quick(self) -> bool:
         """Whether a chunk takes less time than handing it to another thread does."""
         ...
@@ -78,6 +83,7 @@ class Fp32:
     """The values themselves: 4 bytes each, no error."""
 
     name = "fp32"
+    exact = True
     feedback = False
     quick = True
 
@@ -104,6 +110,7 @@ class Fp16:
     """
 
     name = "fp16"
+    exact = False
     feedback = False
     quick = True
 
@@ -158,6 +165,7 @@ class Bf16:
     """
 
     name = "bf16"
+    exact = False
     feedback = True
     quick = True
 
@@ -188,6 +196,7 @@ class Int8:
     """
 
     name = "int8"
+    exact = False
     feedback = True
     quick = True
     block, most = 128, 127
@@ -217,6 +226,7 @@ class Int4:
     """
 
     name = "int4"
+    exact = False
     feedback = True
     quick = False
     block, most = 64, 7
@@ -300,6 +310,7 @@ class TopK:
     """
 
     name = "topk"
+    exact = False
     feedback = True
     quick = False
 
@@ -370,6 +381,7 @@ class LowRank:
     """
 
     name = "lowrank"
+    exact = False
     feedback = True
     quick = False
     columns, rank, least = 128, 4, 1024

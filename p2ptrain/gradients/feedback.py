@@ -42,6 +42,8 @@ class Owed:
             owed = self._lost[start - self._start :][: len(mean)]
             mean.add_(owed).clamp_(-LARGEST, LARGEST)
         encoded = self._codec.encode(mean)
+        if self._codec.exact:
+            return encoded, mean
         decoded = torch.empty_like(mean) if memory is None else memory
         self._codec.decode(encoded, decoded)
         if self._codec.feedback:
