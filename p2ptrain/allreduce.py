@@ -445,6 +445,7 @@ class Attempt:
                 await self._average(number)
                 if self._over or self._failed:
                     return
+                await asyncio.sleep(0)  # what is done at once lets nobody else have a turn
             await self._part_came.wait()
             self._part_came.clear()
 

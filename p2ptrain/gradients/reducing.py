@@ -50,9 +50,10 @@ class Scratch(threading.local):
         """Memory for `count` values, float32, with anything in it; for the same index, the same."""
         while len(self._kept) <= index:
             self._kept.append(torch.empty(0))
-        if len(self._kept[index]) < count:
-            self._kept[index] = torch.empty(count)
-        return self._kept[index][:count]
+        kept = self._kept[index]
+        if kept.numel() < count:
+            kept = self._kept[index] = torch.empty(count)
+        return kept if kept.numel() == count else kept[:count]
 
     def lend(self, size_bytes: int) -> memoryview:
         """Memory for so many bytes, with anything in it, until it is given back, if ever."""
