@@ -450,15 +450,15 @@ def _float32(value: float) -> Tensor:
 
 
 def _largest(values: Tensor) -> float:
-    """Largest absolute value; NaN if there is a NaN. (`aminmax` is 10 times faster than
-    `isfinite().all()`.)"""
-    low, high = torch.aminmax(values)
-    return max(-low.item(), high.item())
+    """Largest absolute value; NaN if there is a NaN. (numpy is twice as fast as `torch.aminmax`, and that 10
+    times as `isfinite().all()`.)"""
+    array = values.numpy()
+    return max(-float(array.min()), float(array.max()))
 
 
 def _are_small(values: Tensor) -> bool:
     """Whether the values are certainly finite and within `LARGEST`: no value is larger than the root of the
-    sum of all squares, and if that is finite, none is beyond 2^64. (This is twice as fast as `aminmax`.)"""
+    sum of all squares, and if that is finite, none is beyond 2^64. (To look for the largest takes longer.)"""
     return math.isfinite(torch.dot(values, values).item())
 
 
