@@ -5,7 +5,8 @@ bytes: it sends this peer's contribution to every reducer, averages this peer's 
 averaged chunks of all spans in a shadow buffer that touches nothing until the round is committed.
 
 Numeric work is done by whatever `Work` the caller gives, a thread beside the event loop for instance, while
-other chunks are sent and received. Its order and so its results are the same for any.
+other chunks are sent and received; what takes less time than to hand it to a thread is done at once. Its
+order and so its results are the same for any.
 
 Not covered: contributions that come faster than they are added wait in memory, at most a span of each member.
 """
@@ -13,7 +14,6 @@ Not covered: contributions that come faster than they are added wait in memory, 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +25,12 @@ from torch import Tensor
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
 from p2ptrain.gradients.accumulator import Sent
-from p2ptrain.gradients.aggregation import Aggregation
+from p2ptrain.gradients.aggregation import Aggregation, mean_chunk
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
 from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk
+from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import (
@@ -129,6 +130,10 @@ class Gone:
 LEAST_SENT_BYTES = 64 * 1024
 """So much fits into the buffers on the way: how long it took says nothing."""
 
+AT_ONCE_VALUES = 2**20
+"""Adding up so many values, of all members together, takes half a millisecond or less. To hand it to a thread
+and wait for it costs a quarter, most of it in two threads' fight for the interpreter's lock."""
+
 Work = Callable[..., Awaitable[Any]]
 """Runs a function with its arguments, one after the other, and gives its result."""
 
@@ -146,19 +151,24 @@ Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 @dataclass
 class _Outbox:
-    """Frames for one peer, in order. After a broken link they are sent again from the first: receivers know
-    duplicates."""
+    """Frames for one peer, in order: the chunks of our contribution, which a reducer waits for, before any
+    mean. After a broken link they are sent again from the first: receivers know duplicates."""
 
     frames: list[tuple[Chunk | Averaged, Buffer]] = field(default_factory=list)
     sent: int = 0
+    contributed: int = 0
+    """Chunks of our contribution that were encoded."""
+    lost: bool = False
+    """The link is broken."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, header: Chunk | Averaged, payload: Buffer) -> None:
-        self.frames.append((header, payload))
+        at = self.sent if isinstance(header, Chunk) else len(self.frames)
+        self.frames.insert(at, (header, payload))
         self.wake.set()
 
     def rewind(self) -> None:
-        self.sent = 0
+        self.sent, self.lost = 0, False
         self.wake.set()
 
 
@@ -186,7 +196,7 @@ class _Pace:
 
 
 _Key = tuple[int, int]
-"""(reducer's rank, number) of a chunk of the entry."""
+"""(reducer's rank, number) of a chunk of the entry, or (member's rank, number) of one to be averaged."""
 
 
 def touched_memory(size_bytes: int) -> memoryview:
@@ -277,10 +287,12 @@ class Attempt:
         self.sealed: float | None = None
         """Loop time when the contribution was given, None before."""
         self.header: EntryHeader | None = None
+        self._contribution: Contribution | None = None
         self._me = swarm.peer_id
         self._swarm = swarm
         self._codec = codec
         self._work = work
+        self._quick = codec.quick and aggregation is mean_chunk
         self._scratch = scratch
         self._spawn = spawn
         self.likeness = Likeness()
@@ -293,7 +305,8 @@ class Attempt:
         self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness)
         self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
-        self._parts: dict[tuple[int, int], Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._parts: dict[_Key, Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
+        self._lent: dict[_Key, memoryview] = {}  # the same → where it is being received
         self._shadow = _Shadow(self._ranges, codec, memory)
         self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
         self._pace = _Pace()
@@ -308,13 +321,27 @@ class Attempt:
     def contribute(self, contribution: Contribution) -> None:
         """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
         self.sealed = asyncio.get_running_loop().time()
-        self._tasks.append(self._spawn(self._contribute(contribution)))
+        self._contribution = contribution
+        for number in range(self._to_contribute(self._reduction.rank)):
+            self._take_part(self._me, self._chunk(number), None)
+        for outbox in self._outboxes.values():
+            outbox.wake.set()
 
     def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
         """Where the payload of a frame of this attempt, about to arrive, shall be written; None: wherever."""
-        if self._over or not isinstance(header, Averaged) or sender not in self._outboxes:
+        if self._over or sender not in self._outboxes:
             return None
-        return self._shadow.lend((self.freeze.roster.index(sender), header.number), size)
+        key = self.freeze.roster.index(sender), header.number
+        if isinstance(header, Averaged):
+            return self._shadow.lend(key, size)
+        mine = self._ranges[self._reduction.rank]
+        if key in self._lent or header.number >= len(mine):
+            return None
+        start, stop = mine[header.number]
+        if size != self._codec.encoded_bytes(stop - start):
+            return None
+        place = self._lent[key] = self._scratch.lend(size)
+        return place
 
     async def receive(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
         """A frame of this attempt arrived. What breaks the contract fails the attempt by the sender's
@@ -362,40 +389,49 @@ class Attempt:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    async def _contribute(self, contribution: Contribution) -> None:
-        """Encode and send, a chunk for each reducer in turn, so that all have something to do from the
-        start."""
-        roster, mine = self.freeze.roster, self._reduction.rank
-        others_first = [*range(mine + 1, len(roster)), *range(mine + 1)]
-        most = max(map(len, self._ranges)) if contribution.samples else 1
-        for number in range(most):
-            for rank in others_first:
-                if number >= len(self._ranges[rank]):
-                    continue
-                start, stop = self._ranges[rank][number]
-                header = Chunk(
-                    step=self.freeze.step,
-                    parent=self.freeze.parent,
-                    ballot=self.freeze.ballot,
-                    number=number,
-                    samples=contribution.samples,
-                )
-                encoded: Buffer = b""
-                if contribution.samples:
-                    encoded = await self._work(self._codec.encode, contribution.total[start:stop])
-                    if self._codec.feedback:
-                        self.sent.append((start, stop, encoded))
-                if rank == mine:
-                    await self.receive(self._me, header, encoded)
-                else:
-                    self._outboxes[roster[rank]].put(header, encoded)
+    async def _do(self, values: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Numeric work on so many values: here and now if it is quick."""
+        if self._quick and values <= AT_ONCE_VALUES:
+            return function(*arguments)
+        return await self._work(function, *arguments)
 
-    def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer) -> None:
+    def _to_contribute(self, rank: int) -> int:
+        """How many chunks of our contribution that reducer is to get; one, empty, if we bring no samples."""
+        if self._contribution is None:
+            return 0
+        chunks = len(self._ranges[rank])
+        return chunks if self._contribution.samples else min(chunks, 1)
+
+    def _chunk(self, number: int) -> Chunk:
+        assert self._contribution is not None
+        return Chunk(
+            step=self.freeze.step,
+            parent=self.freeze.parent,
+            ballot=self.freeze.ballot,
+            number=number,
+            samples=self._contribution.samples,
+        )
+
+    async def _encoded(self, rank: int, number: int) -> Buffer:
+        """A chunk of our contribution for that reducer, just before it is sent or added: so it is in the
+        cache then."""
+        assert self._contribution is not None
+        if not self._contribution.samples:
+            return b""
+        start, stop = self._ranges[rank][number]
+        values = self._contribution.total[start:stop]
+        encoded: Buffer = await self._do(stop - start, self._codec.encode, values)
+        if self._codec.feedback:
+            self.sent.append((start, stop, encoded))
+        return encoded
+
+    def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer | None) -> None:
+        """`payload`: None for our own, which is encoded when its turn comes."""
         reduction = self._reduction
         if not reduction.accept(sender, chunk):
             return
         rank = self.freeze.roster.index(sender)
-        if chunk.samples:
+        if chunk.samples and payload is not None:
             start, stop = self._ranges[reduction.rank][chunk.number]
             if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
                 raise BadMessage(
@@ -411,6 +447,7 @@ class Attempt:
                 await self._average(number)
                 if self._over or self._failed:
                     return
+                await asyncio.sleep(0)  # what is done at once lets nobody else have a turn
             await self._part_came.wait()
             self._part_came.clear()
 
@@ -422,12 +459,17 @@ class Attempt:
         if not ranks:
             self._fail([], AbortCause.BAD_CHUNK, "nobody brought a sample")
             return
-        parts = [self._parts.pop((rank, number)) for rank in ranks]
+        mine = reduction.rank
+        parts = [
+            await self._encoded(mine, number) if rank == mine else self._parts.pop((rank, number))
+            for rank in ranks
+        ]
         counts = [samples[rank] for rank in ranks]
         key = reduction.rank, number
         encoded = self._shadow.own(key)
         try:
-            norm, digest = await self._work(
+            norm, digest = await self._do(
+                len(parts) * (stop - start),
                 average_chunk,
                 self._rule,
                 self._scratch,
@@ -445,6 +487,9 @@ class Attempt:
             else:
                 self._fail([peer], AbortCause.NONFINITE, str(fault))
             return
+        for rank, part in zip(ranks, parts, strict=True):
+            if self._lent.get((rank, number)) is part:
+                self._scratch.give_back(self._lent.pop((rank, number)))
         self._norm += norm
         header = Averaged(
             step=self.freeze.step,
@@ -467,7 +512,8 @@ class Attempt:
         start, stop = self._ranges[rank][averaged.number]
         place = self._shadow.place_of(key, payload)
         try:
-            digest = await self._work(check_chunk, self._codec, self._scratch, payload, stop - start, place)
+            count = stop - start
+            digest = await self._do(count, check_chunk, self._codec, self._scratch, payload, count, place)
         except BadMessage as fault:
             self._fail([reducer], AbortCause.BAD_CHUNK, str(fault))
             return
@@ -478,8 +524,8 @@ class Attempt:
         self._digests[key] = digest
         if self._over or self.header is not None or len(self._digests) < sum(map(len, self._ranges)):
             return
-        digests = hashlib.sha256(b"".join(self._digests[key] for key in sorted(self._digests)))
-        self.header = self._reduction.header(digests.hexdigest())
+        joint = joint_digest(self._digests[key] for key in sorted(self._digests))
+        self.header = self._reduction.header(joint)
         self._timer.cancel()
         self.held = asyncio.get_running_loop().time()
         self._on_held(self.header, self.held - (self.sealed or self.held))
@@ -496,7 +542,11 @@ class Attempt:
             self._on_failed(suspects, cause, detail)
 
     async def _send_all(self, peer: PeerId, outbox: _Outbox) -> None:
+        rank = self.freeze.roster.index(peer)
         while True:
+            if (number := outbox.contributed) < self._to_contribute(rank) and not outbox.lost:
+                outbox.contributed += 1
+                outbox.put(self._chunk(number), await self._encoded(rank, number))
             if outbox.sent == len(outbox.frames):
                 outbox.wake.clear()
                 await outbox.wake.wait()
@@ -511,7 +561,7 @@ class Attempt:
             except Unreachable:
                 # Either the link comes back and `rewind` says everything again, or the peer is lost and the
                 # leader ends the attempt.
-                outbox.sent = len(outbox.frames)
+                outbox.sent, outbox.lost = len(outbox.frames), True
             finally:
                 self._pace.ends(loop.time(), taken)
 

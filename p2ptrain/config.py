@@ -200,8 +200,8 @@ class RunConfig(Section):
     all but the middle. The last two forget what only few peers saw in a step, such as rare words. With fewer
     than 3 peers at work all are `mean`: set `min_peers` to 3 or more."""
 
-    # Measured with 2 peers on loopback, a round of 100 MB of fp32 over TLS: 0.38 s of one core per peer with
-    # 65,536 values, 0.28 s with 131,072, 0.25 s with 262,144. A chunk in fp16 takes 21 ms at 100 Mbit/s.
+    # Measured with 2 peers on loopback, a round of 100 MB of fp32 over TLS: 0.27 s of one core per peer with
+    # 65,536 values, 0.23 s with 131,072, 0.20 s with 262,144. A chunk in fp16 takes 21 ms at 100 Mbit/s.
     chunk_values: Annotated[int, Field(ge=1024, le=4 * 2**20)] = 131_072
     """Values per chunk, the piece of a gradient that is encoded and sent as one message. Setting it low will
     spend time on headers; setting it high will leave the network idle while the first chunk is encoded."""

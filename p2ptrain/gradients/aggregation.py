@@ -45,8 +45,8 @@ def mean_chunk(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     brought = [total for total, count in zip(totals, samples, strict=True) if count > 0]
     if not brought:
         raise EmptyRound(f"none of the {len(samples)} members of the round brought a sample")
-    mean = brought[0].clone()
-    for total in brought[1:]:
+    mean = torch.add(*brought[:2]) if len(brought) > 1 else brought[0].clone()
+    for total in brought[2:]:
         mean.add_(total)
     return mean.div_(_scalar(sum(samples)))
 

@@ -42,6 +42,16 @@ class Codec(Protocol):
         """Whether it loses so much that this must be kept and sent later."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether it loses nothing at all."""
+        ...
+
+    @property
+    def quick(self) -> bool:
+        """Whether a chunk takes less time than handing it to another thread does."""
+        ...
+
     def encoded_bytes(self, count: int) -> int:
         """Size of `count` encoded values, in bytes."""
         ...
@@ -73,13 +83,16 @@ class Fp32:
     """The values themselves: 4 bytes each, no error."""
 
     name = "fp32"
+    exact = True
     feedback = False
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 4 * count
 
     def encode(self, values: Tensor) -> Buffer:
-        _largest_to_send(values)
+        if not _are_small(values):
+            _largest_to_send(values)
         return values.numpy().data.cast("B").toreadonly()
 
     def decode(self, data: Buffer, out: Tensor) -> None:
@@ -97,7 +110,9 @@ class Fp16:
     """
 
     name = "fp16"
+    exact = False
     feedback = False
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 4 + 2 * count
@@ -150,13 +165,16 @@ class Bf16:
     """
 
     name = "bf16"
+    exact = False
     feedback = True
+    quick = True
 
     def encoded_bytes(self, count: int) -> int:
         return 2 * count
 
     def encode(self, values: Tensor) -> bytes:
-        _largest_to_send(values)
+        if not _are_small(values):
+            _largest_to_send(values)
         return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
     def decode(self, data: Buffer, out: Tensor) -> None:
@@ -178,7 +196,9 @@ class Int8:
     """
 
     name = "int8"
+    exact = False
     feedback = True
+    quick = True
     block, most = 128, 127
 
     def encoded_bytes(self, count: int) -> int:
@@ -206,7 +226,9 @@ class Int4:
     """
 
     name = "int4"
+    exact = False
     feedback = True
+    quick = False
     block, most = 64, 7
 
     def encoded_bytes(self, count: int) -> int:
@@ -288,7 +310,9 @@ class TopK:
     """
 
     name = "topk"
+    exact = False
     feedback = True
+    quick = False
 
     def kept(self, count: int) -> int:
         return _blocks(count, 32)
@@ -357,7 +381,9 @@ class LowRank:
     """
 
     name = "lowrank"
+    exact = False
     feedback = True
+    quick = False
     columns, rank, least = 128, 4, 1024
 
     def encoded_bytes(self, count: int) -> int:
@@ -424,10 +450,16 @@ def _float32(value: float) -> Tensor:
 
 
 def _largest(values: Tensor) -> float:
-    """Largest absolute value; NaN if there is a NaN. (`aminmax` is 10 times faster than
-    `isfinite().all()`.)"""
-    low, high = torch.aminmax(values)
-    return max(-low.item(), high.item())
+    """Largest absolute value; NaN if there is a NaN. (numpy is twice as fast as `torch.aminmax`, and that 10
+    times as `isfinite().all()`.)"""
+    array = values.numpy()
+    return max(-float(array.min()), float(array.max()))
+
+
+def _are_small(values: Tensor) -> bool:
+    """Whether the values are certainly finite and within `LARGEST`: no value is larger than the root of the
+    sum of all squares, and if that is finite, none is beyond 2^64. (To look for the largest takes longer.)"""
+    return math.isfinite(torch.dot(values, values).item())
 
 
 def _largest_to_send(values: Tensor) -> float:
@@ -438,8 +470,7 @@ def _largest_to_send(values: Tensor) -> float:
 
 
 def _check_received(values: Tensor) -> None:
-    largest = _largest(values)
-    if not largest <= LARGEST:
+    if not _are_small(values) and not (largest := _largest(values)) <= LARGEST:
         raise BadMessage(f"a chunk must be finite and within ±{LARGEST:.3g}, but holds {largest}")
 
 

@@ -34,14 +34,17 @@ class Owed:
             moved._lost[low - start : high - start] = kept
         return moved
 
-    def encode(self, start: int, mean: Tensor) -> tuple[Buffer, Tensor]:
+    def encode(self, start: int, mean: Tensor, memory: Tensor | None = None) -> tuple[Buffer, Tensor]:
         """The mean (float32 [n], which is used up) of the values from `start` on, plus what was owed to them:
-        as bytes, and as everyone will decode these. What they lose is owed from now on."""
+        as bytes, and as everyone will decode these, in `memory` if there is some. What they lose is owed from
+        now on."""
         if self._codec.feedback:
             owed = self._lost[start - self._start :][: len(mean)]
             mean.add_(owed).clamp_(-LARGEST, LARGEST)
         encoded = self._codec.encode(mean)
-        decoded = torch.empty_like(mean)
+        if self._codec.exact:
+            return encoded, mean
+        decoded = torch.empty_like(mean) if memory is None else memory
         self._codec.decode(encoded, decoded)
         if self._codec.feedback:
             torch.sub(mean, decoded, out=owed)

@@ -9,11 +9,13 @@ Not covered: which chunks are here, and in what order they are taken; see `proto
 
 from __future__ import annotations
 
-import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage
@@ -21,6 +23,9 @@ from p2ptrain.gradients.aggregation import OUTSIZED, Aggregation, outsized, squa
 from p2ptrain.gradients.codecs import Buffer, Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness
+
+MAX_SPARE = 64
+"""Pieces of memory for chunks that are kept for the next ones, half a megabyte each with fp32."""
 
 
 class Spoilt(BadMessage):
@@ -31,19 +36,36 @@ class Spoilt(BadMessage):
         self.index, self.finite = index, finite
 
 
-class Scratch:
-    """Memory to decode chunks into, for one thread at a time."""
+class Scratch(threading.local):
+    """Memory that is used again and again: the first touch of a fresh page costs as much as a copy of it.
+
+    Each thread has its own: two of them decode two chunks at once.
+    """
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
+        self._spare: list[memoryview] = []
 
     def take(self, index: int, count: int) -> Tensor:
         """Memory for `count` values, float32, with anything in it; for the same index, the same."""
         while len(self._kept) <= index:
             self._kept.append(torch.empty(0))
-        if len(self._kept[index]) < count:
-            self._kept[index] = torch.empty(count)
-        return self._kept[index][:count]
+        kept = self._kept[index]
+        if kept.numel() < count:
+            kept = self._kept[index] = torch.empty(count)
+        return kept if kept.numel() == count else kept[:count]
+
+    def lend(self, size_bytes: int) -> memoryview:
+        """Memory for so many bytes, with anything in it, until it is given back, if ever."""
+        while self._spare:
+            if (memory := self._spare.pop()).nbytes == size_bytes:
+                return memory
+        return np.empty(size_bytes, np.uint8).data
+
+    def give_back(self, memory: memoryview) -> None:
+        """What was lent, and nobody uses any more."""
+        if len(self._spare) < MAX_SPARE:
+            self._spare.append(memory)
 
 
 @dataclass(frozen=True)
@@ -85,9 +107,10 @@ def average_chunk(
     if (odd := outsized(totals, samples, rule.usual_norm)) is not None:
         raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
     rule.likeness.add(ranks, totals, samples)
-    encoded, decoded = rule.owed.encode(start, rule.aggregation(totals, samples))
+    mean = rule.aggregation(totals, samples)
+    encoded, decoded = rule.owed.encode(start, mean, scratch.take(len(parts), count))
     place[:] = encoded
-    return squared_norm(decoded), hashlib.sha256(place).digest()
+    return squared_norm(decoded), blake3(place).digest()
 
 
 def check_chunk(
@@ -100,4 +123,4 @@ def check_chunk(
     codec.decode(encoded, scratch.take(0, count))
     if place is not None:
         place[:] = encoded
-    return hashlib.sha256(encoded).digest()
+    return blake3(encoded).digest()

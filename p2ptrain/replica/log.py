@@ -59,7 +59,7 @@ def payload_chunks(
         at += size
 
 
-def entry_digest(chunks: Iterable[bytes]) -> str:
+def entry_digest(chunks: Iterable[bytes | memoryview]) -> str:
     """What `EntryHeader.digest` must be for these encoded chunks, in order."""
     return digest_of(chunks)
 
@@ -67,7 +67,7 @@ def entry_digest(chunks: Iterable[bytes]) -> str:
 def payload_digest(entry: Entry, codec: Codec, chunk_values: int, numel: int) -> str:
     """The same, from a payload. Raises BadMessage if it is not the payload of its header's spans."""
     ranges = entry_ranges(entry.header.spans, numel, chunk_values)
-    return entry_digest(bytes(chunk) for _, _, chunk in payload_chunks(entry.payload, ranges, codec))
+    return entry_digest(chunk for _, _, chunk in payload_chunks(entry.payload, ranges, codec))
 
 
 def verify_entry(entry: Entry, codec: Codec, chunk_values: int, numel: int) -> None:

@@ -30,6 +30,8 @@ BROKEN_SECONDS = 30
 """A connection on which the network confirms nothing for so long is broken."""
 MIN_RTT_AT = 148
 """Where Linux has `tcpi_min_rtt`, microseconds, in its `struct tcp_info`."""
+RTT_SECONDS = 0.1
+"""The kernel is asked again after so long: to ask before each frame costs 2 % of a round."""
 MAX_HEADER_BYTES = 16 * 1024
 """That of an averaged chunk names the samples of up to 256 members: some 5 kB."""
 READ_AHEAD_FRAMES = 2
@@ -86,6 +88,7 @@ class Flow(asyncio.BufferedProtocol):
         self._room.set()
         self._paused_at = 0.0
         self._paused_bytes = 0
+        self._rtt_seconds = self._ask_rtt_at = 0.0
 
     # -- for `tls` -------------------------------------------------------------------------------------------
 
@@ -136,14 +139,17 @@ class Flow(asyncio.BufferedProtocol):
         return self._room.is_set()
 
     def rtt_seconds(self) -> float:
-        """The shortest time to and fro that the kernel has seen; 0 where it does not tell (but on Linux)."""
+        """The shortest time to and fro that the kernel has seen, as of a moment ago; 0 where it does not tell
+        (but on Linux)."""
         if self._socket is None or not hasattr(socket, "TCP_INFO"):
             return 0.0
-        try:
-            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
-            return struct.unpack_from("=I", info, MIN_RTT_AT)[0] / 1e6 if len(info) == MIN_RTT_AT + 4 else 0.0
-        except OSError:
-            return 0.0
+        if (now := self._loop.time()) >= self._ask_rtt_at:
+            self._ask_rtt_at = now + RTT_SECONDS
+            with contextlib.suppress(OSError):
+                info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
+                if len(info) == MIN_RTT_AT + 4:
+                    self._rtt_seconds = struct.unpack_from("=I", info, MIN_RTT_AT)[0] / 1e6
+        return self._rtt_seconds
 
     def fail(self, fault: PeerFault) -> None:
         """End it for this reason, unless it has ended for another."""

@@ -186,6 +186,7 @@ def hivemind_here(number: int, peers: int, entries: list[str], codec: str, value
     import hivemind
     import torch
     from hivemind.averaging.control import AveragingStage
+    from hivemind.compression import Float16Compression, NoCompression
 
     torch.set_num_threads(1)
     torch.manual_seed(number)
@@ -199,7 +200,7 @@ def hivemind_here(number: int, peers: int, entries: list[str], codec: str, value
         request_timeout=0.9,  # it warns of deadlocks if this is not the smaller one
         sender_timeout=10.0,
         allreduce_timeout=ROUND_SECONDS,
-        compression=hivemind.Float16Compression() if codec == "fp16" else hivemind.NoCompression(),
+        compression=Float16Compression() if codec == "fp16" else NoCompression(),
         start=True,
     )
     say(addresses=[str(address) for address in dht.get_visible_maddrs()])

@@ -17,6 +17,7 @@ import torch
 from contract import Recorder, presence
 from libp2p_fabric import Libp2pFabric
 
+from p2ptrain import allreduce
 from p2ptrain.allreduce import Attempt, Contribution, Work, at_once
 from p2ptrain.events import AbortCause, Carrier
 from p2ptrain.gradients.aggregation import mean_chunk
@@ -143,16 +144,20 @@ async def over(folder: Path, data_port: int | None, work: Work) -> dict[str, tup
 
 
 async def test_peers_hold_the_same_bytes_whichever_way_the_chunks_went_and_whoever_added_them(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same identities, and so the same roster: over TLS with a thread that adds, over libp2p without."""
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1) as thread:
+    """The same identities, and so the same roster: over TLS with threads that add, over libp2p without."""
+    loop, handed_over = asyncio.get_running_loop(), 0
+    with ThreadPoolExecutor(2) as threads, monkeypatch.context() as slow:
 
         async def beside(function: Any, *arguments: Any) -> Any:
-            return await loop.run_in_executor(thread, function, *arguments)
+            nonlocal handed_over
+            handed_over += 1
+            return await loop.run_in_executor(threads, function, *arguments)
 
+        slow.setattr(allreduce, "AT_ONCE_VALUES", 0)
         over_tls = await over(tmp_path, 0, beside)
+    assert handed_over > 2 * VALUES // CHUNK_VALUES
     over_libp2p = await over(tmp_path, None, at_once)
     for codec, (header, payload) in over_libp2p.items():
         assert over_tls[codec][0].digest == header.digest
@@ -169,6 +174,9 @@ async def test_peers_hold_the_same_bytes_whichever_way_the_chunks_went_and_whoev
 
 class Nobody:
     peer_id = PeerId("alice")
+
+    async def send_chunk(self, to: PeerId, header: Any, payload: Any) -> None:
+        """Gone."""
 
 
 async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() -> None:
@@ -206,5 +214,47 @@ async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() ->
         place[:] = bytes(len(payload))  # the stalled connection goes on after all
         begins = 4 * 20_001
         assert bytes(attempt.payload())[begins : begins + len(payload)] == payload
+        assert not failures
+        attempt.close()
+
+
+async def test_memory_of_a_part_is_lent_once_until_it_has_been_added() -> None:
+    codec, alice, bob = codec_named("fp32"), PeerId("alice"), PeerId("bob")
+    async with asyncio.TaskGroup() as group:
+        failures: list[Any] = []
+        attempt = Attempt(
+            frozen(0, [alice, bob]),
+            Nobody(),  # type: ignore[arg-type]
+            codec,
+            mean_chunk,
+            CHUNK_VALUES,
+            100,
+            0.0,
+            Owed(codec),
+            group.create_task,
+            at_once,
+            Scratch(),
+            None,
+            lambda header, seconds: None,
+            lambda *failure: failures.append(failure),
+        )
+        header = Chunk(step=0, parent="e" * 64, ballot=Ballot(number=1, leader=alice), number=0, samples=1)
+        later = [header.model_copy(update={"number": number}) for number in range(5)]
+        size = 4 * CHUNK_VALUES
+        assert attempt.place(bob, header, size - 4) is None
+        assert attempt.place(bob, header.model_copy(update={"number": 5}), size) is None  # alice has five
+        assert attempt.place(alice, header, size) is None
+        place = attempt.place(bob, header, size)
+        assert place is not None
+        assert attempt.place(bob, header, size) is None
+        place[:] = torch.full((CHUNK_VALUES,), 3.0).numpy().tobytes()
+        await attempt.receive(bob, header, place)
+        beside = attempt.place(bob, later[1], size)
+        assert beside is not place  # it waits to be added
+        attempt.contribute(Contribution(torch.ones(VALUES), 1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert attempt.place(bob, later[2], size) is place
+        assert bytes(attempt.payload()[:size]) == torch.full((CHUNK_VALUES,), 2.0).numpy().tobytes()
         assert not failures
         attempt.close()

@@ -60,8 +60,8 @@ ROOMS = {
     "p2ptrain.records": WORD,
     "p2ptrain.config": WORD,
     # 1: rules and sums
-    "p2ptrain.protocol": Room(WORDS, standard=PURE - {"logging"}),
-    "p2ptrain.gradients": Room(WORDS, TORCH, PURE),
+    "p2ptrain.protocol": Room(WORDS, names("blake3"), PURE - {"logging"}),
+    "p2ptrain.gradients": Room(WORDS, TORCH | {"blake3"}, PURE | {"threading"}),
     # 2: rim, state, work, eyes
     "p2ptrain.swarm": Room(
         WORDS | {"p2ptrain.protocol.estimate"}, names("base58 cryptography msgpack pydantic")
