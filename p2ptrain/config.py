@@ -304,6 +304,12 @@ class PeerConfig(Section):
     changes at each start: set one to open it in your router. Where no connection can be made either way,
     gradients go over the slower connection that peers have anyway."""
 
+    reduces: bool = True
+    """Whether this peer adds up its span of everybody's gradients, as all do. Setting it to false, on a
+    machine that others can hardly reach or whose upload is needed, will make it a client: it sends its
+    gradient and receives the average, and exchanges nothing with other clients. Where nobody reduces, all
+    do."""
+
     relay_for: Annotated[int, Field(ge=0, le=128)] = 0
     """How many peers behind NAT this one passes traffic on for, when they have something for each other; 0:
     none. Set it on a machine that others can open connections to. It costs upload and download, as much as

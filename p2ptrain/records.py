@@ -124,6 +124,8 @@ class Report(Record):
     """What one micro-batch takes this peer, measured; 0 before the first."""
     rate: BytesPerSecond = 0.0
     """At which it sends in rounds while it has something to send, measured; 0 before the first."""
+    reduces: bool = True
+    """Whether it will add up others' gradients; if not, as long as somebody else does."""
     state_digest: Digest | None = None
     """Digest of the parameters at `position`, once known."""
 

@@ -147,7 +147,7 @@ class Peer:
             attempt_most_seconds=run.attempt_most_seconds,
             quorum=run.quorum,
         )
-        member = Member(swarm.peer_id, incarnation, rules)
+        member = Member(swarm.peer_id, incarnation, rules, reduces=config.reduces)
         self.rounds = Rounds(
             swarm,
             member,

@@ -130,8 +130,8 @@ class Fp16:
 
 
 # With 2^-125 the smallest fp16, 2^-24, still decodes to a float32 exactly (2^-149, the smallest there is),
-# and with 2^104 the value `LARGEST` comes to 2^15.
-_SMALLEST_SCALE, _LARGEST_SCALE = -125, 104
+# and with 2^102 the value `LARGEST` comes to 2^15.
+_SMALLEST_SCALE, _LARGEST_SCALE = -125, 102
 
 
 def _to_half(values: Tensor) -> tuple[float, Tensor]:

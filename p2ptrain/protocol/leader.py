@@ -326,7 +326,8 @@ class Leader:
     def _freeze(self, roster: list[PeerId], full: progress.Full, now: float) -> list[Effect]:
         self.number += 1
         deadline_seconds = full.cutoff_seconds + self._deadlines.reduce_seconds(len(roster))
-        paces = levels([self.reports[peer].report.rate for peer in roster])
+        reports = [self.reports[peer].report for peer in roster]
+        paces = levels([report.rate if report.reduces else None for report in reports])
         freeze = Freeze(
             step=self.position.step,
             parent=self.position.lineage,

@@ -82,9 +82,11 @@ class Stage(Enum):
 class Member:
     """The state machine of one peer. Every method returns the effects to carry out, in order."""
 
-    def __init__(self, me: PeerId, incarnation: str, rules: Rules) -> None:
+    def __init__(self, me: PeerId, incarnation: str, rules: Rules, *, reduces: bool = True) -> None:
+        """`reduces`: whether this peer adds up others' gradients, too."""
         self.me = me
         self.rules = rules
+        self.reduces = reduces
         self._process = incarnation
         self._arrivals = 0
         self.stage = Stage.OUTSIDE
@@ -171,6 +173,7 @@ class Member:
             finish_seconds=0.0,
             batch_seconds=0.0,
             rate=self._rate,
+            reduces=self.reduces,
         )
         for peer in newcomers:
             self._meet(peer)
@@ -217,6 +220,7 @@ class Member:
             finish_seconds=finish_seconds,
             batch_seconds=batch_seconds,
             rate=self._rate,
+            reduces=self.reduces,
             state_digest=state_digest,
         )
         return self._settle(self._speak(), now)

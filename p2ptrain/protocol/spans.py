@@ -21,27 +21,31 @@ _MEDIAN = 48
 """The letter of the median rate, by its place; the least and the most are 48 below and 12 above it."""
 _IN_OCTAVE = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """As literals: what a machine's own `exp2` says may be off by a bit, and all must find the same spans."""
+NO_REDUCER = "-"
+"""Of a member that reduces nothing, whatever its rate."""
 
 
-def levels(rates: Sequence[float]) -> str:
+def levels(rates: Sequence[float | None]) -> str:
     """The rates as they count, a letter each: in quarter octaves around the median of those that are known.
 
-    `rates`: bytes per second in roster order, 0 for unknown, which counts as the median.
+    `rates`: bytes per second in roster order, 0 for unknown, which counts as the median; None for a member
+    that wants to reduce nothing, which is heeded as long as others do.
     """
-    known = sorted(rate for rate in rates if rate > 0)
-    if not known:
-        return LETTERS[_MEDIAN] * len(rates)
-    usual = known[(len(known) - 1) // 2]
+    known = sorted(rate for rate in rates if rate)
+    usual = known[(len(known) - 1) // 2] if known else 1.0
     letters = []
     for rate in rates:
-        medians = max(LEAST_OF_MEDIAN, min(rate / usual, MOST_OF_MEDIAN)) if rate > 0 else 1.0
+        if rate is None and any(other is not None for other in rates):
+            letters.append(NO_REDUCER)
+            continue
+        medians = max(LEAST_OF_MEDIAN, min(rate / usual, MOST_OF_MEDIAN)) if rate else 1.0
         letters.append(LETTERS[_MEDIAN + round(STEPS_PER_OCTAVE * math.log2(medians))])
     return "".join(letters)
 
 
 def shares(levels: str) -> list[float]:
     """Shares of the gradient, 1 in sum, with which members of these levels end as early as can be; the same
-    on every machine, to the bit. Raises ValueError for what is no level.
+    on every machine, to the bit. Raises ValueError for what is no level, or if nobody reduces.
 
     Of n members, one with share x sends 1 - x to the other reducers and x to each of the n - 1 others:
     1 + (n - 2) x of the gradient in all, and receives as much. Whoever takes longer than the others with no
@@ -49,20 +53,22 @@ def shares(levels: str) -> list[float]:
     minimises the longest time, and then the next longest; with two members, shares change nothing and are
     equal.
     """
-    members = len(levels)
-    each = [_medians(LETTERS.index(letter) - _MEDIAN) for letter in levels]
+    members, reducers = len(levels), len(levels) - levels.count(NO_REDUCER)
+    each = [0.0 if x == NO_REDUCER else _medians(LETTERS.index(x) - _MEDIAN) for x in levels]
+    if not reducers:
+        raise ValueError("nobody reduces")
     if members < 3:
-        return [1 / members] * members
+        return [(1 / reducers if rate else 0.0) for rate in each]
     fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
-    for count, rate in enumerate(fastest_first, 1):
+    for count, rate in enumerate(fastest_first[:reducers], 1):
         sum_of_rates += rate
         ends = (members - 2 + count) / sum_of_rates  # if only these have shares
-        if count == members or fastest_first[count] * ends <= 1:
+        if count == reducers or fastest_first[count] * ends <= 1:
             break
     return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
 
 
-def balanced(rates: Sequence[float]) -> list[float]:
+def balanced(rates: Sequence[float | None]) -> list[float]:
     """`shares` of the `levels` of these rates."""
     return shares(levels(rates))
 

@@ -503,6 +503,30 @@ def test_attempt_that_is_over_is_gone_before_the_collector_of_cycles_comes_by() 
     play(story)
 
 
+def test_client_takes_part_and_reduces_nothing_unless_nobody_else_is_there() -> None:
+    def spans(life: Trainer, since: int) -> dict[str, set[int]]:
+        sizes: dict[str, set[int]] = {}
+        for header in life.headers()[since:]:
+            for peer, start, stop in zip(header.roster, header.spans, header.spans[1:], strict=False):
+                sizes.setdefault(peer, set()).add(stop - start)
+        return sizes
+
+    async def story(training: Training) -> None:
+        client = training.start("dora", micro_batch_size=2, batch_seconds=0.1, reduces=False)
+        await training.until(lambda: len(client.of(events.RoundCommitted)) > 5)
+        sizes = spans(training.lives[0], since=5)
+        assert sizes.pop("dora") == {0}
+        assert all(min(each) > 0 for each in sizes.values())
+        assert client.peer is not None
+        assert client.peer.samples_given > 0
+        for name in PACES:
+            await training.kill(name)
+        before = client.step
+        await training.until_step(before + 5)
+
+    play(story)
+
+
 # -- with `delay` --------------------------------------------------------------------------------------------
 
 

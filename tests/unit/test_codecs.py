@@ -24,7 +24,7 @@ floats = st.floats(-LARGEST, LARGEST, width=32)
 # Chunks whose values are all of one size somewhere on the scale, besides those that mix all sizes.
 sized = st.builds(
     lambda exponent, values: [value * 2.0**exponent for value in values],
-    st.integers(-140, 118),
+    st.integers(-140, 116),
     st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=60),
 )
 # Several blocks and runs of zeros, the last block short.
@@ -262,11 +262,11 @@ def test_fp16_refuses_to_decode_when_a_value_is_not_finite(bad: float) -> None:
 
 def test_fp16_refuses_to_decode_when_scale_and_value_together_are_too_large() -> None:
     with pytest.raises(BadMessage, match="within"):
-        codec_named("fp16").decode(struct.pack("<fe", 2.0**104, 65504.0), torch.empty(1))
+        codec_named("fp16").decode(struct.pack("<fe", 2.0**102, 65504.0), torch.empty(1))
 
 
 @pytest.mark.parametrize(
-    "scale", [0.0, -1.0, 3.0, 2.0**-126, 2.0**-149, 2.0**105, float("inf"), -float("inf"), float("nan")]
+    "scale", [0.0, -1.0, 3.0, 2.0**-126, 2.0**-149, 2.0**103, float("inf"), -float("inf"), float("nan")]
 )
 def test_fp16_refuses_to_decode_when_the_scale_is_hostile(scale: float) -> None:
     with pytest.raises(BadMessage, match="scale"):

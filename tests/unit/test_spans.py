@@ -70,6 +70,34 @@ def test_slow_uplink_sends_its_own_gradient_and_reduces_nothing() -> None:
     assert max((1 + 2 * x) / rate for x, rate in zip(parts, [10, 20, 50, 100], strict=True)) == 1 / 10
 
 
+def test_client_gets_no_span_however_fast_it_is_and_the_rest_end_together() -> None:
+    parts = balanced([50.0, None, 50.0, 25.0])
+    assert parts[1] == 0
+    assert sum(parts) == pytest.approx(1)
+    ends = [
+        (1 + 2 * share) / rate for share, rate in zip(parts, [50.0, 1.0, 50.0, 25.0], strict=True) if share
+    ]
+    assert ends == pytest.approx([ends[0]] * len(ends))
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([None, 3.0], [0, 1]),
+        ([None, 0.0, None], [0, 1, 0]),
+        ([None, None], [0.5, 0.5]),
+        ([None] * 4, [0.25] * 4),
+    ],
+)
+def test_somebody_reduces_even_if_nobody_wants_to(rates: list[float | None], expected: list[float]) -> None:
+    assert balanced(rates) == expected
+
+
+def test_call_in_which_nobody_reduces_is_refused() -> None:
+    with pytest.raises(ValueError, match="nobody reduces"):
+        shares("---")
+
+
 @pytest.mark.parametrize(
     "rates", [[5.0], [1.0, 9.0], [0.0, 0.0, 0.0], [100.0, 101.0, 99.0, 98.0], [7.0, 0, 0]]
 )
