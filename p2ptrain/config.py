@@ -180,6 +180,12 @@ class RunConfig(Section):
     """Most peers in one round; when there are more, those that bring most samples are in. Setting it high
     will multiply connections and cut the gradient into ever smaller spans."""
 
+    delay: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps by which a gradient may be older than the parameters it changes. With 0 all peers wait while a
+    round is under way, and training is what one machine would do with the whole batch. With 1 they compute
+    the next step's samples meanwhile: the wait is hidden, but those gradients do not know of the last step,
+    so a high learning rate may need to be lower."""
+
     codec: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk", "lowrank"] = "fp16"
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
     2, `bf16` to 8 bits in 2, `int8` in 1.02, `int4` in 0.53, `topk` only the largest 1/32 of the values, in

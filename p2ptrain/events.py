@@ -198,6 +198,8 @@ class RoundCommitted(_Happened):
     gradient_norm: float
     """Of the averaged gradient, before clipping."""
     learning_rate: float
+    compute_seconds: float
+    """Of the micro-batches that this peer finished since the step before."""
     accumulate_seconds: float
     """From the previous step until the freeze; earlier attempts at this step included."""
     reduce_seconds: float

@@ -133,6 +133,8 @@ class Peer:
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
         self._accumulator = Accumulator(replica.numel)
+        self._ahead = Accumulator(replica.numel) if run.delay else None
+        """What is computed for the next step while this one's round is under way."""
         upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
         self.donor = Donor(canonical_json(run), replica, self.log, compute, aside, upload_bytes_per_second)
         rules = Rules(
@@ -174,13 +176,15 @@ class Peer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._batch: asyncio.Future[float] | None = None
         self._batch_step = 0
-        self._late_batch: asyncio.Future[float] | None = None
-        """The micro-batch that was under way when this step began, and so is of one that is over."""
+        self._void_batch: asyncio.Future[float] | None = None
+        """The micro-batch that was under way when this peer had to catch up."""
         self._batch_size = self._batch_count = config.micro_batch_size
         """Of the next micro-batch, and of the one under way."""
-        self._batch_began = self._batch_seconds = 0.0
+        self._batch_began = self._batch_ended = self._batch_seconds = 0.0
         self._drawn = 0
-        self._loss_sum = 0.0
+        """Samples drawn while the replica stands where it does."""
+        self._compute_seconds = 0.0
+        """Of the micro-batches that ended since the last step."""
         self._in_time = False
         """Whether this peer took part in the commit that led here, and so is in time for the next one."""
         self._step_began = 0.0
@@ -253,12 +257,19 @@ class Peer:
                     continue
                 self._begin_batch()
             if await self._batch_ends(patience):
-                await self._take_batch()
+                await self._take_batch(self._accumulator)
         return Contribution(self._accumulator.total, self._accumulator.samples)
 
     async def join_round(self, contribution: Contribution) -> Outcome:
-        """Average with the swarm; whatever the outcome is, the caller must look at it."""
-        outcome = await self.rounds.join(contribution)
+        """Average with the swarm, with `delay` computing for the next step meanwhile; whatever the outcome
+        is, the caller must look at it."""
+        joining = asyncio.ensure_future(self.rounds.join(contribution))
+        try:
+            if self._ahead is not None:
+                await self._compute_ahead(self._ahead, contribution.samples, joining)
+            outcome = await joining
+        finally:
+            joining.cancel()
         if isinstance(outcome, Aborted):
             self._aborted(outcome)
         return outcome
@@ -267,7 +278,7 @@ class Peer:
         """Take the synchronized step."""
         entry, began = committed.entry, self._now()
         mine, header = self._accumulator.samples, entry.header
-        loss = self._loss_sum / mine if mine else None
+        loss = self._accumulator.loss_sum / mine if mine else None
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
@@ -283,6 +294,7 @@ class Peer:
                 loss=loss,
                 gradient_norm=math.sqrt(math.fsum(header.squared_norms)),
                 learning_rate=rate,
+                compute_seconds=self._compute_seconds,
                 accumulate_seconds=max(committed.sealed - self._step_began, 0.0),
                 reduce_seconds=committed.held - committed.sealed,
                 commit_seconds=began - committed.held,
@@ -342,7 +354,7 @@ class Peer:
             )
         finally:
             self.catching_up = None
-        await self._compute(self._accumulator.reset)
+        await self._compute(self._reset)
         self._start_step((), settled=False)
 
     async def after_step(self) -> None:
@@ -429,15 +441,36 @@ class Peer:
 
     # -- micro-batches ---------------------------------------------------------------------------------------
 
-    def _begin_batch(self) -> None:
+    async def _compute_ahead(self, ahead: Accumulator, most: int, joining: asyncio.Future[Outcome]) -> None:
+        """Micro-batches for the next step, until the round ends: at most as many samples as are in it, or a
+        slow network would make the steps larger than the run asks for. What is still computed when the round
+        ends is taken by whichever step comes next."""
+        most = min(most, self.run.target_batch_size)
+        while not joining.done():
+            if self._batch is None:
+                if ahead.samples + self._batch_size > most:
+                    return
+                self._begin_batch(ahead=True)
+            assert self._batch is not None
+            waiting: list[asyncio.Future[Any]] = [self._batch, joining]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._batch.done():
+                await self._take_batch(ahead)
+
+    def _begin_batch(self, *, ahead: bool = False) -> None:
         count, step = self._batch_size, self.replica.position.step
         if count != self._batch_count:
             self._batch_seconds *= count / self._batch_count
             self._batch_count = count
         self._batch_step, self._batch_began = step, self._now()
         self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
+        self._batch.add_done_callback(self._note_end)
         self._drawn += count
-        self._report()
+        if not ahead:
+            self._report()
+
+    def _note_end(self, _: asyncio.Future[float]) -> None:
+        self._batch_ended = self._now()
 
     def _gradients(self, step: int, first: int, count: int) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
@@ -460,31 +493,38 @@ class Peer:
             change.cancel()
         return self._batch.done()
 
-    async def _take_batch(self) -> None:
-        """Add the finished micro-batch to the contribution, unless it belongs to a step that is over."""
+    def _batch_counts(self, step: int) -> bool:
+        """Whether the micro-batch under way may count for that step: it is not older than the run allows."""
+        if self._batch is None or self._batch is self._void_batch:
+            return False
+        return step - self._batch_step <= self.run.delay
+
+    async def _take_batch(self, into: Accumulator) -> None:
+        """Add the finished micro-batch, unless it is too old."""
         assert self._batch is not None
+        ahead = into is self._ahead
+        counts = self._batch_counts(self.replica.position.step + ahead)
         batch, self._batch = self._batch, None
         loss_sum = await batch
         count = self._batch_count
-        if batch is self._late_batch:
-            self._late_batch = None
+        if not counts:
             self._observe(
                 events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.BEHIND)
             )
             return
-        took = self._now() - self._batch_began
+        took = self._batch_ended - self._batch_began
+        self._compute_seconds += took
         self._batch_seconds = took if not self._batch_seconds else 0.7 * self._batch_seconds + 0.3 * took
-        if await self._compute(self._accumulator.add, self.replica.gradient, count):
-            self._loss_sum += loss_sum
-        else:
+        if not await self._compute(into.add, self.replica.gradient, count, loss_sum):
             self._observe(
                 events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.NONFINITE)
             )
-        self._report()
+        if not ahead:
+            self._report()
 
     def _patience(self, attempt: Attempt) -> float:
         """How long the attempt lets this peer finish its micro-batch; ≤ 0: seal now."""
-        if self._batch in (None, self._late_batch):
+        if not self._batch_counts(attempt.freeze.step):
             return 0.0
         if self.swarm.peer_id not in attempt.freeze.finishing:
             return 0.0
@@ -492,7 +532,7 @@ class Peer:
 
     def _report(self) -> None:
         in_flight, finish = 0, 0.0
-        if self._batch not in (None, self._late_batch):
+        if self._batch_counts(self.replica.position.step):
             in_flight = self._batch_count
             finish = max(self._batch_began + self._batch_seconds - self._now(), 0.0)
         self.rounds.progressed(
@@ -505,17 +545,29 @@ class Peer:
         """On the compute thread."""
         self.replica.apply(committed.entry)
         self._accumulator.settle(self._codec, committed.sent)
+        if self._ahead is not None:
+            self._accumulator.absorb(self._ahead)
+
+    def _reset(self) -> None:
+        """On the compute thread."""
+        self._accumulator.reset()
+        if self._ahead is not None:
+            self._ahead.reset()
 
     def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
-        # Even if the step is the same as before, after a catch-up that failed: its samples are drawn anew, so
-        # one that comes late would count twice (I4).
-        self._loss_sum, self._drawn, self._late_batch = 0.0, 0, self._batch
+        if not settled:
+            # Even if the step is the same as before, after a catch-up that failed: its samples are drawn
+            # anew, so one that comes late would count twice (I4).
+            self._void_batch = self._batch
+        self._drawn, self._compute_seconds = 0, 0.0
         self._in_time = settled
         self._step_began = self._now()
         self.state_digest = None
         self.donor.arrived()  # before the next micro-batch, so that a snapshot of this step is packed first
         self._digesting = self._spawn(self._digest())
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
+        if self._accumulator.samples:
+            self._report()
 
     async def _digest(self) -> None:
         """Beside the next micro-batch, which only reads what is hashed."""

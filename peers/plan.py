@@ -73,6 +73,7 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
         most_donors=MAX_DONORS,
         donor_share=UPLOAD_SHARE,
         links=links,
+        delay=run.delay,
     )
     return Plan(peers, replica.numel, encoded, pace, not tokens_per_second, figures)
 
@@ -85,7 +86,8 @@ def plan_lines(plan: Plan, run: RunConfig) -> list[str]:
         "model": f"{plan.parameters:,} parameters, {_size(plan.encoded_bytes)} in {run.codec}",
         "a peer computes": f"{plan.samples_per_second:,.1f} samples a second, {where}",
         "a step takes": f"{duration(figures.step_seconds)}: computing {duration(figures.compute_seconds)}, "
-        f"sending {duration(figures.transfer_seconds)}, round trips {duration(figures.latency_seconds)}",
+        f"sending {duration(figures.transfer_seconds)}, round trips {duration(figures.latency_seconds)}"
+        + (" (computing goes on meanwhile)" if run.delay else ""),
         "utilisation": f"{figures.utilisation:.0%} of a peer's time is computing",
         "a peer sends": f"{_size(figures.sent_bytes)} a step, {_size(figures.bytes_per_day)} a day, "
         "and receives as much",
@@ -105,6 +107,10 @@ def _advice(figures: Forecast, run: RunConfig) -> str:
     )
     if run.codec == "fp32" and figures.bottleneck != "round trips":
         words += '; codec = "fp16" halves the bytes'
+    if not run.delay:
+        wait = figures.transfer_seconds + figures.latency_seconds
+        share = figures.compute_seconds / max(figures.compute_seconds, wait)
+        words += f"; delay = 1 would bring it to {share:.0%}, with gradients that are one step old"
     return words
 
 

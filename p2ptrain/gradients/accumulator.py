@@ -23,14 +23,15 @@ Sent = tuple[int, int, Buffer]
 
 class Accumulator:
     """`total` (float32 [numel]) = Σ ∂loss/∂θ over `samples` samples, and what the codec lost of such totals
-    before."""
+    before; `loss_sum` = Σ loss over the same samples."""
 
     def __init__(self, numel: int) -> None:
         self.total = torch.zeros(numel)
         self.samples = 0
+        self.loss_sum = 0.0
 
-    def add(self, gradient: Tensor, samples: int) -> bool:
-        """Add the gradient (float32 [numel]) summed over `samples` samples.
+    def add(self, gradient: Tensor, samples: int, loss_sum: float = 0.0) -> bool:
+        """Add the gradient (float32 [numel]) and the loss, both summed over `samples` samples.
 
         False, and nothing changed, if it holds a value that is not finite or beyond `LARGEST_GRADIENT`: one
         such value would spoil what every other peer brings (I5).
@@ -45,7 +46,15 @@ class Accumulator:
             return False
         self.total.add_(gradient)
         self.samples += samples
+        self.loss_sum += loss_sum
         return True
+
+    def absorb(self, other: Accumulator) -> None:
+        """Take over what the other holds; it is empty then."""
+        self.total.add_(other.total)
+        self.samples += other.samples
+        self.loss_sum += other.loss_sum
+        other.reset()
 
     def settle(self, codec: Codec, sent: Iterable[Sent]) -> None:
         """The round is committed, and the total is in it as `sent`, or not at all if it had no samples.
@@ -60,9 +69,9 @@ class Accumulator:
                 lost.sub_(decoded).clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
         else:
             self.total.zero_()
-        self.samples = 0
+        self.samples, self.loss_sum = 0, 0.0
 
     def reset(self) -> None:
         """Nothing brought yet, and nothing owed."""
         self.total.zero_()
-        self.samples = 0
+        self.samples, self.loss_sum = 0, 0.0

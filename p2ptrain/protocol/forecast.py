@@ -1,7 +1,8 @@
 """What a run will cost over given links, before anybody joins it: the arithmetic of one step.
 
 A step is computing, then a round. In the round each of n peers sends and receives 2 (n − 1) / n of the
-encoded gradient, and waits for a few round trips; nothing of it is hidden behind computing.
+encoded gradient, and waits for a few round trips; none of it is hidden behind computing, unless the run has
+`delay`: then a step takes as long as the longer of the two.
 
 Not covered: unequal peers, packet loss, and other traffic on the links.
 """
@@ -64,6 +65,7 @@ def forecast(
     most_donors: int,
     donor_share: float,
     links: Links,
+    delay: int = 0,
 ) -> Forecast:
     """`sample_seconds`: what one sample takes one peer; `batch_size`: of all peers together; `donor_share`:
     of a donor's uplink, for all joiners together."""
@@ -73,14 +75,15 @@ def forecast(
     transfer = sent / narrow
     trips = _round_trips(encoded_bytes / peers, narrow, links.rtt_seconds) if sent else 0.0
     latency = trips * links.rtt_seconds
-    step = compute + transfer + latency
+    wait = transfer + latency
+    step = max(compute, wait) if delay else compute + wait
     donors = min(most_donors, max(peers - 1, 1))
     costs = {
         "computing": compute,
         "uplink" if links.uplink <= links.downlink else "downlink": transfer,
         "round trips": latency,
     }
-    enough = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * (transfer + latency)
+    enough = wait * GOOD_UTILISATION / (1 if delay else 1 - GOOD_UTILISATION)
     return Forecast(
         step_seconds=step,
         compute_seconds=compute,

@@ -225,7 +225,9 @@ class Metrics:
             "gradient_norm", "Norm of the last averaged gradient, before clipping; NaN until known."
         )
         self._rate = gauge("learning_rate", "Learning rate of the last step.")
-        self.microbatch_seconds = histogram("microbatch_seconds", "Forward and backward of one micro-batch.")
+        self._computed = counter(
+            "compute_seconds_total", "Time in micro-batches; its rate is the share of the time put to use."
+        )
 
         # network
         self._faults = counter(
@@ -373,6 +375,7 @@ class Metrics:
             (Phase.APPLY, event.apply_seconds),
         ):
             self._phases.labels(phase).observe(seconds)
+        self._computed.inc(event.compute_seconds)
         self._last_commit.set(self._clock())
         self._roster.set(event.peers)
         self._averaged.inc(event.samples)

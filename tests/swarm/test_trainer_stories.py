@@ -17,7 +17,7 @@ from training import Regression, Trainer, Training, check_replicas, largest_paus
 from p2ptrain import events
 from p2ptrain.config import RunConfig
 from p2ptrain.events import CatchUpBy, WasteCause
-from p2ptrain.gradients.accumulator import Sent
+from p2ptrain.gradients.accumulator import Accumulator, Sent
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Stage
 from p2ptrain.swarm import clock
@@ -128,6 +128,16 @@ async def a_freeze(training: Training, *, leads: bool) -> Trainer:
 def test_survivors_share_one_state_and_lose_no_sample_when_a_peer_dies_in_a_round(
     milliseconds: int, leads: bool, silently: bool
 ) -> None:
+    a_death_in_a_round(milliseconds, leads, silently, small_run())
+
+
+@pytest.mark.parametrize("leads", [True, False], ids=["leader", "member"])
+@pytest.mark.parametrize("milliseconds", [0, 60, 150])
+def test_the_same_holds_when_the_next_step_is_computed_meanwhile(milliseconds: int, leads: bool) -> None:
+    a_death_in_a_round(milliseconds, leads, True, small_run(delay=1))
+
+
+def a_death_in_a_round(milliseconds: int, leads: bool, silently: bool, run: RunConfig) -> None:
     async def story(training: Training) -> None:
         victim = await a_freeze(training, leads=leads)
         step = victim.step
@@ -147,7 +157,7 @@ def test_survivors_share_one_state_and_lose_no_sample_when_a_peer_dies_in_a_roun
         for name, samples in brought.items():
             assert counted[name] >= samples
 
-    play(story)
+    play(story, run)
 
 
 def test_last_peer_trains_on_when_all_others_die() -> None:
@@ -473,3 +483,62 @@ def test_only_commits_change_what_the_codec_owes_and_a_newcomer_owes_nothing() -
         await training.until(lambda: len(dora.of(events.RoundCommitted)) > 3)
 
     play(story, small_run(codec="int8"))
+
+
+# -- with `delay` --------------------------------------------------------------------------------------------
+
+
+def watch_ages(life: Trainer) -> list[int]:
+    """How many steps old each sample's gradient is in the step that it counts for."""
+    assert life.peer is not None
+    peer, ages = life.peer, []
+    begin, take = peer._begin_batch, peer._take_batch
+    computed_at = life.step
+
+    def begins(*, ahead: bool = False) -> None:
+        nonlocal computed_at
+        computed_at = life.step
+        begin(ahead=ahead)
+
+    async def takes(into: Accumulator) -> None:
+        before = into.samples
+        counts_for = life.step + (into is peer._ahead)
+        await take(into)
+        ages.extend([counts_for - computed_at] * (into.samples - before))
+
+    peer._begin_batch, peer._take_batch = begins, takes  # type: ignore[method-assign]
+    return ages
+
+
+@pytest.mark.parametrize(("delay", "least", "most", "oldest"), [(0, 0.7, 0.9, 0), (1, 0.95, 1.0, 1)])
+def test_delay_hides_the_round_and_makes_gradients_one_step_old_at_most(
+    delay: int, least: float, most: float, oldest: int
+) -> None:
+    async def story(training: Training) -> None:
+        ages = [watch_ages(life) for life in training.lives]
+        await training.until_step(40)
+        shares = []
+        for life in training.lives:
+            commits = [pair for pair in life.happened if isinstance(pair[1], events.RoundCommitted)]
+            (began, _), *later = commits[10:]
+            computed = sum(event.compute_seconds for _, event in later)  # type: ignore[attr-defined]
+            shares.append(computed / (later[-1][0] - began))
+        assert least <= min(shares)
+        assert max(shares) <= most
+        assert all({0, oldest} == set(each) for each in ages)
+        headers = training.lives[0].headers()[5:]
+        assert sum(header.total_samples for header in headers) <= 1.25 * 96 * len(headers)
+        assert training.task.evaluate(training.lives[0].replica.model)["loss"] < 0.15
+
+    play(story, small_run(delay=delay, target_batch_size=96))
+
+
+def test_steps_stay_of_their_size_when_the_network_is_slower_than_computing() -> None:
+    async def story(training: Training) -> None:
+        for life in training.lives:
+            training.hub.slow(life.name, 20.0)
+        await training.until_step(30, seconds=600)
+        headers = training.lives[0].headers()[10:]
+        assert sum(header.total_samples for header in headers) <= 1.25 * 24 * len(headers)
+
+    play(story, small_run(delay=1))

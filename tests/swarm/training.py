@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +120,7 @@ class Trainer:
         """Lineage → a copy of the parameters that this replica had there."""
         self.drawn: dict[int, set[int]] = {}
         """Step → numbers of the samples that this peer computed for it."""
+        self.run = run
         self._training = training
         self._batch_seconds = batch_seconds
         self._thread = asyncio.Lock()
@@ -295,8 +297,8 @@ def check_replicas(lives: Sequence[Trainer]) -> int:
     """Assert what must hold whatever happened; returns how many states were compared.
 
     Equal lineages were equal states, bit for bit, on every peer (I2). Nobody's weight fell while it lived
-    (I3). No entry counts more samples of a peer than that peer computed for its step, which one that counted
-    twice would lead to (I4).
+    (I3). No entry counts more samples of a peer than that peer computed for its step (or the one before, with
+    `delay`), nor do all entries together, which one that counted twice would lead to (I4).
     """
     seen: dict[str, tuple[Trainer, Tensor]] = {}
     digests: dict[str, str] = {}
@@ -316,10 +318,15 @@ def check_replicas(lives: Sequence[Trainer]) -> int:
         for step, numbers in life.drawn.items():
             drawn.setdefault((life.name, step), set()).update(numbers)
     for life in lives:
+        delay, left = life.run.delay, Counter[PeerId]()
         for header in life.headers():
             for peer, samples in zip(header.roster, header.samples, strict=True):
                 computed = len(drawn.get((peer, header.step), ()))
-                assert samples <= computed, f"entry {header.step} counts {samples} of {computed} of {peer}"
+                older = len(drawn.get((peer, header.step - 1), ())) if delay else 0
+                left[peer] += computed + (older if peer not in left else 0) - samples
+                assert samples <= computed + older, f"entry {header.step} counts {samples} of {peer}"
+                assert left[peer] >= 0, f"entries until {header.step} count {-left[peer]} too many of {peer}"
+                left[peer] *= delay
     return compared
 
 

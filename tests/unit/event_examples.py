@@ -48,6 +48,7 @@ COMMITTED = RoundCommitted(
     loss=2.25,
     gradient_norm=0.5,
     learning_rate=0.002,
+    compute_seconds=8.5,
     accumulate_seconds=9.0,
     reduce_seconds=2.9,
     commit_seconds=0.2,

@@ -37,6 +37,15 @@ def test_accumulator_raises_when_shape_or_count_cannot_be(shape: tuple[int, ...]
         Accumulator(3).add(torch.ones(shape), samples)
 
 
+def test_accumulator_takes_over_all_that_another_holds() -> None:
+    one, other = Accumulator(2), Accumulator(2)
+    one.add(torch.tensor([1.0, 2.0]), 3, 0.5)
+    other.add(torch.tensor([4.0, -1.0]), 5, 0.25)
+    one.absorb(other)
+    assert (one.total.tolist(), one.samples, one.loss_sum) == ([5.0, 1.0], 8, 0.75)
+    assert (other.total.tolist(), other.samples, other.loss_sum) == ([0.0, 0.0], 0, 0.0)
+
+
 def test_accumulator_is_empty_when_reset() -> None:
     accumulator = Accumulator(2)
     accumulator.add(torch.ones(2), 3)

@@ -17,7 +17,7 @@ RUN = Path(__file__).parents[2] / "configs/runs/default.toml"
 HOME = Links(uplink=2.5e6, downlink=12.5e6, rtt_seconds=0.05)
 
 
-def cost(*, peers: int = 4, batch_size: int = 100, links: Links = HOME) -> Forecast:
+def cost(*, peers: int = 4, batch_size: int = 100, links: Links = HOME, delay: int = 0) -> Forecast:
     return forecast(
         peers=peers,
         batch_size=batch_size,
@@ -27,6 +27,7 @@ def cost(*, peers: int = 4, batch_size: int = 100, links: Links = HOME) -> Forec
         most_donors=8,
         donor_share=0.25,
         links=links,
+        delay=delay,
     )
 
 
@@ -60,8 +61,17 @@ def test_what_takes_longest_is_named(links: Links, bottleneck: str) -> None:
     assert cost(links=links).bottleneck == bottleneck
 
 
-def test_advised_batch_brings_the_promised_utilisation() -> None:
-    advised = cost(batch_size=cost().good_batch_size)
+@pytest.mark.parametrize("batch_size", [100, 1000])
+def test_delay_hides_the_shorter_of_computing_and_waiting(batch_size: int) -> None:
+    plain, hidden = (cost(batch_size=batch_size, delay=delay) for delay in (0, 1))
+    wait = plain.transfer_seconds + plain.latency_seconds
+    assert hidden.step_seconds == max(plain.compute_seconds, wait) < plain.step_seconds
+    assert hidden.utilisation == pytest.approx(min(1.0, plain.compute_seconds / wait))
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_advised_batch_brings_the_promised_utilisation(delay: int) -> None:
+    advised = cost(batch_size=cost(delay=delay).good_batch_size, delay=delay)
     assert advised.utilisation == pytest.approx(GOOD_UTILISATION, abs=0.001)
 
 
