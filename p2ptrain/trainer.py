@@ -463,14 +463,16 @@ class Peer:
             self._batch_seconds *= count / self._batch_count
             self._batch_count = count
         self._batch_step, self._batch_began = step, self._now()
-        self._batch = asyncio.ensure_future(self._compute(self._gradients, step, self._drawn, count))
-        self._batch.add_done_callback(self._note_end)
+        self._batch = asyncio.ensure_future(self._compute_batch(step, self._drawn, count))
         self._drawn += count
         if not ahead:
             self._report()
 
-    def _note_end(self, _: asyncio.Future[float]) -> None:
+    async def _compute_batch(self, step: int, first: int, count: int) -> float:
+        """The same as `_gradients`; its end is noted before anybody can see that it is done."""
+        loss_sum: float = await self._compute(self._gradients, step, first, count)
         self._batch_ended = self._now()
+        return loss_sum
 
     def _gradients(self, step: int, first: int, count: int) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
