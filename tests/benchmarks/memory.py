@@ -7,7 +7,7 @@
   libraries do not count; the unit is the gradient's bytes as float32. A peer's peak is the kernel's count of
   resident memory (VmHWM), and the largest that was seen of what is no file (RssAnon). The other process has
   what it holds between two steps, without what a step needs for a moment.
-- speed: of a thread that has a core to itself and trains the default model, in micro-batches that lie within a
+- speed: of a thread that has a core to itself and trains the default model, in micro-batches that lie in a
   round beside those while nothing happens. All else of that peer, and the other peer, has a second core, and
   does rounds one after the other.
 
@@ -112,6 +112,7 @@ def plain_here(values: int) -> None:
         task.loss_sum(model, task.batch(step, "", 0, 1)).backward()
         optimizer.step()
     say(addresses=["-"])
+    sys.stdin.readline()
     say(anonymous=status_bytes("RssAnon"), resident=status_bytes("VmRSS"))
     sys.stdin.read()
 
@@ -210,6 +211,7 @@ def memory(chosen: argparse.Namespace) -> dict[str, Any]:
     seen: dict[str, list[dict[str, int]]] = {"plain": [], "peer": []}
     for values in sizes:
         with workers("plain", 1, str(values), script=__file__) as (worker,):
+            worker.tell()
             seen["plain"].append(worker.hear(START_SECONDS))
         words = (str(values), chosen.codec, str(chosen.delay))
         with workers("peer", chosen.peers, *words, script=__file__) as started:

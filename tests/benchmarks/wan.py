@@ -1,7 +1,7 @@
 """Peers at home: rounds, time to a loss, and how much of the time is computing, over links of given rate and
 delay, beside hivemind and gloo, as JSON. As root.
 
-    python tests/benchmarks/wan.py [--peers 4] [--megabits 100] [--rtt-ms 50] [--only rounds loss utilisation]
+    python tests/benchmarks/wan.py [--peers 4] [--megabits 100] [--rtt-ms 50] [--only rounds loss]
 
 Each peer is a process on a host of its own, a network namespace, and all packets go by the road of
 `tests/chaos/relay.py`, which gives every host a line of that rate, up and down, and holds each packet back
@@ -34,6 +34,7 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -60,6 +61,9 @@ WARMUP_STEPS = 4
 START_SECONDS = 180.0
 TCP_PORT = 5000
 GLOO_PORT = 29500
+
+BATCHES_A_STEP, COMPUTING_OVER_BOUND = 8, 2.0
+"""For utilisation: micro-batches of each peer, and how long they take beside the bound of a round."""
 
 BATCH, MICRO_BATCH = 16, 4
 """Samples of all peers in a step, and of one peer in a pass."""
@@ -336,7 +340,7 @@ def work() -> None:
         case "rounds":
             import uvloop
 
-            codec, delay, outputs, batch_ms = rest
+            codec, delay, outputs, batch_ms, batch_size = rest
             training = train_here(
                 common.folder,
                 common.number,
@@ -347,7 +351,7 @@ def work() -> None:
                 outputs=int(outputs),
                 listen=f"/ip4/{common.address}/tcp/0",
                 data_port=0,
-                settings={"codec": codec, "delay": int(delay)},
+                settings={"codec": codec, "delay": int(delay), "target_batch_size": int(batch_size)},
             )
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(training)
@@ -373,7 +377,18 @@ class Homes:
         self._insides = [lab.place(name)[1] for name in names]
         self.addresses = [lab.address(name) for name in names]
         lab.relay(delay_seconds=chosen.rtt_ms / 2000, mbit=chosen.megabits)
-        self.road = lab.road
+        self._road, self._before = lab.road, lab.road()
+        if chosen.congestion:
+            control = ("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={chosen.congestion}")
+            for inside in self._insides:
+                subprocess.run([*inside, *control], check=True)
+
+    def packets(self) -> dict[str, int]:
+        """What became of them on the road since it was asked last."""
+        now = self._road()
+        since = {what: count - self._before.get(what, 0) for what, count in now.items()}
+        self._before = now
+        return since
 
     def workers(self, kind: str, steps: int, *words: str) -> contextlib.AbstractContextManager[list[Worker]]:
         common = (
@@ -390,7 +405,7 @@ class Homes:
         return moved * 8 / (self.chosen.megabits * 1e6) + BOUND_ROUND_TRIPS * self.chosen.rtt_ms / 1000
 
 
-def plain_tcp(homes: Homes, encoded_bytes: float) -> dict[str, float]:
+def plain_tcp(homes: Homes, encoded_bytes: float) -> dict[str, Any]:
     """What TCP takes for the bytes of a round."""
     took = []
     with homes.workers("tcp", 0, str(round(encoded_bytes / homes.chosen.peers))) as started:
@@ -402,15 +417,21 @@ def plain_tcp(homes: Homes, encoded_bytes: float) -> dict[str, float]:
                 took.append(max(each["ended"] for each in heard) - max(each["began"] for each in heard))
     bound = homes.bound_seconds(encoded_bytes)
     seconds = statistics.median(took)
-    return {"median_seconds": round(seconds, 3), "over_bound": round(seconds / bound, 3)}
+    return {
+        "median_seconds": round(seconds, 3),
+        "min_seconds": round(min(took), 3),
+        "over_bound": round(seconds / bound, 3),
+        "packets": homes.packets(),
+    }
 
 
-def rounds(homes: Homes, codec: str, delay: int, batch_ms: float) -> list[dict[str, Any]]:
-    """What each peer noted."""
+def rounds(homes: Homes, codec: str, delay: int, batch_ms: float, batches: int) -> list[dict[str, Any]]:
+    """What each peer noted, that computes so many micro-batches a step."""
     steps = WARMUP_STEPS + homes.chosen.rounds
-    words = (codec, str(delay), str(homes.chosen.values // (INPUTS + 1)), str(batch_ms))
+    outputs = homes.chosen.values // (INPUTS + 1)
+    words = (codec, str(delay), str(outputs), str(batch_ms), str(batches * homes.chosen.peers))
     with homes.workers("rounds", steps, *words) as started:
-        return [worker.hear(START_SECONDS + steps * (10 + batch_ms / 500)) for worker in started]
+        return [worker.hear(START_SECONDS + steps * (10 + batches * batch_ms / 500)) for worker in started]
 
 
 def round_seconds(homes: Homes, reports: Sequence[dict[str, Any]], encoded_bytes: float) -> dict[str, Any]:
@@ -438,6 +459,7 @@ def round_seconds(homes: Homes, reports: Sequence[dict[str, Any]], encoded_bytes
         "until_applied_seconds": round(statistics.median(applied), 3),
         "bound_seconds": round(bound, 3),
         "over_bound": round(seconds / bound, 3),
+        "packets": homes.packets(),
     }
 
 
@@ -484,21 +506,23 @@ def measure(chosen: argparse.Namespace, lab: Any) -> dict[str, Any]:
     homes = Homes(chosen, lab)
     encoded = {name: codec_named(name).encoded_bytes(chosen.values) for name in chosen.codecs}
     report: dict[str, Any] = {}
-    if "rounds" in chosen.only:
+    if "tcp" in chosen.only:
         report["plain_tcp"] = {name: plain_tcp(homes, size) for name, size in encoded.items()}
         tell("plain TCP", report["plain_tcp"])
+    if "rounds" in chosen.only:
         report["rounds"] = {}
         for name, size in encoded.items():
-            report["rounds"][name] = round_seconds(homes, rounds(homes, name, 0, 400.0), size)
+            report["rounds"][name] = round_seconds(homes, rounds(homes, name, 0, 400.0, 1), size)
             tell(f"rounds, {name}", report["rounds"][name])
     if "utilisation" in chosen.only:
         name = chosen.codecs[0]
-        batch_ms = 1000 * (2 * homes.bound_seconds(encoded[name]))
-        found = utilisation(rounds(homes, name, chosen.delay, batch_ms))
+        computing = COMPUTING_OVER_BOUND * homes.bound_seconds(encoded[name])
+        batch_ms = 1000 * computing / BATCHES_A_STEP
+        found = utilisation(rounds(homes, name, chosen.delay, batch_ms, BATCHES_A_STEP))
         report["utilisation"] = {
             "codec": name,
             "delay": chosen.delay,
-            "computing_seconds_a_step": round(batch_ms / 1000, 2),
+            "computing_seconds_a_step": round(computing, 2),
             "utilisation": round(found, 3),
         }
         tell("utilisation", report["utilisation"])
@@ -552,13 +576,14 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=10_000_000, help="of the gradient, for rounds")
     parser.add_argument("--rounds", type=int, default=8, help="that count")
     parser.add_argument("--codecs", nargs="+", default=["fp16", "int8"])
+    parser.add_argument("--congestion", default="", help="control of TCP, such as cubic; else as it is here")
     parser.add_argument("--delay", type=int, default=0, choices=[0, 1], help="of the run, not for rounds")
     parser.add_argument("--steps", type=int, default=60, help="of training, at most")
     parser.add_argument("--loss", type=float, default=2.6, help="held out, in nats per byte, to be reached")
     parser.add_argument("--most-seconds", type=float, default=240.0, help="for hivemind to make its steps")
     parser.add_argument("--matchmaking-seconds", type=float, default=1.5, help="hivemind's")
     parser.add_argument("--without", nargs="*", default=[], choices=["ours", "hivemind", "gloo"])
-    everything = ["rounds", "utilisation", "loss"]
+    everything = ["tcp", "rounds", "utilisation", "loss"]
     parser.add_argument("--only", nargs="+", default=everything, choices=everything)
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and hosts go, too
