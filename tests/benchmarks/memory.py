@@ -22,6 +22,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -43,6 +44,8 @@ ALONE_SECONDS = 10.0
 ROUNDS = 30
 """For the training thread to be disturbed by."""
 WARMUP_ROUNDS = 4
+NEIGHBOUR = "import hashlib; data = bytes(2**24)\nwhile True: hashlib.sha256(data)"
+"""Another process that keeps the second core busy: what cores share costs as much without any round."""
 
 
 # -- in the workers ------------------------------------------------------------------------------------------
@@ -196,10 +199,16 @@ def beside_here(
     if training is not None:
         time.sleep(ALONE_SECONDS)
         alone.append((began, time.monotonic()))
+        neighbour = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
+        began = time.monotonic()
+        time.sleep(ALONE_SECONDS)
+        busy = [(began, time.monotonic())]
+        neighbour.kill()
+        neighbour.wait()
         training.end()
-        say(alone=alone, batches=training.batches)
+        say(alone=alone, busy=busy, batches=training.batches)
     else:
-        say(alone=[], batches=[])
+        say()
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -257,6 +266,9 @@ def speed(chosen: argparse.Namespace) -> dict[str, Any]:
     return {
         "micro_batch_ms_alone": round(statistics.mean(alone) * 1000, 2),
         "micro_batch_ms_within_a_round": round(statistics.mean(within) * 1000, 2),
+        "micro_batch_ms_beside_a_busy_process": round(
+            statistics.mean(within_spans(heard["batches"], heard["busy"])) * 1000, 2
+        ),
         "micro_batches": [len(alone), len(within)],
         "median_round_seconds": round(statistics.median(end - begin for begin, end in rounds), 3),
         "training_thread_loses_percent": round(100 * (1 - 1 / slower), 2),

@@ -180,6 +180,7 @@ async def train_here(
     computing: list[tuple[float, float]] = []
     rosters: dict[int, int] = {}
     samples: dict[int, int] = {}
+    spans: dict[int, tuple[int, ...]] = {}
     batch_ended = 0.0
 
     class Pauses:
@@ -251,6 +252,8 @@ async def train_here(
             samples[event.step] = event.mine
             committed[event.step] = time.monotonic() - event.apply_seconds
             over_tls[event.step] = swarm.carriers.get(events.Carrier.TLS, 0)
+            assert replica.last is not None
+            spans[event.step] = replica.last.spans
             stepped(event.step, replica)
 
     swarm = Libp2pSwarm(folder / f"{number}.key", run.run_id, print_, entries, [listen], data_port=data_port)
@@ -278,6 +281,7 @@ async def train_here(
                 applied=applied,
                 peers=rosters,
                 samples=samples,
+                spans=spans,
                 over_tls=over_tls,
                 computing=computing,
             )

@@ -41,6 +41,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -436,7 +437,7 @@ def rounds(homes: Homes, codec: str, delay: int, batch_ms: float, batches: int) 
 
 def round_seconds(homes: Homes, reports: Sequence[dict[str, Any]], encoded_bytes: float) -> dict[str, Any]:
     """Of those after the first few, in which all peers had something to send, and all over TLS."""
-    took, applied, peers = [], [], homes.chosen.peers
+    took, applied, largest, peers = [], [], [], homes.chosen.peers
     for step in map(str, range(WARMUP_STEPS, WARMUP_STEPS + homes.chosen.rounds)):
         if not all(
             each["peers"].get(step) == peers
@@ -448,6 +449,8 @@ def round_seconds(homes: Homes, reports: Sequence[dict[str, Any]], encoded_bytes
             continue
         ready = max(each["ready"][step] for each in reports)
         took.append(max(each["committed"][step] for each in reports) - ready)
+        spans = reports[0]["spans"][step]
+        largest.append(max(b - a for a, b in pairwise(spans)) * peers / spans[-1])
         applied.append(max(each["applied"][step] for each in reports) - ready)
     if not took:
         raise RuntimeError("no round had all peers' gradients, all over TLS")
@@ -457,6 +460,7 @@ def round_seconds(homes: Homes, reports: Sequence[dict[str, Any]], encoded_bytes
         "median_seconds": round(seconds, 3),
         "min_seconds": round(min(took), 3),
         "until_applied_seconds": round(statistics.median(applied), 3),
+        "largest_span_over_mean": round(statistics.median(largest), 2),
         "bound_seconds": round(bound, 3),
         "over_bound": round(seconds / bound, 3),
         "packets": homes.packets(),
