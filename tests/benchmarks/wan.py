@@ -175,6 +175,7 @@ def ours_here(common: Common, codec: str, delay: int) -> None:
 def hivemind_here(common: Common, matchmaking_seconds: float) -> None:
     import hivemind
     import torch
+    from hivemind.compression import Float16Compression
     from hivemind.optim.grad_averager import GradientAverager
 
     torch.set_num_threads(1)
@@ -195,8 +196,8 @@ def hivemind_here(common: Common, matchmaking_seconds: float) -> None:
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmed_up),
         matchmaking_time=matchmaking_seconds,
         averaging_timeout=ROUND_SECONDS,
-        grad_compression=hivemind.Float16Compression(),
-        state_averaging_compression=hivemind.Float16Compression(),
+        grad_compression=Float16Compression(),
+        state_averaging_compression=Float16Compression(),
         average_state_every=50,
         grad_averager_factory=partial(GradientAverager, **group),
         averager_opts=group,
