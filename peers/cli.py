@@ -277,6 +277,40 @@ def plan(
 
 
 @app.command()
+def bench(
+    peers: Annotated[int, typer.Option(min=2, max=16, help="How many peers, as processes on loopback.")] = 2,
+    megabytes: Annotated[
+        float, typer.Option(min=0.1, max=1000, help="Size of the gradient that they average, as float32.")
+    ] = 32,
+    codecs: Annotated[str, typer.Option(help="Only these, with commas, and fp16, the default one.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Measure what this machine reaches, in rounds by codec over TLS, and what it would mean at home links.
+
+    Takes a minute or two, of all cores. Ctrl-C ends it.
+    """
+    from peers import bench as role
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report = role.bench(peers, megabytes, role.parse_codecs(codecs), tell)
+    typer.echo("\n".join(role.report_lines(report)))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command(hidden=True)
+def bench_peer(number: int, folder: Path, peers: int, values: int, codecs: str, links: str) -> None:
+    """One of the peers of `bench`, which starts it."""
+    from p2ptrain.protocol.forecast import Links
+    from peers import bench_peer as role
+
+    home = [Links(**each) for each in json.loads(links)]
+    _run(role.take_part(folder, number, peers, values, codecs.split(","), home))
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],

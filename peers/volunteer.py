@@ -120,9 +120,9 @@ async def volunteer(
                     "join without --run to take the swarm's, or ask the organizer for the right invite"
                 )
             check_together(run, config)
-            compute = _threads(stack, "compute", 1, _give_way)
-            aside = _threads(stack, "aside", 2, _give_way)
-            work = _threads(stack, "reduce", 1)
+            compute = threads(stack, "compute", 1, _give_way)
+            aside = threads(stack, "aside", 2, _give_way)
+            work = threads(stack, "reduce", 1)
             replica, task, print_ = await compute(partial(_build, run, config))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
@@ -279,10 +279,10 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(nice + COMPUTE_NICE, 19))
 
 
-def _threads(
+def threads(
     stack: contextlib.ExitStack, name: str, count: int, begin: Callable[[], None] = lambda: None
 ) -> Compute:
-    """Each thread of them starts with `begin`."""
+    """So many threads, until the stack ends, to run functions on; each thread starts with `begin`."""
     executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
     stack.callback(executor.shutdown, wait=True, cancel_futures=True)
 

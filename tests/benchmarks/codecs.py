@@ -21,7 +21,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -39,6 +38,7 @@ from p2ptrain.records import Ballot, EntryHeader, PeerId
 from p2ptrain.replica.log import Entry, entry_digest
 from p2ptrain.replica.replica import Replica
 from p2ptrain.tasks import Task, build_task
+from peers.bench_peer import codec_speed
 
 SAMPLES = (6, 2, 5, 3)
 """Of each peer in each step: uneven, as in a swarm."""
@@ -176,34 +176,6 @@ def losses(codecs: Sequence[str], steps: int, seeds: int, tell: Callable[[str], 
     return report
 
 
-# -- speed ---------------------------------------------------------------------------------------------------
-
-
-def speed(codec: Codec, chunk_values: int) -> dict[str, float]:
-    """GB/s of float32 that one core encodes and decodes, and both one after the other: medians."""
-    values = torch.randn(SPEED_VALUES, generator=torch.Generator().manual_seed(0)).mul_(1e-3)
-    out = torch.empty_like(values)
-    ranges = chunk_ranges(0, SPEED_VALUES, chunk_values)
-    encode, decode, size = [0.0] * REPEATS, [0.0] * REPEATS, 0
-    for repeat in range(REPEATS):
-        for start, stop in ranges:
-            began = time.thread_time()
-            data = codec.encode(values[start:stop])
-            between = time.thread_time()
-            codec.decode(data, out[start:stop])
-            encode[repeat] += between - began
-            decode[repeat] += time.thread_time() - between
-            size += len(data)
-    both = [first + second for first, second in zip(encode, decode, strict=True)]
-    return {
-        "bytes_per_value": round(size / REPEATS / SPEED_VALUES, 4),
-        **{
-            f"{what}_gigabytes_per_second": round(4 * SPEED_VALUES / statistics.median(seconds) / 1e9, 2)
-            for what, seconds in (("encode", encode), ("decode", decode), ("both", both))
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes, speed, error and loss of every codec.")
     parser.add_argument("--steps", type=int, default=300, help="0: no loss, only speed")
@@ -219,7 +191,7 @@ def main() -> None:
 
     report: dict[str, Any] = {"steps": chosen.steps, "seeds": chosen.seeds, "chunk_values": chunk_values}
     report["load_before"] = round(os.getloadavg()[0], 1)
-    report["speed"] = {name: speed(CODECS[name], chunk_values) for name in names}
+    report["speed"] = {name: codec_speed(CODECS[name], chunk_values, SPEED_VALUES, REPEATS) for name in names}
     if chosen.steps:
         report["training"] = losses(
             names, chosen.steps, chosen.seeds, lambda line: print(line, file=sys.stderr, flush=True)

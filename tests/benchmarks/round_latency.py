@@ -51,10 +51,11 @@ ROUND_SECONDS = 30.0
 class Worker:
     """One process that speaks and hears lines of JSON. `close` ends it and all its children."""
 
-    def __init__(self, *arguments: str, script: str = __file__) -> None:
+    def __init__(self, *arguments: str, script: str = __file__, inside: Sequence[str] = ()) -> None:
+        """`inside`: words before the command, such as `ip netns exec NAME`."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, script, "--worker", *arguments],
+            [*inside, sys.executable, script, "--worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,6 +83,9 @@ class Worker:
         heard: dict[str, Any] = json.loads(line)
         return heard
 
+    def end_of_input(self) -> None:
+        self._stdin.close()
+
     def close(self) -> None:
         self._stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -93,16 +97,22 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(kind: str, peers: int, *arguments: str, script: str = __file__) -> Iterator[list[Worker]]:
-    """So many workers; the first one is where the others enter the swarm. `script` is what they run."""
+def workers(
+    kind: str,
+    peers: int,
+    *arguments: str,
+    script: str = __file__,
+    insides: Sequence[Sequence[str]] = (),
+) -> Iterator[list[Worker]]:
+    """So many workers; the first one is where the others enter the swarm. `script` is what they run, and
+    `insides` the words before the command of each, if they are elsewhere."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="latency-"))
         started: list[Worker] = []
         entries: list[str] = []
         for number in range(peers):
-            worker = Worker(
-                kind, folder, str(number), str(peers), json.dumps(entries), *arguments, script=script
-            )
+            words = (kind, folder, str(number), str(peers), json.dumps(entries), *arguments)
+            worker = Worker(*words, script=script, inside=insides[number] if insides else ())
             stack.callback(worker.close)
             started.append(worker)
             worker.first = worker.hear(START_SECONDS)
@@ -132,9 +142,26 @@ def measure_p2ptrain(peers: int, rounds: int, batch_ms: float) -> list[float]:
 
 
 async def train_here(
-    folder: Path, number: int, peers: int, entries: list[str], total: int, batch_ms: float
+    folder: Path,
+    number: int,
+    peers: int,
+    entries: list[str],
+    total: int,
+    batch_ms: float,
+    *,
+    outputs: int = OUTPUTS,
+    listen: str = "/ip4/127.0.0.1/tcp/0",
+    data_port: int | None = None,
+    settings: dict[str, Any] | None = None,
+    task: Any = None,
+    micro_batch_size: int = 1,
+    stepped: Callable[[int, Any], None] = lambda step, replica: None,
 ) -> None:
-    """In a worker: one peer, until `total` steps are made; then it waits for its stdin to end."""
+    """In a worker: one peer, until `total` steps are made; then it waits for its stdin to end.
+
+    `data_port`: as of `Libp2pSwarm`; `settings`: fields of the run that are not as here; `task`: another one
+    than of pauses; `stepped` is told of each step and shown the replica.
+    """
     import torch
     from torch import nn
 
@@ -147,8 +174,13 @@ async def train_here(
     torch.set_num_threads(1)
     pause = random.Random(number)
     ready: dict[int, float] = {}
+    committed: dict[int, float] = {}
     applied: dict[int, float] = {}
+    over_tls: dict[int, int] = {}
+    computing: list[tuple[float, float]] = []
     rosters: dict[int, int] = {}
+    samples: dict[int, int] = {}
+    spans: dict[int, tuple[int, ...]] = {}
     batch_ended = 0.0
 
     class Pauses:
@@ -158,7 +190,7 @@ async def train_here(
 
         def build_model(self, seed: int) -> nn.Module:
             torch.manual_seed(seed)
-            return nn.Linear(INPUTS, OUTPUTS)
+            return nn.Linear(INPUTS, outputs)
 
         def batch(self, step: int, peer: str, first: int, count: int) -> Any:
             time.sleep(batch_ms / 1000 * pause.uniform(0.8, 1.2))
@@ -173,20 +205,21 @@ async def train_here(
         def preview(self, model: nn.Module, prompt: str, length: int, generator: torch.Generator) -> str:
             return ""
 
-    task = Pauses()
-    run = RunConfig(
-        run_id="latency",
-        total_steps=total,
-        target_batch_size=peers,
-        min_peers=peers,
-        optimizer=Optimizer(lr=1e-3),
-        schedule=Schedule(warmup_steps=0),
-    )
+    task = task or Pauses()
+    usual = {
+        "run_id": "latency",
+        "total_steps": total,
+        "target_batch_size": peers,
+        "min_peers": peers,
+        "optimizer": Optimizer(lr=1e-3),
+        "schedule": Schedule(warmup_steps=0),
+    }
+    run = RunConfig.model_validate(usual | (settings or {}))
     model = task.build_model(run.seed)
     print_ = fingerprint(run, parameter_table(model))
     replica = Replica(model, run, print_)
-    assert replica.numel == VALUES
-    threads = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
+    assert not isinstance(task, Pauses) or replica.numel == (INPUTS + 1) * outputs
+    threads = ThreadPoolExecutor(1), ThreadPoolExecutor(2), ThreadPoolExecutor(1)
 
     async def compute(function: Callable[..., Any], *arguments: Any) -> Any:
         nonlocal batch_ended
@@ -196,9 +229,11 @@ async def train_here(
 
         def timed() -> Any:
             nonlocal batch_ended
+            began = time.monotonic()
             result = function(*arguments)
             if name == "_gradients":
                 batch_ended = time.monotonic()
+                computing.append((began, batch_ended))
             elif name == "_apply_now":
                 applied[arguments[0].entry.header.step] = time.monotonic()
             return result
@@ -208,14 +243,23 @@ async def train_here(
     async def aside(function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads[1], function, *arguments)
 
+    async def work(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(threads[2], function, *arguments)
+
     def observe(event: events.Event) -> None:
         if isinstance(event, events.RoundCommitted):
             rosters[event.step] = event.peers
+            samples[event.step] = event.mine
+            committed[event.step] = time.monotonic() - event.apply_seconds
+            over_tls[event.step] = swarm.carriers.get(events.Carrier.TLS, 0)
+            assert replica.last is not None
+            spans[event.step] = replica.last.spans
+            stepped(event.step, replica)
 
-    loopback = ["/ip4/127.0.0.1/tcp/0"]
-    async with Libp2pSwarm(folder / f"{number}.key", run.run_id, print_, entries, loopback) as swarm:
+    swarm = Libp2pSwarm(folder / f"{number}.key", run.run_id, print_, entries, [listen], data_port=data_port)
+    async with swarm:
         say(addresses=swarm.visible_addresses())
-        config = PeerConfig(micro_batch_size=1, eval_every_steps=0, checkpoint_every_steps=0)
+        config = PeerConfig(micro_batch_size=micro_batch_size, eval_every_steps=0, checkpoint_every_steps=0)
         peer = Peer(
             swarm,
             run,
@@ -226,11 +270,21 @@ async def train_here(
             incarnation=str(number),
             compute=compute,
             aside=aside,
+            work=work,
             observe=observe,
         )
         async with peer:
             await train(peer, run)
-            say(ready=ready, applied=applied, peers=rosters)
+            say(
+                ready=ready,
+                committed=committed,
+                applied=applied,
+                peers=rosters,
+                samples=samples,
+                spans=spans,
+                over_tls=over_tls,
+                computing=computing,
+            )
             await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     for pool in threads:
         pool.shutdown()
