@@ -172,9 +172,9 @@ async def volunteer(
                 )
                 assert swarm.gate is not None
                 put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
-                peer.give_up()
                 if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
+                peer.give_up()
                 path = await peer.save_checkpoint()
                 observe(
                     events.Leaving(
