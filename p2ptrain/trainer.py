@@ -252,7 +252,7 @@ class Peer:
         """Take part in nothing while paused, then come back as after an absence."""
         self.rounds.withdraw()
         while self.paused and not self.leaving:
-            await asyncio.sleep(PAUSE_SECONDS)
+            await self.rounds.changed(PAUSE_SECONDS)
         if not self.leaving:
             await self._digested()
             await self._compute(self._reset)

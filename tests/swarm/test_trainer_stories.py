@@ -309,14 +309,21 @@ def test_no_sample_counts_twice_when_a_peer_stays_behind_because_its_donor_dies(
 # -- peers are paused ----------------------------------------------------------------------------------------
 
 
+async def soon(condition: Callable[[], object]) -> None:
+    """Until the condition holds, also between two events."""
+    async with asyncio.timeout(30):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
 async def stand_aside(training: Training, name: str) -> None:
     """Pause this peer, and wait until no round counts on it."""
     peer = training.peers[name].peer
     assert peer is not None
     peer.paused = True
-    async with asyncio.timeout(30):
-        while not peer.rounds.member.withdrawn:
-            await asyncio.sleep(0.01)
+    await soon(lambda: peer.rounds.member.withdrawn)
 
 
 def resume(training: Training, name: str) -> None:
@@ -329,8 +336,7 @@ def resume(training: Training, name: str) -> None:
 def test_paused_peer_brings_what_it_has_and_then_holds_nobody_up(turn: int, delay: int) -> None:
     async def story(training: Training) -> None:
         bert, others = training.peers["bert"], [training.peers["anna"], training.peers["carl"]]
-        while bert.step % 3 != turn or not bert.contributed():
-            await asyncio.sleep(0.01)
+        await soon(lambda: bert.step % 3 == turn and bert.contributed())
         step, brought, began = bert.step, bert.contributed(), training.now
         await stand_aside(training, "bert")
         assert bert.step <= step + 1 + delay  # who leads next differs with `turn`

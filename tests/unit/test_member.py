@@ -1087,7 +1087,7 @@ def test_blame_names_whom_most_accuse_when_an_attempt_failed(
     assert blame(accused_by, A) == dropped
 
 
-# -- members that withdraw ------------------------------------------------------------------------------------
+# -- members that withdraw -----------------------------------------------------------------------------------
 
 
 def test_nobody_waits_for_a_member_that_has_withdrawn() -> None:
