@@ -165,6 +165,8 @@ class Daemon:
             self._observe(event)
 
     def _state(self) -> PeerState:
+        if self._stop.reason:
+            return PeerState.LEAVING
         return PeerState.JOINING if self._peer is None else state(self._peer)
 
     def _shown_pauses(self) -> list[dict[str, Any]]:
