@@ -71,7 +71,7 @@ async def test_only_one_process_has_a_data_folder_and_a_dead_ones_socket_is_repl
     with pytest.raises(NotRunning):
         control.ask(tmp_path, {"ask": "status"})
     async with ControlServer(tmp_path, "stdlib", echo):
-        with pytest.raises(PortBusy, match=r"another peer runs .* p2ptrain leave --data-dir"):
+        with pytest.raises(PortBusy, match=r"another peer runs .*`p2ptrain leave --data-dir"):
             async with ControlServer(tmp_path, "stdlib", echo):
                 pass
         assert await asyncio.to_thread(control.ask, tmp_path, {"ask": "status"})  # it is still there
@@ -141,8 +141,8 @@ def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Cre
     assert (status["run_id"], status["state"], status["aside"]) == ("asked", status["state"], False)
     assert status["step"] > 0
     assert len(status["carriers"]) == 1
-    assert "no peer runs" in told(people.start("status"), 9)  # for whoever has other data
-    assert "another peer runs" in told(people.join(invite, "anna"), 8)
+    elsewhere = people.start("status")  # for whoever has other data
+    again = people.join(invite, "anna")
 
     assert ask("pause", "--for", "1h")["state"] == "paused"
     until(lambda: ask("status")["aside"], "its standing aside")
@@ -158,6 +158,8 @@ def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Cre
     assert anna.result()["samples"] > 0
     people.start("leave", "--data-dir", str(tmp_path / "bert"))
     assert bert.end() == 0, bert
+    assert "no peer runs" in told(elsewhere, 9)
+    assert "another peer runs with the data folder" in told(again, 8)
     story = told(people.start("logs", "--data-dir", folder, "-n", "1000"))
     for words in ("paused, for 1 h 0 min: you asked", "training again, after", "leaving (p2ptrain finish)"):
         assert words in story
