@@ -138,12 +138,16 @@ class Daemon:
         match request:
             case {"ask": "status"}:
                 return self._status()
+            case {"ask": "pause"} if self._stop.reason:
+                raise ConfigError("the peer is about to leave, and takes part in nothing then")
             case {"ask": "pause", "seconds": None}:
                 self._set(self._pauses.add(events.PauseReason.USER, now))
             case {"ask": "pause", "seconds": int(seconds)} if 0 < seconds <= MOST_SECONDS:
                 self._set(self._pauses.add(events.PauseReason.USER, now, seconds))
             case {"ask": "resume"}:
                 self._set(self._pauses.remove(events.PauseReason.USER))
+            case {"ask": "finish"} if self._pauses:
+                self._stop.ask("p2ptrain finish")  # its step might never be done without it
             case {"ask": "finish"}:
                 self._stop.finish()
                 if self._peer is not None:

@@ -31,6 +31,11 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a first signal came, or a command asked for the same."""
+        return self._first.is_set()
+
     async def first(self) -> None:
         """Returns when the first signal came."""
         await self._first.wait()

@@ -11,9 +11,11 @@ import pytest
 from event_examples import ANNA, BERT, COMMITTED, SAVED, WAITING
 
 from p2ptrain.errors import ConfigError, NotRunning
+from p2ptrain.events import Event
 from peers.control import Running, choose, find, link_name
 from peers.control_cli import pause_lines, status_lines
-from peers.daemon import RATE_SECONDS, Rates, Standing
+from peers.daemon import RATE_SECONDS, Daemon, Rates, Standing
+from peers.signals import Stop
 
 HERE, THERE = Running("stdlib", Path("/data/one")), Running("digits", Path("/data/two"))
 
@@ -66,6 +68,66 @@ def test_link_tells_the_run_and_differs_by_folder() -> None:
 
 
 # -- what is answered ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def happened() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def stop() -> Stop:
+    return Stop()
+
+
+@pytest.fixture
+def joining(happened: list[Event], stop: Stop) -> Daemon:
+    """A peer that is still on its way in."""
+    return Daemon(Path("/data/one"), "stdlib", stop, happened.append)
+
+
+def test_pause_and_resume_are_told_also_before_there_is_a_peer(
+    joining: Daemon, happened: list[Event]
+) -> None:
+    assert joining.answer({"ask": "status"})["state"] == "joining"
+    (pause,) = joining.answer({"ask": "pause", "seconds": 7200})["pauses"]
+    assert pause["until"] - pause["since"] == pytest.approx(7200)
+    assert joining.answer({"ask": "resume"})["pauses"] == []
+    assert joining.answer({"ask": "resume"})["pauses"] == []
+    assert [event.event for event in happened] == ["paused", "resumed"]
+
+
+def test_peer_finishes_its_step_unless_it_is_paused(joining: Daemon, stop: Stop) -> None:
+    assert joining.answer({"ask": "finish"})["state"] == "leaving"
+    assert (stop.finishing, stop.asked) == (True, False)
+    with pytest.raises(ConfigError, match="about to leave"):
+        joining.answer({"ask": "pause", "seconds": None})
+
+
+def test_paused_peer_leaves_when_it_is_asked_to_finish(joining: Daemon, stop: Stop) -> None:
+    joining.answer({"ask": "pause", "seconds": None})
+    assert joining.answer({"ask": "finish"})["state"] == "leaving"
+    assert (stop.finishing, stop.asked, stop.reason) == (False, True, "p2ptrain finish")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"ask": "dance"},
+        {"ask": ["status"]},
+        {"ask": "pause"},
+        {"ask": "pause", "seconds": 0},
+        {"ask": "pause", "seconds": "2h"},
+        {"ask": "pause", "seconds": 10**12},
+    ],
+)
+def test_request_that_makes_no_sense_changes_nothing(
+    joining: Daemon, happened: list[Event], request_: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="does not know this request"):
+        joining.answer(request_)
+    assert not happened
 
 
 def test_standing_follows_the_events() -> None:
