@@ -649,6 +649,10 @@ class Rounds:
         """The trainer could not get from `donor` what it had promised."""
         self.member.unhelpful(donor)
 
+    def withdraw(self) -> None:
+        """Take part in nothing until `advance`, and have nobody wait for that."""
+        self._carry_out(self.member.withdraw())
+
     async def changed(self, timeout_seconds: float | None) -> bool:
         """Wait until an attempt began or ended; False if nothing did in that time."""
         turn = self._turn

@@ -55,6 +55,12 @@ class PortBusy(LocalFault):
     exit_code = 8
 
 
+class NotRunning(LocalFault):
+    """A command is for a peer that runs on this machine, and none does, or it does not answer."""
+
+    exit_code = 9
+
+
 class IncompatibleRun(LocalFault):
     """This peer and the swarm do not train the same thing; the message names the field that differs."""
 

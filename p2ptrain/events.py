@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import logging
 import math
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
-from p2ptrain.records import PeerId
+if TYPE_CHECKING:  # or whoever shows a sentence would load what checks messages
+    from p2ptrain.records import PeerId
 
 # -- the words events use ------------------------------------------------------------------------------------
 
@@ -60,6 +62,12 @@ class WasteCause(StrEnum):
     LEAVING = "leaving"
 
 
+class PauseReason(StrEnum):
+    """Why a peer takes part in nothing for now."""
+
+    USER = "user"
+
+
 class CatchUpBy(StrEnum):
     """How a replica reached the swarm's step."""
 
@@ -83,6 +91,10 @@ _WASTED_BECAUSE = {
     WasteCause.NONFINITE: "their gradient was not finite",
     WasteCause.ROLLED_BACK: "a heavier lineage replaced the one they went into",
     WasteCause.LEAVING: "this peer left before the round",
+}
+
+_PAUSED_BECAUSE = {
+    PauseReason.USER: "you asked for it",
 }
 
 _FAULT_WAS = {
@@ -155,6 +167,35 @@ class WaitingChanged(_Happened):
 
     def sentence(self) -> str:
         return f"waiting: {clean(self.reason)}" if self.reason else "no longer waiting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(_Happened):
+    """This peer begins no micro-batch while any of these holds; told again whenever they change."""
+
+    event: ClassVar[str] = "paused"
+    reasons: tuple[PauseReason, ...]
+    """All that hold now."""
+    seconds: float | None
+    """Until the last of them will have ended by itself; None: not before something happens."""
+
+    def sentence(self) -> str:
+        until = "" if self.seconds is None else f", for {duration(self.seconds)}"
+        return f"paused{until}: {' and '.join(paused_because(each) for each in self.reasons)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(_Happened):
+    """No reason to pause holds any more."""
+
+    event: ClassVar[str] = "resumed"
+    reasons: tuple[PauseReason, ...]
+    """Those that held last."""
+    seconds: float
+    """For how long this peer was paused."""
+
+    def sentence(self) -> str:
+        return f"training again, after a pause of {duration(self.seconds)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,6 +585,8 @@ Event = (
     Joined
     | Leaving
     | WaitingChanged
+    | Paused
+    | Resumed
     | DeadlinesChanged
     | RoundCommitted
     | StateHashed
@@ -567,7 +610,52 @@ Event = (
     | DaemonRestarted
 )
 
+# -- events from a journal -----------------------------------------------------------------------------------
+
+
+def from_dict(record: Mapping[str, Any]) -> Event | None:
+    """The event that `to_dict` made this of. None if there is none such: a newer version wrote it, or it is
+    damaged."""
+    kind = _BY_NAME.get(str(record.get("event")))
+    if kind is None:
+        return None
+    hints = get_type_hints(kind, localns={"PeerId": str})
+    known = [field.name for field in fields(kind) if field.name in record]
+    try:
+        event: Event = kind(**{name: _read(record[name], hints[name]) for name in known})
+    except (TypeError, ValueError):
+        return None
+    return event
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """What `_plain` made this value of. Raises TypeError or ValueError."""
+    if get_origin(hint) is types.UnionType:
+        inner, _ = get_args(hint)  # always with None
+        return None if value is None else _read(value, inner)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise TypeError
+        return tuple(_read(each, get_args(hint)[0]) for each in value)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise TypeError
+        return math.nan if value is None else float(value)
+    if issubclass(hint, StrEnum):
+        return hint(value)
+    if type(value) is not hint:
+        raise TypeError
+    return value
+
+
+_BY_NAME: dict[str, Any] = {kind.event: kind for kind in get_args(Event)}
+
 # -- how numbers, peers and strangers' words are shown -------------------------------------------------------
+
+
+def paused_because(reason: PauseReason) -> str:
+    """The reason in words, for whoever owns the machine."""
+    return _PAUSED_BECAUSE[reason]
 
 
 def short(peer: PeerId) -> str:
@@ -582,13 +670,16 @@ def clean(text: str, limit: int = 200) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds to about two digits: 38 ms, 3.2 s, 4 min 10 s."""
+    """Seconds to about two digits: 38 ms, 3.2 s, 4 min 10 s, 2 h 5 min, 3 d 4 h."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes:,} min {rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24:,} d {hours % 24} h"
 
 
 def _count(number: int, thing: str) -> str:

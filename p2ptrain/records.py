@@ -117,7 +117,7 @@ class Report(Record):
     position: Position
     samples: Count
     in_flight: Count
-    """Samples of the micro-batch that is being computed now; 0 when idle or paused."""
+    """Samples of the micro-batch that is being computed now; 0 when idle."""
     finish_seconds: Seconds
     """Expected time from sending this until the micro-batch in flight is done."""
     batch_seconds: Seconds
@@ -256,7 +256,13 @@ class Resync(Record):
     donor: Id
 
 
-Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync
+class Withdraw(Record):
+    """any → all who may count on me: I take part in nothing until I report again; wait for me no longer."""
+
+    kind: Literal["withdraw"] = "withdraw"
+
+
+Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync | Withdraw
 
 # -- the data plane ------------------------------------------------------------------------------------------
 

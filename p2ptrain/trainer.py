@@ -57,6 +57,8 @@ SEE_OFF_SECONDS = 0.05
 """How often a peer that is about to leave looks whether all are where it is."""
 CATCHING_UP_SECONDS = 5.0
 """Between two lines about how far a catch-up is; one that takes less is told of when it is done."""
+PAUSE_SECONDS = 0.2
+"""How often a paused peer looks whether it still is."""
 PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
@@ -76,6 +78,9 @@ async def train(peer: Peer, run: RunConfig) -> None:
     """Accumulate a large batch, average it with the swarm, take one synchronized step; repeat."""
     await peer.arrive()  # start from the swarm's state, never from our own guess
     while peer.replica.position.step < run.total_steps and not peer.leaving:
+        if peer.stands_aside:
+            await peer.pause()  # without this peer, the others go on at once
+            continue
         contribution = await peer.accumulate()  # until the swarm's batch is full
         match await peer.join_round(contribution):
             case Committed() as committed:
@@ -115,6 +120,10 @@ class Peer:
         `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
         self.leaving = False
+        """Leave once the step under way is done."""
+        self.paused = False
+        """Begin no micro-batch. What is computed goes into the round under way; then this peer stands
+        aside."""
         self.rounds_joined = 0
         self.samples_given = 0
         self.state_digest: str | None = None
@@ -232,6 +241,21 @@ class Peer:
         self._spawn(self._keep_present())
         self._start_step((), settled=False)
 
+    @property
+    def stands_aside(self) -> bool:
+        """Whether it is paused, and nothing of it is awaited by a round."""
+        return self.paused and not self._accumulator.samples and self.rounds.attempt is None
+
+    async def pause(self) -> None:
+        """Take part in nothing while paused, then come back as after an absence."""
+        self.rounds.withdraw()
+        while self.paused and not self.leaving:
+            await self.rounds.changed(PAUSE_SECONDS)
+        if not self.leaving:
+            await self._digested()
+            await self._compute(self._reset)
+            self._start_step((), settled=False)
+
     async def accumulate(self) -> Contribution:
         """Run micro-batches until the leader freezes the round; the sum of what is done by then."""
         if not self._in_time and self.rounds.member.following != self.swarm.peer_id:
@@ -249,8 +273,8 @@ class Peer:
             if patience is not None and patience <= 0:
                 break
             if self._batch is None:
-                if self._accumulator.samples >= self.run.target_batch_size:
-                    # The whole batch by itself: more would make a step of another size.
+                if self.paused or self._accumulator.samples >= self.run.target_batch_size:
+                    # Paused, or the whole batch by itself: more would make a step of another size.
                     await self.rounds.changed(self.run.heartbeat_seconds)
                     continue
                 self._begin_batch()
@@ -364,8 +388,9 @@ class Peer:
             self._spawn(self._save_beside())
 
     def give_up(self) -> None:
-        """This peer leaves: what it has for the round under way will not count."""
+        """This peer leaves: what it has for the round under way will not count, and nobody waits for it."""
         self._waste(events.WasteCause.LEAVING)
+        self.rounds.withdraw()
 
     async def see_off(self, seconds: float) -> None:
         """Stay for those who are behind and may need an entry from here, but no longer than that."""
@@ -446,7 +471,7 @@ class Peer:
         most = min(most, self.run.target_batch_size)
         while not joining.done():
             if self._batch is None:
-                if ahead.samples + self._batch_size > most:
+                if self.paused or ahead.samples + self._batch_size > most:
                     return
                 self._begin_batch(ahead=True)
             assert self._batch is not None
@@ -666,7 +691,8 @@ class Peer:
             urgent = member.following == self.swarm.peer_id or not self._in_time
             if self._now() - self._looked_at >= look_seconds(len(member.known), urgent=urgent):
                 await self._look()
-            self._tell_waiting(stands_still=step == self.replica.position.step)
+            waits = step == self.replica.position.step and not member.withdrawn
+            self._tell_waiting(stands_still=waits)
             self._tell_deadlines()
             step = self.replica.position.step
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, assert_never
 
 import typer
 
-from p2ptrain import config
-from p2ptrain.config import PeerConfig, RunConfig
+if TYPE_CHECKING:  # the verbs import it when they run: help, and other commands, answer at once
+    from p2ptrain.config import PeerConfig, RunConfig
 
 app = typer.Typer(name="config", help="Check, explain and describe run and peer files.", no_args_is_help=True)
 
@@ -31,6 +31,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say whether FILE is valid, and what it means."""
+    from p2ptrain import config
+    from p2ptrain.config import PeerConfig, RunConfig
+
     settings = config.load_either(file)
     match settings:
         case RunConfig():
@@ -52,6 +55,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say what KEY takes, its default, and what setting it low or high does."""
+    from p2ptrain import config
+
     text = config.explain(key)
     typer.echo(text)
     if as_json:
@@ -64,6 +69,8 @@ def schema(
     as_json: Json = False,
 ) -> None:
     """Print the JSON schema of the run file, of the peer file or of both, for editors and other programs."""
+    from p2ptrain import config
+
     schemas = config.schema()
     chosen = schemas if kind is None else schemas[kind]
     if as_json:
@@ -75,10 +82,15 @@ def schema(
 @app.command()
 def default(kind: Annotated[Kind, typer.Argument(help="Which file.")]) -> None:
     """Print a run or peer file with every default spelled out and explained, to start your own from."""
+    from p2ptrain import config
+    from p2ptrain.config import PeerConfig, RunConfig
+
     typer.echo(config.commented_toml(RunConfig() if kind is Kind.RUN else PeerConfig()), nl=False)
 
 
 def _about_run(run: RunConfig) -> list[str]:
+    from p2ptrain import config
+
     task, schedule = run.task, run.schedule
     after = "" if schedule.kind == "constant" else f", then {schedule.kind} to {schedule.final_ratio:g} of it"
     return [

@@ -7,17 +7,18 @@ import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from p2ptrain.config import RunConfig, load_run, run_digest
 from p2ptrain.errors import ConfigError
 from p2ptrain.events import clean
-from p2ptrain.records import Grant
-from p2ptrain.swarm.access import encode, untimely
-from peers import invites
 from peers.places import user_data
+
+if TYPE_CHECKING:  # the verbs import it when they run: help, and other commands, answer at once
+    from p2ptrain.config import RunConfig
+    from p2ptrain.records import Grant
+    from peers import invites
 
 app = typer.Typer(
     name="invite",
@@ -49,6 +50,10 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make an invite. When its time is over, whoever came by it is put out."""
+    from p2ptrain.config import load_run
+    from p2ptrain.swarm.access import encode
+    from peers import invites
+
     run, seconds = load_run(run_file), invites.parse_ttl(ttl)
     if len(name) > 64 or name == invites.LINK or not name.isprintable():
         raise ConfigError(f"--name {clean(name, 80)!r}: expected at most 64 printable characters, not 'link'")
@@ -64,6 +69,9 @@ def create(
 @app.command("list")
 def list_(run_file: RunFile, data_dir: DataDir = "", as_json: Json = False) -> None:
     """Show all invites that were made."""
+    from p2ptrain.config import load_run
+    from peers import invites
+
     run = load_run(run_file)
     book = invites.read(_folder(run, data_dir))
     rows = [{**_facts(each.grant), "state": _state(each, run), "invite": each.line} for each in book.invites]
@@ -86,6 +94,9 @@ def revoke(
     as_json: Json = False,
 ) -> None:
     """Take invites back: who came by them is put out once the running bootstrap has told the swarm."""
+    from p2ptrain.config import load_run
+    from peers import invites
+
     folder = _folder(load_run(run_file), data_dir)
     book = invites.revoke(folder, numbers)
     assert book.revocations is not None
@@ -123,6 +134,9 @@ def _date(moment: int) -> str:
 
 
 def _state(issued: invites.Issued, run: RunConfig) -> str:
+    from p2ptrain.config import run_digest
+    from p2ptrain.swarm.access import untimely
+
     if issued.revoked:
         return "revoked"
     if untimely(issued.grant, time.time()):

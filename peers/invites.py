@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +22,12 @@ from p2ptrain.records import MAX_REVOKED, Grant, PeerId, Permission, Revocations
 from p2ptrain.swarm.access import Invite, decode, encode, issue
 from p2ptrain.swarm.gate import revoke as revocations_of
 from p2ptrain.swarm.identity import Identity, load_or_create
+from peers.durations import parse_seconds
 
 ORGANIZER = "organizer.key"
 BOOK = "invites.json"
 LINK = "link"
 """Name of the invite that a public run's bootstrap prints."""
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class Issued(BaseModel):
@@ -147,10 +145,9 @@ def parse_ttl(text: str) -> int | None:
     """Seconds of `30m`, `24h` or `7d`; None of `never`. Raises ConfigError."""
     if text == "never":
         return None
-    parts = re.fullmatch(r"([1-9]\d{0,8})([smhd])", text)
-    if parts is None:
+    if (seconds := parse_seconds(text)) is None:
         raise ConfigError(f"--ttl {text!r}: expected a time such as 30m, 24h or 7d, or never")
-    return int(parts[1]) * _UNITS[parts[2]]
+    return seconds
 
 
 # -- inside --------------------------------------------------------------------------------------------------

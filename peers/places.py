@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from p2ptrain.config import PeerConfig
 from p2ptrain.errors import StorageError
+
+if TYPE_CHECKING:  # commands that answer at once come here, too
+    from p2ptrain.config import PeerConfig
 
 
 def user_data() -> Path:

@@ -14,7 +14,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,6 @@ from p2ptrain.config import (
     run_digest,
 )
 from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Uninvited, Unreachable
-from p2ptrain.protocol.member import Stage
 from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
@@ -46,8 +45,9 @@ from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
-from p2ptrain.telemetry.metrics import Extent, Metrics, PeerState, watch_event_loop
+from p2ptrain.telemetry.metrics import Extent, Metrics, watch_event_loop
 from p2ptrain.trainer import Peer, train
+from peers.daemon import ControlServer, Daemon, state
 from peers.display import CatchUpBar
 from peers.places import data_folder
 from peers.signals import Stop
@@ -112,7 +112,9 @@ async def volunteer(
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
-        async with swarm:
+        daemon = Daemon(folder, invite.run_id, stop, observe)
+        observers.append(daemon.observe)
+        async with ControlServer(folder, invite.run_id, daemon.answer), swarm:
             run = await fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
@@ -153,7 +155,8 @@ async def volunteer(
                 lineages=lineages,
                 partial=folder / "partial",
             )
-            metrics.read_state = lambda: _state(peer)
+            daemon.attach(peer, swarm)
+            metrics.read_state = lambda: state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
             metrics.hidden.set_function(lambda: swarm.reach.hidden)
             metrics.read_links = swarm.links
@@ -165,16 +168,17 @@ async def volunteer(
                 host=config.metrics_host,
                 port=config.metrics_port,
             )
-            async with pages, peer, _watched(metrics.event_loop_lag_seconds.observe), _bar(peer):
+            lag = watch_event_loop(metrics.event_loop_lag_seconds.observe)
+            async with pages, peer, _beside(lag), _beside(daemon.keep_time()), _bar(peer):
                 peer.metrics_port = pages.port
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
                 )
                 assert swarm.gate is not None
                 put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
-                peer.give_up()
                 if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
+                peer.give_up()
                 path = await peer.save_checkpoint()
                 observe(
                     events.Leaving(
@@ -299,6 +303,7 @@ async def _train_until_stopped(peer: Peer, run: RunConfig, until_step: int, stop
     """
     if until_step:
         run = run.model_copy(update={"total_steps": min(until_step, run.total_steps)})
+    peer.leaving = stop.finishing
     training = asyncio.create_task(train(peer, run), name="train")
     stopping = asyncio.create_task(stop.first(), name="stop")
     ending = asyncio.create_task(_put_out(gate), name="invite")
@@ -332,29 +337,18 @@ async def _put_out(gate: Gate) -> str:
         await asyncio.sleep(GATE_SECONDS)
 
 
-def _state(peer: Peer) -> PeerState:
-    if peer.leaving:
-        return PeerState.LEAVING
-    match peer.rounds.member.stage:
-        case Stage.OUTSIDE:
-            return PeerState.CATCHING_UP
-        case Stage.ACCUMULATING:
-            return PeerState.ACCUMULATING
-        case Stage.REDUCING | Stage.HELD:
-            return PeerState.AVERAGING
-
-
 def _failed_checks(peer: Peer) -> list[str]:
     return [] if peer.rounds_joined else ["no round joined yet"]
 
 
 @contextlib.asynccontextmanager
-async def _watched(observe_lag: Callable[[float], None]) -> AsyncIterator[None]:
-    watching = asyncio.create_task(watch_event_loop(observe_lag), name="event loop lag")
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something that goes on for as long as this is entered."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
-        watching.cancel()
+        task.cancel()
 
 
 def _export_catch_up(metrics: Metrics, peer: Peer) -> None:

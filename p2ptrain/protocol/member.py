@@ -7,7 +7,8 @@
 A ballot orders attempts: a member obeys the highest it has joined or promised and answers a lower one with
 it. Who has promised a successor joins nothing of an earlier leader until that one has asked, too. The
 swarm being elsewhere (a later step, a heavier lineage) ends every phase with `CatchUp`; the machine is then
-OUTSIDE, takes part in nothing, and comes back with `advance`.
+OUTSIDE, takes part in nothing, and comes back with `advance`. So it is after `withdraw`, by which a peer that
+is paused or leaves has the others go on at once: to them it is gone until it reports again.
 
 Not covered: whether what a peer claims is true. A position that no donor can prove is the rim's to discover.
 """
@@ -52,6 +53,7 @@ from p2ptrain.records import (
     Position,
     Report,
     Resync,
+    Withdraw,
 )
 
 MAX_KNOWN = 1024
@@ -90,6 +92,8 @@ class Member:
         self._process = incarnation
         self._arrivals = 0
         self.stage = Stage.OUTSIDE
+        self.withdrawn = False
+        """OUTSIDE by its own wish, and all have been told."""
         self.position: Position | None = None
         self.last: EntryHeader | None = None
         self.passed: dict[int, str] = {}
@@ -147,6 +151,7 @@ class Member:
         """
         same = position == self.position
         self.position, self.last = position, last
+        self.withdrawn = False
         if not settled:
             self._arrivals += 1
             self.passed.clear()  # they may be of a lineage that was given up
@@ -265,6 +270,19 @@ class Member:
                 effects += self._lose(leader, now)  # it would not drop itself
         return self._settle(effects, now)
 
+    def withdraw(self) -> list[Effect]:
+        """Take part in nothing until `advance`, and have nobody wait for that. An attempt under way ends, for
+        the others too if this peer was not Done."""
+        if self.position is None or self.withdrawn:
+            return []
+        posted = {*self.order, self.following} | (self.leader.audience() if self.leader else set())
+        effects = self._leave_attempt(AbortCause.SUPERSEDED)
+        self.stage, self.withdrawn = Stage.OUTSIDE, True
+        self.leader, self.following, self._report = None, self.me, None
+        self.heard.clear()  # or the time until it is back would count as the others' silence
+        self._late.clear()
+        return [*effects, *(Send(peer, Withdraw()) for peer in sorted(posted - self.lost - {self.me}))]
+
     def offended(self, peer: PeerId, now: float) -> list[Effect]:
         """A donor sent something that it cannot have in its log or snapshot."""
         return self._settle(self._offended(peer, now), now)
@@ -356,6 +374,8 @@ class Member:
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         if self._is_benched(sender, now):
             return []
+        if self.withdrawn:
+            return self._decline(sender, message)
         if sender != self.me:
             self._meet(sender, message.position if isinstance(message, Report | Ask | Answer) else None)
             if sender in self._late:
@@ -363,6 +383,8 @@ class Member:
                 self.deadlines.heard_after(sender, now - self.heard[sender])
             self.heard[sender] = now
             self.lost.discard(sender)
+        if isinstance(message, Withdraw):
+            return self._lose(sender, now)
         if self.position is None:
             return []
         match message:
@@ -388,6 +410,14 @@ class Member:
                 return self._on_resync(sender, message)
             case _:
                 assert_never(message)
+
+    def _decline(self, sender: PeerId, message: Message) -> list[Effect]:
+        """Who asks or follows this peer although it has withdrawn is told again, and what it has missed."""
+        self.lost.discard(sender)
+        if not isinstance(message, Ask | Report):
+            return []
+        missed = heavier(self._here(), message.position)
+        return [*([Send(sender, self.answer())] if missed else []), Send(sender, Withdraw())]
 
     def _on_report(self, sender: PeerId, report: Report, now: float) -> list[Effect]:
         mine, theirs = self._here(), report.position

@@ -356,6 +356,11 @@ class Libp2pSwarm:
         """How many peers' chunks go which way."""
         return {} if self._tls is None else self._tls.peers
 
+    @property
+    def carrier_of(self) -> Mapping[PeerId, Carrier]:
+        """Which way each peer's chunks go, of those that there have been any for."""
+        return {} if self._tls is None else self._tls.carrier_of
+
     def visible_addresses(self) -> list[str]:
         """Multiaddresses with our peer id, to enter the swarm by, as of a moment ago; loopback last."""
         return self._addresses

@@ -15,7 +15,7 @@ import errno
 import ipaddress
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -170,6 +170,11 @@ class TlsCarrier:
     def peers(self) -> Counter[Carrier]:
         """How many peers' chunks go which way, of those that there have been any for."""
         return Counter(self._carriers.values())
+
+    @property
+    def carrier_of(self) -> Mapping[PeerId, Carrier]:
+        """The same by peer."""
+        return self._carriers
 
     # -- dialling --------------------------------------------------------------------------------------------
 

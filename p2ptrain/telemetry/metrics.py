@@ -14,7 +14,7 @@ import asyncio
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from typing import NoReturn, TypeVar, assert_never
@@ -53,12 +53,15 @@ from p2ptrain.events import (
     Joined,
     LeaderTookOver,
     Leaving,
+    Paused,
+    PauseReason,
     PeerBenched,
     PeerFaulted,
     PeerStoodOut,
     Previewed,
     ReachChanged,
     ReplicaDiverged,
+    Resumed,
     RolledBack,
     RoundAborted,
     RoundCommitted,
@@ -93,6 +96,7 @@ class PeerState(StrEnum):
     CATCHING_UP = "catching_up"
     ACCUMULATING = "accumulating"
     AVERAGING = "averaging"
+    PAUSED = "paused"
     LEAVING = "leaving"
 
 
@@ -192,6 +196,7 @@ class Metrics:
             {"run_id": run_id, "fingerprint": fingerprint}
         )
         self._waiting = gauge("waiting", "1 while this peer waits for what its log names.")
+        self._paused = gauge("paused", "1 while this peer is paused for that reason.", reason=PauseReason)
 
         # rounds
         self._step = gauge("global_step", "Synchronized optimizer steps behind this replica.")
@@ -352,10 +357,18 @@ class Metrics:
                 self._deadlines.labels(Wait.REQUEST).set(event.request_seconds)
             case WaitingChanged():
                 self._waiting.set(bool(event.reason))
+            case Paused():
+                self._set_paused(event.reasons)
+            case Resumed():
+                self._set_paused(())
             case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp() | ReachChanged():
                 pass  # nothing to count: these are for the journal
             case _:
                 assert_never(event)
+
+    def _set_paused(self, reasons: Sequence[PauseReason]) -> None:
+        for reason in PauseReason:
+            self._paused.labels(reason).set(reason in reasons)
 
     def _stood_out(self, peer: PeerId, rounds: int) -> None:
         name = clean(peer[-8:])

@@ -308,6 +308,78 @@ def test_no_sample_counts_twice_when_a_peer_stays_behind_because_its_donor_dies(
     play(story)
 
 
+# -- peers are paused ----------------------------------------------------------------------------------------
+
+
+async def soon(condition: Callable[[], object]) -> None:
+    """Until the condition holds, also between two events."""
+    async with asyncio.timeout(30):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def stand_aside(training: Training, name: str) -> None:
+    """Pause this peer, and wait until no round counts on it."""
+    peer = training.peers[name].peer
+    assert peer is not None
+    peer.paused = True
+    await soon(lambda: peer.rounds.member.withdrawn)
+
+
+def resume(training: Training, name: str) -> None:
+    peer = training.peers[name].peer
+    assert peer is not None
+    peer.paused = False
+
+
+@pytest.mark.parametrize(("turn", "delay"), [(0, 0), (1, 0), (2, 1)])
+def test_paused_peer_brings_what_it_has_and_then_holds_nobody_up(turn: int, delay: int) -> None:
+    async def story(training: Training) -> None:
+        bert, others = training.peers["bert"], [training.peers["anna"], training.peers["carl"]]
+        await soon(lambda: bert.step % 3 == turn and bert.contributed())
+        step, brought, began = bert.step, bert.contributed(), training.now
+        await stand_aside(training, "bert")
+        assert bert.step <= step + 1 + delay  # who leads next differs with `turn`
+        roster, samples = bert.headers()[step].roster, bert.headers()[step].samples
+        assert samples[roster.index(bert.name)] >= brought
+        aside, computed = training.now, sum(map(len, bert.drawn.values()))
+        await asyncio.sleep(8)
+
+        assert sum(map(len, bert.drawn.values())) == computed
+        assert sum(waste.samples for waste in bert.of(events.SamplesWasted)) <= 5  # a micro-batch cut off
+        for life in others:
+            assert not [event for event in life.of(events.RoundAborted) if event.step >= step]
+            usual = largest_pause(life, training.now - 4, training.now)
+            assert largest_pause(life, began, aside + 2) <= usual + 0.15  # two round trips, for a new leader
+
+        resume(training, "bert")
+        await training.until(lambda: bert.of(events.RoundCommitted)[-1].step > others[0].step - 3)
+        await agree(training, bert.step + 3)
+        assert {event.how for event in bert.of(events.CaughtUp)} == {CatchUpBy.LOG}
+
+    play(story, small_run(delay=delay))
+
+
+def test_newcomer_goes_on_from_the_state_of_peers_that_are_all_paused() -> None:
+    async def story(training: Training) -> None:
+        for name in ("anna", "bert"):
+            await stand_aside(training, name)
+        await training.kill("carl")
+        step = max(training.peers[name].step for name in ("anna", "bert"))
+        dora = start(training, "dora")
+        await training.until(lambda: dora.of(events.RoundCommitted))
+        assert dora.of(events.RoundCommitted)[0].step == step
+        assert max(training.peers[name].step for name in ("anna", "bert")) == step
+        for name in ("anna", "bert"):
+            resume(training, name)
+        await agree(training, dora.step + 5)
+        assert not any(life.of(events.RolledBack) for life in (dora, training.peers["anna"]))
+
+    play(story)
+
+
 # -- peers come back -----------------------------------------------------------------------------------------
 
 

@@ -20,12 +20,15 @@ from p2ptrain.events import (
     Joined,
     LeaderTookOver,
     Leaving,
+    Paused,
+    PauseReason,
     PeerBenched,
     PeerFaulted,
     PeerStoodOut,
     Previewed,
     ReachChanged,
     ReplicaDiverged,
+    Resumed,
     RolledBack,
     RoundAborted,
     RoundCommitted,
@@ -73,11 +76,15 @@ CATCHING_UP = CatchingUp(
 ROLLED_BACK = RolledBack(from_step=44, to_step=41, samples_lost=1024, lineage="c3" * 32)
 SAVED = CheckpointSaved(step=200, path="checkpoints/step-00000200", size_bytes=3_400_000, seconds=0.038)
 WAITING = WaitingChanged(reason="2 of 3 peers")
+PAUSED = Paused(reasons=(PauseReason.USER,), seconds=7200.0)
+RESUMED = Resumed(reasons=(PauseReason.USER,), seconds=4000.0)
 STOOD_OUT = PeerStoodOut(step=41, peer=BERT, rounds=8)
 
 ONE_OF_EACH: tuple[Event, ...] = (
     Joined(run_id="python-stdlib", peer=ANNA, name="anna", others=6),
     WAITING,
+    PAUSED,
+    RESUMED,
     DeadlinesChanged(silence_seconds=5.0, reduce_seconds=29.0, dial_seconds=1.0, request_seconds=13.0),
     COMMITTED,
     StateHashed(step=42, lineage="a1" * 32, state_digest="d4" * 32),

@@ -278,7 +278,17 @@ def test_hivemind_is_imported_by_one_module_only() -> None:
     assert importing == {"p2ptrain.swarm.libp2p"}
 
 
-@pytest.mark.parametrize("role", ["peers.bootstrap", "peers.signals", "peers.places", "peers.config_cli"])
+@pytest.mark.parametrize(
+    "role",
+    [
+        "peers.bootstrap",
+        "peers.signals",
+        "peers.places",
+        "peers.config_cli",
+        "peers.control_cli",
+        "peers.pauses",
+    ],
+)
 def test_role_that_trains_nothing_imports_no_module_that_trains(role: str) -> None:
     """hivemind imports torch itself; that is its business, and the bootstrap pays for it in memory only."""
     assert [module for module in closure(role, with_lazy=True) if within(module, TRAINS)] == []

@@ -15,13 +15,15 @@ from event_examples import (
     CAUGHT_UP,
     COMMITTED,
     ONE_OF_EACH,
+    PAUSED,
+    RESUMED,
     SAVED,
     STOOD_OUT,
     WAITING,
     WASTED,
 )
 
-from p2ptrain.events import CatchUpFailed, Event, clean, duration
+from p2ptrain.events import CatchUpFailed, Event, clean, duration, from_dict
 from p2ptrain.records import PeerId
 
 
@@ -52,6 +54,12 @@ def test_sentence_names_cause_and_dropped_peers_when_an_attempt_is_aborted() -> 
         "step 41: attempt 2 aborted after 1.3 s, a peer was lost; without …2222bbbb from here; "
         "contributions are kept"
     )
+
+
+def test_sentence_tells_why_and_how_long_a_peer_is_paused() -> None:
+    assert PAUSED.sentence() == "paused, for 2 h 0 min: you asked for it"
+    assert dataclasses.replace(PAUSED, seconds=None).sentence() == "paused: you asked for it"
+    assert RESUMED.sentence() == "training again, after a pause of 1 h 7 min"
 
 
 def test_sentence_names_the_peer_whose_gradients_stood_out() -> None:
@@ -100,6 +108,32 @@ def test_dict_survives_strict_json_when_read_back(event: Event) -> None:
     assert set(record) == {"event", *(field.name for field in dataclasses.fields(event))}
 
 
+@pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: event.event)
+def test_event_is_the_same_when_read_from_a_journal(event: Event) -> None:
+    record = json.loads(json.dumps(event.to_dict()))
+    assert from_dict({"time": "2026-01-01T00:00:00Z", **record, "added_later": 1}) == event
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"event": "unheard_of"},
+        {"event": ["round_aborted"]},
+        {"cause": "a whim"},
+        {"step": "41"},
+        {"dropped": "all"},
+        {"seconds": True},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_no_event_is_read_when_its_record_is_damaged_or_of_a_newer_version(damage: dict[str, Any]) -> None:
+    assert from_dict(ABORTED.to_dict()) == ABORTED
+    assert from_dict({**ABORTED.to_dict(), **damage}) is None
+    torn = ABORTED.to_dict()
+    del torn["cause"]
+    assert from_dict(torn) is None
+
+
 def test_dict_holds_plain_values_when_fields_are_enums_or_tuples() -> None:
     record = ABORTED.to_dict()
     assert type(record["cause"]) is str
@@ -129,6 +163,8 @@ def test_reason_is_cut_when_it_is_long() -> None:
         (99.94, "99.9 s"),
         (99.96, "1 min 40 s"),
         (250.4, "4 min 10 s"),
+        (7499.0, "2 h 5 min"),
+        (273_600.0, "3 d 4 h"),
     ],
 )
 def test_duration_keeps_about_two_digits_when_shown(seconds: float, shown: str) -> None:

@@ -1082,6 +1082,157 @@ def test_blame_names_whom_most_accuse_when_an_attempt_failed(
     assert blame(accused_by, A) == dropped
 
 
+# -- members that withdraw -----------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_a_member_that_has_withdrawn() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        c withdraws
+          → a: withdraw
+          → b: withdraw
+        a ← c
+          waits: 0 of 8 samples; 1 peers have not reported yet
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b
+        """
+    )
+
+
+def test_successor_leads_at_once_when_the_leader_withdraws() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        b did 2
+          → a: report 2
+        a withdraws
+          → b: withdraw
+          → c: withdraw
+        a ← b
+          → b: withdraw
+        b ← a
+          → c: ask from step 6, to lead as 1/b
+          takes over as 1/b
+        c ← a
+          → b: report 0
+        c ← b
+          → b: answer step 6, b leads, obeys 1/b
+          → b: report 0
+        """
+    )
+
+
+def test_attempt_is_aborted_at_once_when_a_member_withdraws_within_it() -> None:
+    tell(
+        """
+        a b c stand at step 6
+        a did 4
+          waits: 4 of 8 samples; 2 peers have not reported yet
+        c did 0
+          → a: report 0
+        b did 4
+          → a: report 4
+        a ← c
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        b ← a
+          begins 1/a
+        c ← a
+          begins 1/a
+        c withdraws
+          cancels 1/a (superseded)
+          → a: withdraw
+          → b: withdraw
+        a ← c
+          cancels 1/a (peer_lost) without c
+          → b: abort 1/a (peer_lost) without c
+          → c: abort 1/a (peer_lost) without c
+        """
+    )
+
+
+def test_member_that_is_back_catches_up_with_the_step_that_it_missed() -> None:
+    tell(
+        """
+        a b stand at step 6
+        b withdraws
+          → a: withdraw
+        a ← b
+          waits: 0 of 8 samples are done or in flight
+        a did 8
+          begins 1/a
+        a holds m
+          applies 1/a m
+        a arrives
+        b is back
+        b did 0
+          → a: report 0
+        a ← b
+          → b: commit 1/a m
+        b ← a
+          catches up with a at step 7
+        """
+    )
+
+
+def test_who_is_behind_a_withdrawn_peer_is_told_where_it_stands() -> None:
+    tell(
+        """
+        a b stand at step 6
+        a withdraws
+          → b: withdraw
+        b ✕ a
+        b starts at step 5
+          → a: ask from step 5, to lead as 1/b
+        b sees a at step 5
+          → a: ask from step 5
+        a ← b
+          → b: answer step 6, a leads
+          → b: withdraw
+        b ← a
+          catches up with a at step 6
+        """
+    )
+
+
+def test_time_away_does_not_count_as_the_others_silence() -> None:
+    story = tell(
+        """
+        a b stand at step 6
+        b did 2
+          → a: report 2
+        a ← b
+          waits: 2 of 8 samples are done or in flight
+        a ticks 1.5 s later
+          → b: answer step 6, a leads
+        a withdraws
+          → b: withdraw
+        b ← a
+        b ← a
+          takes over as 1/b
+          waits: 0 of 1 peers are here
+          waits: 2 of 8 samples are done or in flight
+        b ticks 9000 s later
+        a is back
+          → b: ask from step 6, to lead as 1/a
+        b ← a
+          → a: answer step 6, b leads
+        a ← b
+          → b: report 0
+        """
+    )
+    assert story.machines[A].waits()[0] == RULES.silence_seconds
+
+
 # -- newcomers and strangers ---------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from event_examples import (
     CAUGHT_UP,
     COMMITTED,
     ONE_OF_EACH,
+    PAUSED,
+    RESUMED,
     ROLLED_BACK,
     SAVED,
     STOOD_OUT,
@@ -119,7 +121,7 @@ def test_last_outliers_are_named_when_there_are_more_than_the_page_has_room_for(
     assert value(metrics, "outlier_rounds_total", peer="00000000") == 16
     assert value(metrics, "outlier_rounds_total", peer="00000008") == 8
     page = metrics.page().decode()
-    assert "00000001" not in page, "it had been silent for longest"
+    assert 'peer="00000001"' not in page, "it had been silent for longest"
     assert page.count("p2ptrain_outlier_rounds_total{") == MOST_OUTLIERS
 
 
@@ -194,6 +196,14 @@ def test_waiting_ends_when_the_reason_is_empty(metrics: Metrics) -> None:
     assert value(metrics, "waiting") == 1
     metrics.observe(dataclasses.replace(WAITING, reason=""))
     assert value(metrics, "waiting") == 0
+
+
+def test_reason_to_pause_is_shown_until_it_is_gone(metrics: Metrics) -> None:
+    assert value(metrics, "paused", reason="user") == 0
+    metrics.observe(PAUSED)
+    assert value(metrics, "paused", reason="user") == 1
+    metrics.observe(RESUMED)
+    assert value(metrics, "paused", reason="user") == 0
 
 
 @pytest.mark.parametrize("state", PeerState)

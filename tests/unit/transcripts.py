@@ -57,6 +57,7 @@ from p2ptrain.records import (
     Position,
     Report,
     Resync,
+    Withdraw,
 )
 
 RULES = Rules(
@@ -115,6 +116,8 @@ class Story:
                 (r"(\w+) misses (\w+(?: \w+)*)", self._miss),
                 (r"(\w+) arrives", self._arrive),
                 (r"(\w+) loses (\w+)", self._lose),
+                (r"(\w+) withdraws", self._withdraw),
+                (r"(\w+) is back", self._come_back),
                 (r"(\w+) dies", self._die),
                 (r"(\w+) ticks ([\d.]+) s later", self._tick),
             )
@@ -187,6 +190,14 @@ class Story:
 
     def _lose(self, name: str, other: str) -> list[Effect]:
         return self._machine(name).linked(PeerId(other), False, self.now)
+
+    def _withdraw(self, name: str) -> list[Effect]:
+        return self._machine(name).withdraw()
+
+    def _come_back(self, name: str) -> list[Effect]:
+        machine = self._machine(name)
+        assert machine.position is not None
+        return machine.advance(machine.position, machine.last, self.now, settled=False)
 
     def _die(self, name: str) -> list[Effect]:
         del self.machines[PeerId(name)]
@@ -291,6 +302,8 @@ class Story:
                 return ", ".join(parts)
             case Resync():
                 return f"resync to {self._digests[message.state_digest]} from {message.donor}"
+            case Withdraw():
+                return "withdraw"
             case _:
                 assert_never(message)
 
