@@ -66,13 +66,14 @@ def build_optimizer(config: OptimizerConfig, numel: int, decayed: Ranges) -> Fla
 
 
 def clip_factor(squared_norms: Sequence[float], clip_norm: float) -> float:
-    """What to multiply a gradient by so that its norm is at most `clip_norm`: 1.0 if it is already.
+    """What to multiply a gradient by so that its norm is at most `clip_norm`: 1.0 if it is already, or if
+    `clip_norm` is 0, which bounds nothing.
 
     The norm comes from the squared norms in the entry's header alone, added in roster order, so that it is
     the same number everywhere (a norm measured locally depends on the kernel's order of addition).
     """
     norm = math.sqrt(_sum_in_order(squared_norms))
-    return clip_norm / norm if norm > clip_norm else 1.0
+    return clip_norm / norm if 0 < clip_norm < norm else 1.0
 
 
 class SGD:

@@ -178,6 +178,10 @@ def test_clip_factor_brings_the_norm_down_when_it_is_too_large(
     assert clip_factor(squared_norms, clip_norm) == factor
 
 
+def test_clip_factor_is_one_when_the_run_scales_nothing() -> None:
+    assert clip_factor([9.0, 16.0], 0.0) == 1.0
+
+
 def test_clip_factor_is_zero_and_not_an_error_when_the_norms_overflow() -> None:
     assert clip_factor([1e308, 1e308], 1.0) == 0.0
 
