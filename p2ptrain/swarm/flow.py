@@ -38,6 +38,9 @@ READ_AHEAD_FRAMES = 2
 """Frames that may wait to be taken."""
 WRITE_AHEAD_BYTES = 2**18
 """Encrypted, and not yet in the kernel's hands; beyond this a writer waits."""
+UNSENT_BYTES = 2**17
+"""In the kernel's hands, and not on the wire. Its buffers hold megabytes more, and what they swallow would be
+taken for sent: spans follow the rates that are measured by that."""
 SLICE_BYTES = 2**18
 """What is encrypted at once: while it is in the cache, it goes to the kernel."""
 FIRST_READ_BYTES = 1024
@@ -167,6 +170,7 @@ class Flow(asyncio.BufferedProtocol):
         self._socket = cast(socket.socket, transport.get_extra_info("socket"))
         with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on this system
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, BROKEN_SECONDS * 1000)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         secured: ssl.SSLObject = transport.get_extra_info("ssl_object")
         self.certificate = fingerprint_of(secured.getpeercert(binary_form=True) or b"")
         if self._expected not in (None, self.certificate):

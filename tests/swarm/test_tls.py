@@ -7,9 +7,11 @@ shown here with none: the lanes ask for one. Not covered: a network that is slow
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import ssl
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -26,7 +28,7 @@ from p2ptrain.swarm import flow as flow_module
 from p2ptrain.swarm import tls
 from p2ptrain.swarm.certificate import Credentials, make_credentials
 from p2ptrain.swarm.crew import Crew
-from p2ptrain.swarm.flow import FLOW_BYTES, MAX_FLOWS, flows_wanted
+from p2ptrain.swarm.flow import FLOW_BYTES, MAX_FLOWS, UNSENT_BYTES, Flow, flows_wanted
 from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.lanes import Kind, Lanes, Stream
 from p2ptrain.swarm.tls import TlsCarrier
@@ -158,6 +160,12 @@ async def test_chunks_go_both_ways_over_one_kept_connection_of_tls_1_3(sides: An
     assert not alice.asked + bob.asked
 
 
+def unsent_in_kernel(flow: Flow) -> int:
+    """Bytes that it has taken and not put on the wire (Linux's SIOCOUTQNSD)."""
+    assert flow._socket is not None
+    return int.from_bytes(fcntl.ioctl(flow._socket.fileno(), 0x894B, bytes(4)), sys.byteorder)
+
+
 async def test_sender_waits_when_the_receiver_takes_no_chunk(sides: Any) -> None:
     alice, bob = await pair(sides)
     await alice.connected(bob)
@@ -171,8 +179,11 @@ async def test_sender_waits_when_the_receiver_takes_no_chunk(sides: Any) -> None
             sent += 1
 
     sending = asyncio.create_task(send())
-    await until(lambda: not alice.carrier._flows[bob.id][0].has_room)
+    [flow] = alice.carrier._flows[bob.id]
+    await until(lambda: not flow.has_room)
     assert sent < 64
+    # What the kernel would swallow beyond that counts as sent, and hides how fast the link is.
+    assert 0 < unsent_in_kernel(flow) <= 2 * UNSENT_BYTES
     bob.heard.gate.set()
     await sending
     await bob.heard.until(lambda heard: len(heard.chunks) == 64)
