@@ -19,6 +19,7 @@ from functools import reduce
 from itertools import combinations
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,9 +179,10 @@ def _about_squared_norm(values: Tensor) -> float:
 
 
 def squared_norm(values: Tensor) -> float:
-    """Σ x² of a chunk or span, in float64."""
-    double = values.double()
-    return torch.dot(double, double).item()
+    """Σ x² of a chunk or span, in float64, and the same on whichever thread: a BLAS adds up in an order that
+    depends on how many threads it has there."""
+    double = values.numpy().astype(np.float64)
+    return float(np.add.reduce(np.multiply(double, double, out=double)))
 
 
 # -- inside --------------------------------------------------------------------------------------------------

@@ -396,10 +396,12 @@ class Member:
                 return []
             case Call():
                 return self._on_call(sender, message, now)
+            # Who takes this peer for the leader hears that it is alive, and whom it follows itself: else, if
+            # that one is gone, each would wait for another, and the first to tire of it would decide alone.
             case Done():
-                return self.leader.done(sender, message, now) if self.leader else []
+                return self.leader.done(sender, message, now) if self.leader else self._reply(sender)
             case Failed():
-                return self.leader.failed(sender, message, now) if self.leader else []
+                return self.leader.failed(sender, message, now) if self.leader else self._reply(sender)
             case Commit():
                 return self._on_commit(sender, message.position, message.newcomers)
             case Abort():
@@ -424,7 +426,7 @@ class Member:
         if theirs == mine and self.stage is not Stage.OUTSIDE:
             if self.leader is not None and self.leader.phase is not Phase.ENDED:
                 return self.leader.report(sender, report, now)
-            return [Send(sender, self.answer())] if sender != self.me else []
+            return self._reply(sender)
         if theirs.step == mine.step + 1 or self.stage is Stage.OUTSIDE:
             # It has applied what we are about to; keep its word until we get there.
             if len(self._early) < MAX_KNOWN:
@@ -440,7 +442,7 @@ class Member:
     def _on_call(self, sender: PeerId, call: Call, now: float) -> list[Effect]:
         mine = self._here()
         if (call.step, call.parent) != (mine.step, mine.lineage) or call.ballot.leader != sender:
-            return [Send(sender, self.answer())] if sender != self.me else []
+            return self._reply(sender)
         freeze = freeze_of(self.me, call, self.last, self.rules.values)
         if freeze is None:
             return []
@@ -605,6 +607,9 @@ class Member:
             done = Done(ballot=self.held_header.ballot, position=self.held_position)
             return [Send(self.following, done)]
         return [Send(self.following, self._report)] if self._report is not None else []
+
+    def _reply(self, to: PeerId) -> list[Effect]:
+        return [Send(to, self.answer())] if to != self.me else []
 
     def _beat(self) -> list[Effect]:
         """A leader tells those who wait for it that it is alive, and where it stands."""

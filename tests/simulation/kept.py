@@ -36,4 +36,20 @@ KEPT: tuple[tuple[int, Story], ...] = (
         21002,
         Story(peers=3, target=8, crashes=3, restarts=True, forgets=False, quorum="majority"),
     ),
+    # The leader falls; one of two follows a leader that hangs, the other follows the first, hears nothing,
+    # and commits what the first does not hold.
+    (
+        423,
+        Story(
+            peers=4,
+            target=8,
+            latency=(0.001, 0.002),
+            loss=0.002,
+            leader_falls=("reducing",),
+            hangs=1,
+            liars=("mean", "boast"),
+            chunk_values=2,
+            seconds=7.0,
+        ),
+    ),
 )
