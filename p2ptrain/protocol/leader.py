@@ -136,6 +136,11 @@ class Leader:
         roster = set(self.attempt.freeze.roster) if self.attempt else set()
         return (roster | set(self.reports) | self.expected | self.newcomers) - {self.me}
 
+    @property
+    def asked(self) -> set[PeerId]:
+        """From whom an answer is due."""
+        return self._asked - self._answers.keys() if self.phase is Phase.ASKING else set()
+
     def superseded_by(self, ballot: Ballot) -> bool:
         """Whether somebody else has taken over since this leader began."""
         return ballot.leader != self.me and self._first < ballot

@@ -612,10 +612,17 @@ class Member:
         return [Send(to, self.answer())] if to != self.me else []
 
     def _beat(self) -> list[Effect]:
-        """A leader tells those who wait for it that it is alive, and where it stands."""
+        """A leader tells those who wait for it that it is alive, and where it stands; one that has taken over
+        asks again who has not answered: an answer that was lost with its link must not pass for a death."""
         if self.leader is None:
             return []
-        return [Send(peer, self.answer()) for peer in sorted(self.leader.audience() - self.lost)]
+        questions = [
+            effect for peer in sorted(self.leader.asked - self.lost) for effect in self.leader.again(peer)
+        ]
+        return [
+            *questions,
+            *(Send(peer, self.answer()) for peer in sorted(self.leader.audience() - self.lost)),
+        ]
 
     def _leave_attempt(self, cause: AbortCause, dropped: tuple[PeerId, ...] = ()) -> list[Effect]:
         if self.freeze is None:

@@ -52,4 +52,22 @@ KEPT: tuple[tuple[int, Story], ...] = (
             seconds=7.0,
         ),
     ),
+    # Who comes back asks the one peer there is, whose answer is lost with its link, and takes that one for
+    # dead.
+    (
+        1856,
+        Story(
+            peers=3,
+            target=8,
+            latency=(0.02, 0.3),
+            loss=0.02,
+            duplicates=0.05,
+            crashes=3,
+            restarts=True,
+            joins=1,
+            slow=True,
+            chunk_values=2,
+            seconds=7.0,
+        ),
+    ),
 )

@@ -643,8 +643,11 @@ def test_successor_asks_again_until_a_majority_has_answered_when_the_run_asks_fo
           takes over as 1/b
         c ✕ b
         b ticks 1 s later
+          → c: ask from step 6, to lead as 1/b
         b ticks 1 s later
+          → c: ask from step 6, to lead as 1/b
         b ticks 1 s later
+          → c: ask from step 6, to lead as 1/b
           → a: ask from step 6, to lead as 1/b
           → c: ask from step 6, to lead as 1/b
           waits: 1 of the last round's 3 peers are here, and the quorum is 2
