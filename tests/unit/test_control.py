@@ -1,5 +1,5 @@
 """Which running peer a command means, and what a person reads of its answer. The socket itself is in
-`swarm/test_control.py`.
+`swarm/test_control_command.py`.
 """
 
 from __future__ import annotations
