@@ -347,8 +347,11 @@ class ControlServer:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The folder is this process's own. Raises PortBusy, OSError."""
-    with (folder / LOCK).open("ab") as lock:
+    with (folder / LOCK).open("a+b") as lock:
         _lock(lock, folder)
+        lock.truncate(0)
+        lock.write(b"%d" % os.getpid())
+        lock.flush()
         yield
 
 
@@ -356,7 +359,9 @@ def _lock(lock: IO[bytes], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read(20).decode(errors="replace")
         raise PortBusy(
-            f"another peer runs with the data folder {folder}; end it with "
+            f"another peer runs with the data folder {folder}, as process {owner}; end it with "
             f"`p2ptrain leave --data-dir {folder}`, or give this one a folder of its own with --data-dir"
         ) from None

@@ -115,7 +115,7 @@ def twins(trial: Trial) -> Figures:
         inside = (*swarm.lab.hosts.hosts["peer-1"].inside, *swarm.environment())
         pid = str(first.pid)
         same_data, _ = second(swarm, "same-data", inside, data=str(first.folder), port=0)
-        seconds["identity"] = complaint(swarm, same_data, 2, ["identity", "in use", pid])
+        seconds["folder"] = complaint(swarm, same_data, 8, ["data folder", pid])
         same_port, _ = second(swarm, "same-port", inside, port=31337)
         seconds["port"] = complaint(swarm, same_port, 8, ["31337", "taken", pid])
         # A copy, on another host: only the swarm can tell.
