@@ -140,7 +140,7 @@ def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Cre
     status = ask("status")
     assert (status["run_id"], status["state"], status["aside"]) == ("asked", status["state"], False)
     assert status["step"] > 0
-    assert len(status["carriers"]) == 1
+    until(lambda: len(ask("status")["carriers"]) == 1, "a known way to the other peer")
     elsewhere = people.start("status")  # for whoever has other data
     again = people.join(invite, "anna")
 
