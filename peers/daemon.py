@@ -184,12 +184,15 @@ class Daemon:
             for pause in self._pauses.holding
         ]
 
+    def _moved(self) -> tuple[int, int]:
+        """Bytes sent and received, over all lanes."""
+        lanes = self._swarm.traffic.values() if self._swarm is not None else ()
+        return sum(lane[0] for lane in lanes), sum(lane[1] for lane in lanes)
+
     def _rate(self) -> list[float]:
         """Samples of this peer and of all, bytes sent and received, per second."""
-        lanes = self._swarm.traffic.values() if self._swarm is not None else ()
-        sent, received = sum(lane[0] for lane in lanes), sum(lane[1] for lane in lanes)
         standing = self._standing
-        return self._rates.add(time.time(), standing.samples, standing.samples_of_all, sent, received)
+        return self._rates.add(time.time(), standing.samples, standing.samples_of_all, *self._moved())
 
     def _status(self) -> dict[str, Any]:
         peer, swarm, standing = self._peer, self._swarm, self._standing
@@ -205,8 +208,8 @@ class Daemon:
         if peer is None or swarm is None:
             return status
         position, catching_up, member = peer.replica.position, peer.catching_up, peer.rounds.member
-        mine, all_, sent, received = self._rate()
-        lanes = swarm.traffic.values()
+        mine, all_, sent_rate, received_rate = self._rate()
+        sent, received = self._moved()
         return status | {
             "peer": peer.swarm.peer_id,
             "name": peer.config.name,
@@ -229,10 +232,10 @@ class Daemon:
             "links": dict(swarm.links()),
             "carriers": {other: carrier.value for other, carrier in swarm.carrier_of.items()},
             "hidden": swarm.reach.hidden,
-            "sent_bytes": sum(lane[0] for lane in lanes),
-            "received_bytes": sum(lane[1] for lane in lanes),
-            "sent_bytes_per_second": sent,
-            "received_bytes_per_second": received,
+            "sent_bytes": sent,
+            "received_bytes": received,
+            "sent_bytes_per_second": sent_rate,
+            "received_bytes_per_second": received_rate,
             "deadlines": standing.deadlines,
             "metrics_port": peer.metrics_port,
         }

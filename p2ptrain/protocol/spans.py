@@ -33,9 +33,10 @@ def levels(rates: Sequence[float | None]) -> str:
     """
     known = sorted(rate for rate in rates if rate)
     usual = known[(len(known) - 1) // 2] if known else 1.0
+    all_clients = all(rate is None for rate in rates)
     letters = []
     for rate in rates:
-        if rate is None and any(other is not None for other in rates):
+        if rate is None and not all_clients:
             letters.append(NO_REDUCER)
             continue
         medians = max(LEAST_OF_MEDIAN, min(rate / usual, MOST_OF_MEDIAN)) if rate else 1.0

@@ -33,7 +33,7 @@ MIN_RTT_AT = 148
 RTT_SECONDS = 0.1
 """The kernel is asked again after so long: to ask before each frame costs 2 % of a round."""
 MAX_HEADER_BYTES = 16 * 1024
-"""That of an averaged chunk names the samples of up to 256 members: some 5 kB."""
+"""That of an averaged chunk names the samples of up to 1024 members: some 10 kB."""
 READ_AHEAD_FRAMES = 2
 """Frames that may wait to be taken."""
 WRITE_AHEAD_BYTES = 2**18
@@ -170,6 +170,7 @@ class Flow(asyncio.BufferedProtocol):
         self._socket = cast(socket.socket, transport.get_extra_info("socket"))
         with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on this system
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, BROKEN_SECONDS * 1000)
+        with contextlib.suppress(OSError, AttributeError):  # apart from that: macOS has this one only
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         secured: ssl.SSLObject = transport.get_extra_info("ssl_object")
         self.certificate = fingerprint_of(secured.getpeercert(binary_form=True) or b"")

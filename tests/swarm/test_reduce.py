@@ -179,38 +179,46 @@ class Nobody:
         """Gone."""
 
 
+ALICE, BOB = PeerId("alice"), PeerId("bob")
+
+
+def alices(group: asyncio.TaskGroup, failures: list[Any]) -> Attempt:
+    """Her attempt with Bob, in fp32, to whom nothing is sent."""
+    codec = codec_named("fp32")
+    return Attempt(
+        frozen(0, [ALICE, BOB]),
+        Nobody(),  # type: ignore[arg-type]
+        codec,
+        mean_chunk,
+        CHUNK_VALUES,
+        100,
+        0.0,
+        Owed(codec),
+        group.create_task,
+        at_once,
+        Scratch(),
+        None,
+        lambda header, seconds: None,
+        lambda *failure: failures.append(failure),
+    )
+
+
 async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() -> None:
     """A connection stalls in the middle of a mean, which then comes over the other carrier."""
-    codec, alice, bob = codec_named("fp32"), PeerId("alice"), PeerId("bob")
     async with AsyncExitStack() as stack:
         group = await stack.enter_async_context(asyncio.TaskGroup())
         failures: list[Any] = []
-        attempt = Attempt(
-            frozen(0, [alice, bob]),
-            Nobody(),  # type: ignore[arg-type]
-            codec,
-            mean_chunk,
-            CHUNK_VALUES,
-            100,
-            0.0,
-            Owed(codec),
-            group.create_task,
-            at_once,
-            Scratch(),
-            None,
-            lambda header, seconds: None,
-            lambda *failure: failures.append(failure),
-        )
+        attempt = alices(group, failures)
         header = Averaged(
-            step=0, parent="e" * 64, ballot=Ballot(number=1, leader=alice), number=0, samples=(1, 2)
+            step=0, parent="e" * 64, ballot=Ballot(number=1, leader=ALICE), number=0, samples=(1, 2)
         )
         payload = torch.ones(CHUNK_VALUES).numpy().tobytes()
-        place = attempt.place(bob, header, len(payload))
+        place = attempt.place(BOB, header, len(payload))
         assert place is not None
-        assert attempt.place(bob, header, len(payload)) is None  # lent once
-        assert attempt.place(bob, header.model_copy(update={"number": 1}), 5) is None
-        assert attempt.place(alice, header, len(payload)) is None  # our own span comes from nobody
-        await attempt.receive(bob, header, payload)
+        assert attempt.place(BOB, header, len(payload)) is None  # lent once
+        assert attempt.place(BOB, header.model_copy(update={"number": 1}), 5) is None
+        assert attempt.place(ALICE, header, len(payload)) is None  # our own span comes from nobody
+        await attempt.receive(BOB, header, payload)
         place[:] = bytes(len(payload))  # the stalled connection goes on after all
         begins = 4 * 20_001
         assert bytes(attempt.payload())[begins : begins + len(payload)] == payload
@@ -219,42 +227,26 @@ async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() ->
 
 
 async def test_memory_of_a_part_is_lent_once_until_it_has_been_added() -> None:
-    codec, alice, bob = codec_named("fp32"), PeerId("alice"), PeerId("bob")
     async with asyncio.TaskGroup() as group:
         failures: list[Any] = []
-        attempt = Attempt(
-            frozen(0, [alice, bob]),
-            Nobody(),  # type: ignore[arg-type]
-            codec,
-            mean_chunk,
-            CHUNK_VALUES,
-            100,
-            0.0,
-            Owed(codec),
-            group.create_task,
-            at_once,
-            Scratch(),
-            None,
-            lambda header, seconds: None,
-            lambda *failure: failures.append(failure),
-        )
-        header = Chunk(step=0, parent="e" * 64, ballot=Ballot(number=1, leader=alice), number=0, samples=1)
+        attempt = alices(group, failures)
+        header = Chunk(step=0, parent="e" * 64, ballot=Ballot(number=1, leader=ALICE), number=0, samples=1)
         later = [header.model_copy(update={"number": number}) for number in range(5)]
         size = 4 * CHUNK_VALUES
-        assert attempt.place(bob, header, size - 4) is None
-        assert attempt.place(bob, header.model_copy(update={"number": 5}), size) is None  # alice has five
-        assert attempt.place(alice, header, size) is None
-        place = attempt.place(bob, header, size)
+        assert attempt.place(BOB, header, size - 4) is None
+        assert attempt.place(BOB, header.model_copy(update={"number": 5}), size) is None  # alice has five
+        assert attempt.place(ALICE, header, size) is None
+        place = attempt.place(BOB, header, size)
         assert place is not None
-        assert attempt.place(bob, header, size) is None
+        assert attempt.place(BOB, header, size) is None
         place[:] = torch.full((CHUNK_VALUES,), 3.0).numpy().tobytes()
-        await attempt.receive(bob, header, place)
-        beside = attempt.place(bob, later[1], size)
+        await attempt.receive(BOB, header, place)
+        beside = attempt.place(BOB, later[1], size)
         assert beside is not place  # it waits to be added
         attempt.contribute(Contribution(torch.ones(VALUES), 1))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert attempt.place(bob, later[2], size) is place
+        assert attempt.place(BOB, later[2], size) is place
         assert bytes(attempt.payload()[:size]) == torch.full((CHUNK_VALUES,), 2.0).numpy().tobytes()
         assert not failures
         attempt.close()
