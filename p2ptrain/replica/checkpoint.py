@@ -26,14 +26,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save as save_safetensors
 
 import p2ptrain
 from p2ptrain.config import RunConfig, difference
 from p2ptrain.errors import BadMessage, CheckpointError, IncompatibleRun, StorageError
 from p2ptrain.records import Count, Digest, EntryHeader, Position
 from p2ptrain.replica.replica import Replica
-from p2ptrain.replica.snapshot import Snapshot, State, unpack
+from p2ptrain.replica.snapshot import Snapshot, State, parameters_alone, unpack
 
 MODEL, STATE, RUN, LINEAGES = "model.safetensors", "state.safetensors", "run.json", "lineages.bin"
 MANIFEST = "manifest.json"
@@ -104,7 +103,7 @@ def save(
     written.
     """
     contents = {
-        MODEL: save_safetensors(dict(unpack(snapshot.blob).parameters), {"format": "pt"}),
+        MODEL: parameters_alone(snapshot.blob),
         STATE: snapshot.blob,
         RUN: run.model_dump_json(indent=2).encode(),
         LINEAGES: lineages,

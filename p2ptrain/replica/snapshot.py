@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -45,12 +46,21 @@ class State:
 
     def digest(self) -> str:
         """SHA-256 over every tensor's name, shape and bytes in order of names, then the scalars."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.tensors().items()):
-            sha.update(json.dumps([name, list(tensor.shape)]).encode() + b"\n")
-            sha.update(tensor.detach().reshape(-1).numpy().data)
-        sha.update("\n".join(_scalar_lines(self.scalars)).encode())
-        return sha.hexdigest()
+        tensors = self.tensors()
+        return _digest(
+            {name: list(tensor.shape) for name, tensor in tensors.items()},
+            lambda name: tensors[name].detach().reshape(-1).numpy().data,
+            "\n".join(_scalar_lines(self.scalars)),
+        )
+
+
+def _digest(shapes: Mapping[str, list[int]], values: Callable[[str], memoryview], scalars: str) -> str:
+    sha = hashlib.sha256()
+    for name, shape in sorted(shapes.items()):
+        sha.update(json.dumps([name, shape]).encode() + b"\n")
+        sha.update(values(name))
+    sha.update(scalars.encode())
+    return sha.hexdigest()
 
 
 def pack(state: State) -> bytes:
@@ -78,6 +88,40 @@ def unpack(blob: bytes) -> State:
     return State(
         parameters=_under("model.", tensors), optimizer=_under("optimizer.", tensors), scalars=scalars
     )
+
+
+# A blob that this process has packed is read in place: memory that every checkpoint takes for a moment is
+# memory that the process keeps.
+
+
+def _header(blob: bytes) -> tuple[dict[str, Any], memoryview]:
+    """What a blob of ours says of each tensor, its metadata among it, and the bytes that offsets count in."""
+    begin = 8 + int.from_bytes(blob[:8], "little")
+    return json.loads(blob[8:begin]), memoryview(blob)[begin:]
+
+
+def digest_of(blob: bytes) -> str:
+    """What `State.digest` says of the state in a blob of ours."""
+    notes, content = _header(blob)
+    _, _, scalars = notes.pop("__metadata__")[METADATA].partition("\n")
+    shapes = {name: note["shape"] for name, note in notes.items()}
+    return _digest(shapes, lambda name: content[slice(*notes[name]["data_offsets"])], scalars)
+
+
+def parameters_alone(blob: bytes) -> bytes:
+    """The parameters in a blob of ours as a safetensors file of their own, under the model's own names."""
+    notes, content = _header(blob)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts = []
+    end = 0
+    for name, note in notes.items():
+        if name.startswith("model."):
+            parts.append(content[slice(*note["data_offsets"])])
+            begin, end = end, end + len(parts[-1])
+            header[name.removeprefix("model.")] = note | {"data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # so that the values begin at a multiple of 8
+    return b"".join((len(head).to_bytes(8, "little"), head, *parts))
 
 
 def _scalar_lines(scalars: Mapping[str, float]) -> list[str]:
@@ -141,7 +185,7 @@ class Packed:
 
     def snapshot(self) -> Snapshot:
         """The same with all its digests."""
-        digest = self.state_digest or unpack(self.blob).digest()
+        digest = self.state_digest or digest_of(self.blob)
         snapshot = Snapshot(self.position, self.last, digest, self.blob)
         snapshot.manifest()  # hashes the pieces, once
         return snapshot

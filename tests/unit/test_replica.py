@@ -23,7 +23,7 @@ from p2ptrain.gradients.aggregation import mean_chunk
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.records import Manifest, Position
 from p2ptrain.replica.replica import Replica
-from p2ptrain.replica.snapshot import PIECE_BYTES, Assembly, Snapshot
+from p2ptrain.replica.snapshot import PIECE_BYTES, Assembly, Snapshot, unpack
 
 # -- the model on one vector ---------------------------------------------------------------------------------
 
@@ -253,6 +253,13 @@ def test_snapshot_stays_as_it_was_when_the_replica_moves_on() -> None:
     newcomer = small_replica()
     newcomer.load_state(snapshot)
     assert newcomer.position.step == 3
+
+
+def test_packed_snapshot_has_the_digest_of_its_state_when_none_was_known() -> None:
+    replica = moved()
+    packed = replica.packed()
+    assert packed.state_digest is None
+    assert packed.snapshot().state_digest == replica.compute_state_digest() == unpack(packed.blob).digest()
 
 
 def test_snapshot_fits_the_announced_bound_when_packed() -> None:
