@@ -130,6 +130,8 @@ class Peer:
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
+        self.batch_took: Callable[[float], object] = lambda seconds: None
+        """Told how long each micro-batch took."""
         self.catching_up: Progress | None = None
         """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
         self._caught_up_told = 0.0
@@ -537,6 +539,7 @@ class Peer:
             return
         took = ended - self._batch_began
         self._compute_seconds += took
+        self.batch_took(took)
         self._batch_seconds = took if not self._batch_seconds else 0.7 * self._batch_seconds + 0.3 * took
         if not await self._compute(into.add, self.replica.gradient, count, loss_sum):
             self._observe(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ from p2ptrain.swarm.port import Swarm
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
-from p2ptrain.telemetry.metrics import Extent, Metrics, watch_event_loop
+from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
 from p2ptrain.trainer import Peer, train
 from peers.daemon import ControlServer, Daemon, state
 from peers.display import CatchUpBar
@@ -134,7 +135,14 @@ async def volunteer(
                 await compute(partial(restore, replica, checkpoint))
                 lineages = checkpoint.lineages
             swarm.adopt(print_)
-            metrics = Metrics(run.run_id, print_)
+            metrics = Metrics(
+                run.run_id,
+                print_,
+                clip_norm=run.optimizer.clip_norm,
+                sample_tokens=getattr(run.task, "context", 0),
+                about={"device": config.device, "reduces": str(config.reduces).lower()},
+            )
+            stack.enter_context(_counted_logs(metrics))
             metrics.read_traffic = lambda: swarm.traffic
             metrics.read_carriers = lambda: swarm.carriers
             metrics.read_journal_lost = lambda: journal.lost
@@ -160,6 +168,12 @@ async def volunteer(
             metrics.connected_peers.set_function(swarm.connected_peers)
             metrics.hidden.set_function(lambda: swarm.reach.hidden)
             metrics.read_links = swarm.links
+            metrics.dht_contacts.set_function(swarm.dht_contacts)
+            metrics.clock_offset_seconds.set_function(
+                lambda: math.nan if (skew := swarm.clock_skew_seconds) is None else skew
+            )
+            swarm.asked_dht = metrics.asked_dht
+            peer.batch_took = metrics.micro_batch_seconds.observe
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)
             pages = HealthServer(
@@ -167,6 +181,7 @@ async def volunteer(
                 lambda: _failed_checks(peer),
                 host=config.metrics_host,
                 port=config.metrics_port,
+                answered=metrics.answered_http,
             )
             lag = watch_event_loop(metrics.event_loop_lag_seconds.observe)
             async with pages, peer, _beside(lag), _beside(daemon.keep_time()), _bar(peer):
@@ -349,6 +364,16 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+
+
+@contextlib.contextmanager
+def _counted_logs(metrics: Metrics) -> Iterator[None]:
+    counter, root = LogCounter(metrics.log_messages), logging.getLogger()
+    root.addHandler(counter)
+    try:
+        yield
+    finally:
+        root.removeHandler(counter)
 
 
 def _export_catch_up(metrics: Metrics, peer: Peer) -> None:

@@ -223,6 +223,8 @@ class Libp2pSwarm:
         self._streams = 0
         self._addresses: list[str] = []
         self._links: Counter[str] = Counter()
+        self.asked_dht: Callable[[str, bool, float], object] = lambda operation, ok, seconds: None
+        """Told of each `publish` and `lookup`: whether it was done, and how long that took."""
 
     # -- lifetime --------------------------------------------------------------------------------------------
 
@@ -301,18 +303,24 @@ class Libp2pSwarm:
             record = record.model_copy(update={"access": self.gate.own})
         key, expires = self._keys[record.kind], time.time() + ttl_seconds
         sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
+        kept, began = False, time.monotonic()
         try:
             async with asyncio.timeout(DHT_SECONDS):
-                return await (await self._running_node()).store(key, self.peer_id, sealed, expires)
+                kept = await (await self._running_node()).store(key, self.peer_id, sealed, expires)
         except (TimeoutError, Unreachable):
-            return False
+            pass
+        self.asked_dht("publish", kept, time.monotonic() - began)
+        return kept
 
     async def lookup(self, kind: str) -> Sequence[SignedRecord]:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(DHT_SECONDS):
                 found = await (await self._running_node()).fetch(self._keys[kind])
         except (TimeoutError, Unreachable):
+            self.asked_dht("lookup", False, time.monotonic() - began)
             return ()
+        self.asked_dht("lookup", True, time.monotonic() - began)
         records = []
         for author, (sealed, expires) in found.items():
             try:
@@ -369,6 +377,10 @@ class Libp2pSwarm:
     def clock_skew_seconds(self) -> float | None:
         """By how much an initial peer's clock is ahead of ours; None if none has said."""
         return self._node.skew_seconds if self._node is not None else None
+
+    def dht_contacts(self) -> int:
+        """Nodes that our DHT node knows."""
+        return self._node.contacts() if self._node is not None else 0
 
     def connected_peers(self) -> int:
         """Peers that the daemon has a connection with; as of a moment ago."""
@@ -902,6 +914,9 @@ class _Node:
     def knows(self, peer: PeerId) -> bool:
         """Whether the DHT node has this peer among its contacts."""
         return self.dht.protocol.routing_table.get(peer_id=PeerID.from_base58(peer)) is not None
+
+    def contacts(self) -> int:
+        return 0 if self.dht is None else len(self.dht.protocol.routing_table.uid_to_peer_id)
 
     async def connect(self, entry: _Entry, *, through: _Entry | None = None) -> None:
         """`through`: a relay that both are connected to. Raises Unreachable."""

@@ -42,8 +42,11 @@ class HealthServer:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        answered: Callable[[str, int], object] = lambda path, status: None,
     ) -> None:
+        """`answered` is told the path and status of every answer."""
         self._page = page
+        self._answered = answered
         self._failed_checks = failed_checks
         self._host = host
         self._port = port
@@ -99,6 +102,24 @@ class HealthServer:
 
     # -- connections -----------------------------------------------------------------------------------------
 
+    @web.middleware
+    async def _one_request(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Close the connection after the answer: one that is kept open is one more to watch."""
+        status = 500
+        try:
+            response = await handler(request)
+            status = response.status
+        except web.HTTPException as refusal:  # how aiohttp says 404 and 405
+            status = refusal.status
+            refusal.force_close()
+            raise
+        finally:
+            self._answered(request.path, status)
+        response.force_close()
+        return response
+
     def _accept(self) -> asyncio.BaseProtocol:
         """The protocol of a new connection, which ends in time."""
         server = self._runner.server
@@ -110,7 +131,7 @@ class HealthServer:
 
 
 def _runner(server: HealthServer) -> web.AppRunner:
-    app = web.Application(middlewares=[_one_request], client_max_size=MAX_HEADER_BYTES)
+    app = web.Application(middlewares=[server._one_request], client_max_size=MAX_HEADER_BYTES)
     app.router.add_get("/metrics", server.metrics)
     app.router.add_get("/livez", server.live)
     app.router.add_get("/healthz", server.live)
@@ -123,20 +144,6 @@ def _runner(server: HealthServer) -> web.AppRunner:
         max_line_size=MAX_HEADER_BYTES,
         max_field_size=MAX_HEADER_BYTES,
     )
-
-
-@web.middleware
-async def _one_request(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Close the connection after the answer: one that is kept open is one more to watch."""
-    try:
-        response = await handler(request)
-    except web.HTTPException as refusal:  # how aiohttp says 404 and 405
-        refusal.force_close()
-        raise
-    response.force_close()
-    return response
 
 
 class _HangUp(asyncio.Protocol):

@@ -11,12 +11,15 @@ Not covered: the swarm as a whole, which the monitor exports.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import NoReturn, TypeVar, assert_never
 
 from prometheus_client import (
@@ -149,12 +152,65 @@ class Split(StrEnum):
     HELDOUT = "heldout"
 
 
+class Operation(StrEnum):
+    """What is asked of the DHT."""
+
+    PUBLISH = "publish"
+    LOOKUP = "lookup"
+
+
+class Answer(StrEnum):
+    """Whether what was asked was done."""
+
+    OK = "ok"
+    FAILED = "failed"
+
+
+class Level(StrEnum):
+    """How grave a log message is."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Route(StrEnum):
+    """What was asked for over HTTP."""
+
+    METRICS = "/metrics"
+    LIVE = "/livez"
+    READY = "/readyz"
+    OTHER = "other"
+
+
+class Code(StrEnum):
+    """The class of an HTTP status."""
+
+    OK = "2xx"
+    MOVED = "3xx"
+    REFUSED = "4xx"
+    FAILED = "5xx"
+
+
 def _with_all(family: Family, label: Mapping[str, type[StrEnum]]) -> Family:
     """The family with all its series: what is not there yet cannot be seen to rise."""
-    for values in label.values():
-        for value in values:
-            family.labels(value)
+    if label:
+        for values in itertools.product(*label.values()):
+            family.labels(*values)
     return family
+
+
+class LogCounter(logging.Handler):
+    """Counts log messages from `info` up by their level; shows none."""
+
+    def __init__(self, family: Counter) -> None:
+        super().__init__(logging.INFO)
+        self._family = family
+
+    def emit(self, record: logging.LogRecord) -> None:
+        graver = record.levelno >= logging.ERROR
+        level = Level.ERROR if graver else Level.WARNING if record.levelno >= logging.WARNING else Level.INFO
+        self._family.labels(level).inc()
 
 
 class Metrics:
@@ -164,10 +220,22 @@ class Metrics:
     point the `read_*` callables at whoever knows.
     """
 
-    def __init__(self, run_id: str, fingerprint: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        fingerprint: str,
+        *,
+        clip_norm: float = 0.0,
+        sample_tokens: int = 0,
+        about: Mapping[str, str] = MappingProxyType({}),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clip_norm`: of the run, 0 for none; `sample_tokens`: in one sample, 0 where there is no such
+        thing; `about`: what does not change about this peer, never its id."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of counters
         self.registry = registry = CollectorRegistry()
         self._clock = clock
+        self._clip_norm, self._sample_tokens = clip_norm, sample_tokens
 
         # A keyword argument is the family's label, with the values that it can take.
         def counter(name: str, text: str, **label: type[StrEnum]) -> Counter:
@@ -194,6 +262,9 @@ class Metrics:
         )
         Info("p2ptrain_run", "The run that this peer trains.", registry=registry).info(
             {"run_id": run_id, "fingerprint": fingerprint}
+        )
+        Info("p2ptrain_peer", "How this peer takes part.", registry=registry).info(
+            {"role": "train", "device": "cpu", **about}
         )
         self._waiting = gauge("waiting", "1 while this peer waits for what its log names.")
         self._paused = gauge("paused", "1 while this peer is paused for that reason.", reason=PauseReason)
@@ -224,6 +295,11 @@ class Metrics:
         self._samples = counter(
             "samples_total", "Samples computed here, by whether a committed entry counts them.", outcome=Fate
         )
+        self._tokens = counter(
+            "tokens_total", "Tokens in the samples computed here that a committed entry counts."
+        )
+        self.micro_batch_seconds = histogram("micro_batch_seconds", "Time to compute one micro-batch.")
+        self._clips = counter("gradient_clips_total", "Steps whose gradient was shortened to clip_norm.")
         self._nonfinite = counter("nonfinite_gradients_total", "Own gradients that were not finite.")
         self._loss = gauge("loss", "Last mean loss per sample in nats; NaN until known.", split=Split)
         self._norm = gauge(
@@ -255,6 +331,17 @@ class Metrics:
         self.hidden = gauge("hidden", "1 while other peers cannot open connections to this one.")
         self.connected_peers = gauge("connected_peers", "Peers that this one is connected to.")
 
+        self.clock_offset_seconds = gauge(
+            "clock_offset_seconds", "By how much an initial peer's clock is ahead; NaN until known."
+        )
+        self.dht_contacts = gauge("dht_contacts", "Nodes that this peer's DHT node knows.")
+        self.dht_request_seconds = histogram(
+            "dht_request_seconds",
+            "Time to publish a record, or to look up those of one kind.",
+            operation=Operation,
+            outcome=Answer,
+        )
+
         # state
         self._catch_ups = histogram("catch_up_seconds", "Time to adopt the swarm's state.", how=CatchUpBy)
         self.catch_up_parts = gauge(
@@ -282,6 +369,10 @@ class Metrics:
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop ran a timer.", LAG_BUCKETS
         )
+        self.log_messages = counter("log_messages_total", "Messages logged, by level.", level=Level)
+        self._http_requests = counter(
+            "http_requests_total", "Requests answered by the pages of this process.", route=Route, code=Code
+        )
         self.device_memory_bytes = gauge("device_memory_bytes", "Accelerator memory in use; 0 on a CPU.")
         self.read_state: Callable[[], PeerState] = lambda: PeerState.JOINING
         """What the peer is busy with."""
@@ -300,12 +391,27 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        for unknown in (self._norm, *(self._loss.labels(split) for split in Split)):
+        for unknown in (
+            self._norm,
+            self.clock_offset_seconds,
+            *(self._loss.labels(split) for split in Split),
+        ):
             unknown.set(math.nan)  # 0 would be the best loss of all
 
     def page(self) -> bytes:
         """All metrics as Prometheus text 0.0.4, about 20 kB in 2 ms."""
         return generate_latest(self.registry)
+
+    def asked_dht(self, operation: str, ok: bool, seconds: float) -> None:
+        """The DHT did what it was asked, or not."""
+        outcome = Answer.OK if ok else Answer.FAILED
+        self.dht_request_seconds.labels(Operation(operation), outcome).observe(seconds)
+
+    def answered_http(self, path: str, status: int) -> None:
+        """A page of this process was asked for; paths that are none of its own count as `other`."""
+        path = "/livez" if path == "/healthz" else path
+        route = Route(path) if path in set(Route) else Route.OTHER
+        self._http_requests.labels(route, f"{status // 100}xx").inc()
 
     def observe(self, event: Event) -> None:
         """Fold in what happened."""
@@ -393,6 +499,9 @@ class Metrics:
         self._roster.set(event.peers)
         self._averaged.inc(event.samples)
         self._samples.labels(Fate.COUNTED).inc(event.mine)
+        self._tokens.inc(event.mine * self._sample_tokens)
+        if 0 < self._clip_norm < event.gradient_norm:
+            self._clips.inc()
         if event.loss is not None:
             self._loss.labels(Split.TRAIN).set(event.loss)
         self._norm.set(event.gradient_norm)
