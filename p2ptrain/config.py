@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.errors import BadMessage, ConfigError
@@ -50,7 +50,25 @@ S = TypeVar("S", bound=Section)
 # -- the run -------------------------------------------------------------------------------------------------
 
 
-class BytesTask(Section):
+class TaskSection(Section):
+    """What a run trains. Its `kind` says which of these tables it is."""
+
+    @property
+    def summary(self) -> str:
+        """Model and data in a few words."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Key of the peer file → what this run calls the thing whose place on this machine it must give."""
+        return {}
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return 1
+
+
+class BytesTask(TaskSection):
     """A byte-level transformer language model on plain text."""
 
     kind: Literal["bytes"] = "bytes"
@@ -94,6 +112,47 @@ class BytesTask(Section):
                 f"{max(1, round(self.width / (2 * self.heads))) * 2 * self.heads}"
             )
         return self
+
+    @property
+    def summary(self) -> str:
+        size = f"{self.layers} layers of width {self.width}"
+        return f"{size} on samples of {self.context} bytes from {self.corpus}"
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {} if self.corpus == "stdlib" else {"corpus": self.corpus}
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.context
+
+
+class DigitsTask(TaskSection):
+    """A small classifier of the 1,797 pictures of handwritten digits that come with scikit-learn."""
+
+    kind: Literal["digits"] = "digits"
+    """What is trained: a network of one hidden layer that names handwritten digits. It needs the extra
+    `p2ptrain[digits]`, and learns within seconds: for trying out a swarm."""
+
+    width: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Values in the hidden layer. Parameters, and with them the bytes of every round, grow in proportion."""
+
+    @property
+    def summary(self) -> str:
+        return f"a hidden layer of width {self.width} on scikit-learn's digits"
+
+
+def _kind_of(value: object) -> str:
+    """A task without a kind is the one of bytes: run files from before there were others name none."""
+    kind = value.get("kind", "bytes") if isinstance(value, dict) else getattr(value, "kind", "bytes")
+    return kind if isinstance(kind, str) else _shown(kind)
+
+
+AnyTask = Annotated[
+    Annotated[BytesTask, Tag("bytes")] | Annotated[DigitsTask, Tag("digits")], Discriminator(_kind_of)
+]
+KINDS = ("bytes", "digits")
+"""Of `task.kind`, the default one first."""
 
 
 class Optimizer(Section):
@@ -226,8 +285,8 @@ class RunConfig(Section):
     follows the measured pace of the links, the bytes and the number of peers, and doubles when it was
     missed. Setting it low will make no round ever succeed over slow links."""
 
-    task: BytesTask = BytesTask()
-    """What is trained: model and text."""
+    task: AnyTask = BytesTask()
+    """What is trained: model and data. `kind` chooses the table's other keys."""
 
     optimizer: Optimizer = Optimizer()
     """How the averaged gradient is applied."""
@@ -386,11 +445,17 @@ def check_together(run: RunConfig, peer: PeerConfig) -> None:
             f"target_batch_size ({run.target_batch_size}) of run {run.run_id} is smaller than this peer's "
             f"micro_batch_size ({peer.micro_batch_size}); lower micro_batch_size in the peer file"
         )
-    if run.task.corpus != "stdlib" and not peer.corpus:
-        raise ConfigError(
-            f"run {run.run_id} trains on the text {_shown(run.task.corpus)}, and p2ptrain opens no path that "
-            "another peer wrote; set corpus in the peer file to the file or folder where you have that text"
-        )
+    check_names(run, peer)
+
+
+def check_names(run: RunConfig, peer: PeerConfig) -> None:
+    """Raises ConfigError if the run names something that the peer file must give a place, and it does not."""
+    for key, name in run.task.names.items():
+        if not getattr(peer, key):
+            raise ConfigError(
+                f"run {run.run_id} wants the {key} {_shown(name)}, and p2ptrain opens no path that another "
+                f"peer wrote; set {key} in the peer file to the file or folder where you have that {key}"
+            )
 
 
 # -- identity ------------------------------------------------------------------------------------------------
@@ -423,7 +488,12 @@ def fingerprint(run: RunConfig, parameters: Sequence[tuple[str, tuple[int, ...],
 def difference(a: RunConfig, b: RunConfig) -> list[str]:
     """Where two runs differ, as `optimizer.lr: 0.002 here, 0.001 there`; empty if their digests agree."""
     here, there = _leaves(a), _leaves(b)
-    return [f"{key}: {here[key]} here, {there[key]} there" for key in here if here[key] != there[key]]
+    keys = dict.fromkeys([*here, *there])
+    return [
+        f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} there"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
 
 
 def _canonical(value: object) -> str:
@@ -450,24 +520,35 @@ def schema() -> dict[str, dict[str, Any]]:
 
 
 def explain(key: str) -> str:
-    """What a dotted key of either file takes, its default and what it does. Raises ConfigError if unknown."""
+    """What a dotted key of either file takes, its default and what it does; once for each kind of task in
+    which it means something else. Raises ConfigError if unknown."""
     for model in (RunConfig, PeerConfig):
-        keys = _keys(model)
-        if key in keys:
-            about = keys[key]
-            inside = ", ".join(each.removeprefix(f"{key}.") for each in keys if each.startswith(f"{key}."))
-            takes = (
-                f"a table of {inside}"
-                if inside
-                else f"{_wanted(about)}; default {_canonical(about['default'])}"
+        told: dict[str, list[str]] = {}
+        for kind in KINDS:
+            if key in _keys(model, kind):
+                told.setdefault(_explained(key, _keys(model, kind)), []).append(kind)
+        if told:
+            return "\n\n".join(
+                f"{key} ({_file(model)}{'' if len(kinds) == len(KINDS) else _of(kinds)}): {text}"
+                for text, kinds in told.items()
             )
-            return f"{key} ({_file(model)}): {takes}\n{_wrapped(about['description'])}"
     raise ConfigError(f"there is no key {_shown(key)}{_nearest(key, RunConfig)}")
+
+
+def _of(kinds: Sequence[str]) -> str:
+    return f", task.kind {' or '.join(kinds)}"
+
+
+def _explained(key: str, keys: dict[str, dict[str, Any]]) -> str:
+    about = keys[key]
+    inside = ", ".join(each.removeprefix(f"{key}.") for each in keys if each.startswith(f"{key}."))
+    takes = f"a table of {inside}" if inside else f"{_wanted(about)}; default {_canonical(about['default'])}"
+    return f"{takes}\n{_wrapped(about['description'])}"
 
 
 def commented_toml(config: RunConfig | PeerConfig) -> str:
     """A TOML file of this config with every key spelled out under its documentation."""
-    about = _keys(type(config))
+    about = _keys(type(config), config.task.kind if isinstance(config, RunConfig) else KINDS[0])
     blocks = [_wrapped(type(config).__doc__ or "", "# ")]
     table = ""
     for key, value in _leaves(config).items():
@@ -518,8 +599,12 @@ def _sentence(model: type[Section], error: ValidationError, where: str) -> str:
     """
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
-    key = _dotted(problem["loc"])
+    kind, loc = _untagged(problem["loc"])
+    key = _dotted(loc)
     match problem["type"]:
+        case "union_tag_invalid":
+            known = " or ".join(map(_canonical, KINDS))
+            text = f"task.kind in {where} must be {known}, but is {_shown(_kind_of(problem['input']))}"
         case "extra_forbidden":
             text = f"unknown key {_shown(key)} in {where}{_nearest(key, model)}"
         case "value_error":
@@ -528,9 +613,17 @@ def _sentence(model: type[Section], error: ValidationError, where: str) -> str:
             text = f"{where} is not JSON: {problem['ctx']['error']}"
         case _:
             place = f"{key} in {where}" if key else where
-            wanted = _wanted_at(model, problem["loc"])
+            wanted = _wanted_at(model, loc, kind)
             text = f"{place} must be {wanted}, but is {_shown(problem['input'])}"
     return text if len(problems) == 1 else f"{text} (1 of {len(problems)} problems)"
+
+
+def _untagged(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
+    """The kind of task that pydantic puts into the place of an error, and the place as the file has it."""
+    match loc:
+        case ("task", str(kind), *rest) if kind in KINDS:
+            return kind, ("task", *rest)
+    return KINDS[0], loc
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -549,7 +642,12 @@ def _shown(value: object) -> str:
 def _nearest(key: str, model: type[Section]) -> str:
     """The known key of either file that `key` may have meant, as the end of a sentence."""
     other = PeerConfig if model is RunConfig else RunConfig
-    known = {each: _file(owner) for owner in (other, model) for each in _keys(owner)}
+    known = {
+        each: _file(owner)
+        for owner in (other, model)
+        for kind in reversed(KINDS)
+        for each in _keys(owner, kind)
+    }
     key = key[:80]  # comparing takes time in proportion, and the key may be a stranger's
     leaf = key.rpartition(".")[2]
 
@@ -561,7 +659,8 @@ def _nearest(key: str, model: type[Section]) -> str:
     if likeness(best) < 0.6:
         return "; `p2ptrain config schema` lists all keys"
     if best == key:
-        return f"; it belongs in the {known[best]}"
+        place = "of another task.kind" if known[best] == _file(model) else f"in the {known[best]}"
+        return f"; it belongs in a table {place}" if "." in key else f"; it belongs {place}"
     return f"; the nearest known key is {best} of the {known[best]}"
 
 
@@ -570,25 +669,28 @@ def _file(model: type[Section]) -> str:
 
 
 @cache
-def _keys(model: type[Section]) -> dict[str, dict[str, Any]]:
-    """Dotted key → its JSON schema, for each key and section of the file."""
+def _keys(model: type[Section], kind: str) -> dict[str, dict[str, Any]]:
+    """Dotted key → its JSON schema, for each key and section of a file with this kind of task."""
     whole = model.model_json_schema()
     keys: dict[str, dict[str, Any]] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
         for name, about in node["properties"].items():
             keys[prefix + name] = about
-            if "$ref" in about:
-                walk(whole["$defs"][about["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            for choice in about.get("oneOf", [about]):
+                if "$ref" in choice:
+                    inner = whole["$defs"][choice["$ref"].rpartition("/")[2]]
+                    if "oneOf" not in about or inner["properties"]["kind"]["const"] == kind:
+                        walk(inner, f"{prefix}{name}.")
 
     walk(whole, "")
     return keys
 
 
-def _wanted_at(model: type[Section], loc: tuple[int | str, ...]) -> str:
+def _wanted_at(model: type[Section], loc: tuple[int | str, ...], kind: str) -> str:
     if not loc:
         return "a table of keys"
-    about = _keys(model)[_dotted(tuple(part for part in loc if isinstance(part, str)))]
+    about = _keys(model, kind)[_dotted(tuple(part for part in loc if isinstance(part, str)))]
     return _wanted(about["items"] if isinstance(loc[-1], int) else about)
 
 

@@ -435,10 +435,13 @@ class Evaluated(_Happened):
     seconds: float
     zlib_bits_per_byte: float | None = None
     """What `zlib -9` takes for the same text, to compare with; None where there is no such figure."""
+    accuracy: float | None = None
+    """Share of the held-out samples that is named rightly; None for tasks that name nothing."""
 
     def sentence(self) -> str:
         bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.2f} bits per byte)"
-        return f"step {self.step}: held-out loss {self.loss:.3f}{bits}"
+        right = "" if self.accuracy is None else f" ({self.accuracy:.1%} right)"
+        return f"step {self.step}: held-out loss {self.loss:.3f}{bits}{right}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,9 +234,10 @@ class Peer:
                 run_id=self.run.run_id, peer=self.swarm.peer_id, name=self.config.name, others=len(others)
             )
         )
-        if self.run.task.exact and (strange := {o.extra for o in others} - {self.task.note}):
+        shared = self.task.shared_note
+        if strange := {other.extra for other in others if not other.extra.startswith(shared)}:
             raise IncompatibleRun(
-                f"this run wants the same corpus on every peer (task.exact); here it is {self.task.note!r}, "
+                f"this run wants the same on every peer: here it is {shared!r}, "
                 f"in the swarm {', '.join(sorted(map(repr, strange))[:3])}; "
                 "use the same Python version, or the same files"
             )
@@ -417,6 +418,7 @@ class Peer:
                 bits_per_byte=figures.get("bits_per_byte"),
                 seconds=self._now() - began,
                 zlib_bits_per_byte=figures.get("zlib_bits_per_byte"),
+                accuracy=figures.get("accuracy"),
             )
         )
         if began - self._previewed >= PREVIEW_SECONDS:

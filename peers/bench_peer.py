@@ -128,7 +128,7 @@ def _plans(peers: int, links: list[Links]) -> list[dict[str, Any]]:
     run, tokens_per_second, plans = RunConfig(), 0.0, []
     for each in links:
         plans.append(plan(run, peers, each, tokens_per_second, ""))
-        tokens_per_second = plans[0].samples_per_second * run.task.context
+        tokens_per_second = plans[0].samples_per_second * run.task.tokens_per_sample
     return [asdict(each) for each in plans]
 
 
@@ -239,7 +239,7 @@ class _Noise:
     `SPARE_SECONDS`.
     """
 
-    note = ""
+    note = shared_note = ""
 
     def __init__(self, values: int, seed: int) -> None:
         self._noise = torch.randn(values, generator=torch.Generator().manual_seed(seed)).mul_(1e-3)
@@ -264,7 +264,9 @@ class _Noise:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"loss": 0.0}
 
-    def preview(self, model: nn.Module, prompt: str, length: int, generator: torch.Generator) -> str:
+    def preview(
+        self, model: nn.Module, prompt: str, length: int, generator: torch.Generator, temperature: float = 0.7
+    ) -> str:
         return ""
 
 

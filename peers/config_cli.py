@@ -91,13 +91,12 @@ def default(kind: Annotated[Kind, typer.Argument(help="Which file.")]) -> None:
 def _about_run(run: RunConfig) -> list[str]:
     from p2ptrain import config
 
-    task, schedule = run.task, run.schedule
+    schedule = run.schedule
     after = "" if schedule.kind == "constant" else f", then {schedule.kind} to {schedule.final_ratio:g} of it"
     return [
         f"run      {run.run_id}, {run.total_steps:,} steps",
         f"digest   {config.run_digest(run)}",
-        f"trains   {task.layers} layers of width {task.width} on samples of {task.context} bytes "
-        f"from {task.corpus}",
+        f"trains   {run.task.summary}",
         f"step     {run.target_batch_size:,} samples from {run.min_peers} to {run.max_peers} peers, "
         f"averaged as {run.codec}",
         f"applies  {run.optimizer.kind}, lr {run.optimizer.lr:g} after {schedule.warmup_steps} steps{after}",

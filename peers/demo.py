@@ -258,7 +258,7 @@ class _Demo:
 
 def prompt(run: RunConfig) -> str:
     """Something that the model may know how to go on from."""
-    return "def " if run.task.corpus == "stdlib" else "The "
+    return "The " if "corpus" in run.task.names else "def "
 
 
 def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
@@ -298,10 +298,10 @@ def _loss_words(receipt: Receipt) -> str:
     if receipt.heldout_loss_first is None or receipt.heldout_loss_last is None:
         return "not measured: there were too few steps"
     first, last, bits = receipt.heldout_loss_first, receipt.heldout_loss_last, receipt.heldout_bits_per_byte
-    words = f"{first:.3f} at first, {last:.3f} at last, in nats per byte"
+    words = f"{first:.3f} at first, {last:.3f} at last, in nats"
     if bits is None or receipt.zlib_bits_per_byte is None:
         return words
-    return f"{words} ({bits:.2f} bits; zlib -9 takes {receipt.zlib_bits_per_byte:.2f})"
+    return f"{words} per byte ({bits:.2f} bits; zlib -9 takes {receipt.zlib_bits_per_byte:.2f})"
 
 
 def _after(seconds: float | None, what: str) -> str:

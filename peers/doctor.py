@@ -381,5 +381,5 @@ async def _ask_run(
 def _parameters(run: RunConfig, config: PeerConfig) -> int:
     from p2ptrain.tasks import build_task
 
-    model = build_task(run, config.corpus).build_model(run.seed)
+    model = build_task(run, config).build_model(run.seed)
     return sum(parameter.numel() for parameter in model.parameters())

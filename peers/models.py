@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from p2ptrain.config import difference, fingerprint, run_digest
+from p2ptrain.config import PeerConfig, difference, fingerprint, run_digest
 from p2ptrain.errors import (
     BadMessage,
     CheckpointError,
@@ -38,7 +38,7 @@ from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.port import Swarm
-from p2ptrain.tasks.bytes import BytesTask
+from p2ptrain.tasks import Task, build_task
 
 ASK_SECONDS = 20.0
 PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
@@ -61,13 +61,13 @@ def found(path: Path) -> Path:
     return newest
 
 
-def _blank(checkpoint: LoadedCheckpoint) -> tuple[BytesTask, Replica]:
+def _blank(checkpoint: LoadedCheckpoint) -> tuple[Task, Replica]:
     """The checkpoint's task and a replica at step 0 of its run.
 
     Text plays no part in either, so this takes one that is always there, not the one that was trained on.
     """
     run = checkpoint.run
-    task = BytesTask(run.task, run.seed, "stdlib")
+    task = build_task(run, PeerConfig(corpus="stdlib"))
     model = task.build_model(run.seed)
     return task, Replica(model, run, fingerprint(run, parameter_table(model)))
 

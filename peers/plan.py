@@ -58,12 +58,12 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
             f"of run {run.run_id}"
         )
     torch.set_num_threads(PeerConfig().threads)
-    task = build_task(run, corpus)
+    task = build_task(run, PeerConfig(corpus=corpus))
     replica = Replica(task.build_model(run.seed), run, "")
     codec = codec_named(run.codec)
     chunks = chunk_ranges(0, replica.numel, run.chunk_values)
     encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)
-    pace = tokens_per_second / run.task.context or _samples_per_second(task, replica.model)
+    pace = tokens_per_second / run.task.tokens_per_sample or _samples_per_second(task, replica.model)
     figures = forecast(
         peers=peers,
         batch_size=run.target_batch_size,

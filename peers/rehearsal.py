@@ -67,10 +67,9 @@ def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
 
     Raises ConfigError if the run's text is not on every machine and nobody said where it is.
     """
-    if run.task.corpus != "stdlib" and not corpus:
+    if (name := run.task.names.get("corpus")) and not corpus:
         raise ConfigError(
-            f"run {run.run_id} trains on the text {run.task.corpus!r}; "
-            "say with --corpus which file or folder that is"
+            f"run {run.run_id} trains on the text {name!r}; say with --corpus which file or folder that is"
         )
     return PeerConfig(
         micro_batch_size=min(PeerConfig().micro_batch_size, -(-run.target_batch_size // peers)),

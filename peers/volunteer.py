@@ -283,7 +283,7 @@ async def _ask_run(swarm: Swarm, peer: PeerId) -> RunConfig:
 
 
 def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:
-    task = build_task(run, config.corpus)
+    task = build_task(run, config)
     model = task.build_model(run.seed)
     print_ = fingerprint(run, parameter_table(model))
     return Replica(model, run, print_), task, print_

@@ -1,15 +1,16 @@
-"""What is trained: the `Task` interface, and the built-in tasks."""
+"""What is trained: the `Task` interface, and the built-in tasks. `README.md` here says how to add one."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import torch
 from torch import Tensor, nn
 
-from p2ptrain.config import RunConfig
-from p2ptrain.errors import CorpusError
+from p2ptrain import config
+from p2ptrain.config import PeerConfig, RunConfig, check_names
 from p2ptrain.tasks.bytes import BytesTask
+from p2ptrain.tasks.digits import DigitsTask
 
 
 class Task(Protocol):
@@ -21,7 +22,13 @@ class Task(Protocol):
 
     @property
     def note(self) -> str:
-        """One line about this peer's data for its presence record, such as the corpus digest."""
+        """One line about this peer's data for its presence record, such as the corpus digest: at most 200
+        characters."""
+        ...
+
+    @property
+    def shared_note(self) -> str:
+        """How every other peer's note must begin, too, or this one does not train with them; may be empty."""
         ...
 
     def build_model(self, seed: int) -> nn.Module:
@@ -40,21 +47,29 @@ class Task(Protocol):
         """Held-out figures; `loss` (nats) is always there."""
         ...
 
-    def preview(self, model: nn.Module, prompt: str, length: int, generator: torch.Generator) -> str:
-        """A short text that shows what the model has learned."""
+    def preview(
+        self, model: nn.Module, prompt: str, length: int, generator: torch.Generator, temperature: float = 0.7
+    ) -> str:
+        """A short text that shows what the model has learned: for a language model the prompt and how it goes
+        on. At temperature 0 it takes the likeliest each time."""
         ...
 
 
-def build_task(run: RunConfig, corpus_override: str = "") -> Task:
-    """The task of a run, on the text at `corpus_override` (from the peer file) or else on the run's own.
+NOTHING_SAID = PeerConfig()
 
-    A run's corpus other than `stdlib` is only a name, never opened as a path: the run may come from a
-    stranger, and a trained model can repeat what it has read.
-    Raises CorpusError if the text is missing, empty or too small.
+
+def build_task(run: RunConfig, peer: PeerConfig = NOTHING_SAID) -> Task:
+    """The task of a run, with what this peer file says about data.
+
+    Names in a run are never opened as paths: the run may come from a stranger, and a trained model can repeat
+    what it has read. Raises ConfigError if the peer file does not say where such a thing is, or a package is
+    missing, and CorpusError if the data is missing, empty or too small.
     """
-    if not corpus_override and run.task.corpus != "stdlib":
-        raise CorpusError(
-            f"run {run.run_id} trains on the text {run.task.corpus!r}, which is only a name; "
-            "set `corpus` in the peer file to the file or folder where you have that text"
-        )
-    return BytesTask(run.task, run.seed, corpus_override or "stdlib")
+    check_names(run, peer)
+    match run.task:
+        case config.BytesTask() as settings:
+            return BytesTask(settings, run.seed, peer.corpus or "stdlib")
+        case config.DigitsTask() as settings:
+            return DigitsTask(settings, run.seed)
+        case _:
+            assert_never(run.task)

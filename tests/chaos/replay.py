@@ -107,7 +107,7 @@ def recorded_round(run: RunConfig, peers: int, seed: int) -> list[Recorded]:
 
     async def story() -> list[Recorded]:
         training = Training(MemoryHub(seed), run)
-        training.task = build_task(run, "")
+        training.task = build_task(run)
         async with training:
             for number, (samples, seconds) in enumerate(PACES[:peers]):
                 training.start(f"peer{number}", micro_batch_size=samples, batch_seconds=seconds)

@@ -320,7 +320,7 @@ class Swarm:
 
     def values(self) -> int:
         """Values of the model, and so of a gradient."""
-        model = build_task(self.run, "").build_model(0)
+        model = build_task(self.run).build_model(0)
         return sum(parameter.numel() for parameter in model.parameters())
 
     def run_command(self, name: str, *words: str) -> str:

@@ -36,7 +36,7 @@ APPLY_SECONDS = 0.002
 class Regression:
     """A small network learns what a fixed random one answers; sample k of (step, peer) is always the same."""
 
-    note = "regression"
+    note, shared_note = "regression", ""
 
     def __init__(self) -> None:
         self._teacher = _network(torch.Generator().manual_seed(4711))
@@ -60,7 +60,9 @@ class Regression:
         with torch.no_grad():
             return {"loss": float(self.loss_sum(model, self.batch(0, "held out", 0, 64))) / 64}
 
-    def preview(self, model: nn.Module, prompt: str, length: int, generator: torch.Generator) -> str:
+    def preview(
+        self, model: nn.Module, prompt: str, length: int, generator: torch.Generator, temperature: float = 0.7
+    ) -> str:
         return ""
 
 

@@ -79,6 +79,7 @@ ROOMS = {
     "p2ptrain.replica.donor": Room(LOWER, frozenset(), PURE | {"asyncio"}),
     "p2ptrain.replica.joining": Room(WORDS | {"p2ptrain.protocol"}, frozenset(), PURE - {"logging"}),
     "p2ptrain.tasks": Room(WORDS, TORCH, ANY - names("asyncio random socket subprocess threading time")),
+    "p2ptrain.tasks.digits": Room(WORDS | {"p2ptrain.tasks"}, TORCH | {"sklearn"}, PURE),
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),
     # 3: loop
     "p2ptrain.allreduce": Room(LOWER, names("torch numpy"), PURE | {"asyncio", "contextlib"}),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from p2ptrain import config
-from p2ptrain.config import RunConfig
-from p2ptrain.errors import CorpusError
+from p2ptrain.config import PeerConfig, RunConfig
+from p2ptrain.errors import ConfigError
 from p2ptrain.tasks import build_task
 from p2ptrain.tasks.bytes import GROUP_ROWS, BytesTask, group_rows, rotate, rotation
 
@@ -270,7 +270,7 @@ def test_build_task_reads_the_standard_library_when_the_run_says_so():
 
 def test_build_task_reads_this_peers_own_text_when_it_has_one(tmp_path):
     (tmp_path / "text").write_bytes(b"a text of my own. " * 1000)
-    own = build_task(RunConfig(), str(tmp_path / "text"))
+    own = build_task(RunConfig(), PeerConfig(corpus=str(tmp_path / "text")))
     assert own.note != build_task(RunConfig()).note
     assert len(own.note) <= 200  # what a presence record has room for
 
@@ -278,5 +278,5 @@ def test_build_task_reads_this_peers_own_text_when_it_has_one(tmp_path):
 def test_build_task_never_opens_a_path_that_the_run_names(tmp_path):
     (tmp_path / "diary").write_bytes(b"something private. " * 1000)
     run = RunConfig(task=config.BytesTask(corpus=str(tmp_path / "diary")))
-    with pytest.raises(CorpusError, match="only a name; set `corpus` in the peer file"):
+    with pytest.raises(ConfigError, match="opens no path that another peer wrote; set corpus in"):
         build_task(run)

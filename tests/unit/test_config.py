@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from p2ptrain.config import (
     MAX_FILE_BYTES,
     BytesTask,
+    DigitsTask,
     Optimizer,
     PeerConfig,
     RunConfig,
@@ -69,6 +70,7 @@ def refusal(load, path) -> str:
 # the new digest here.
 DIGESTS = {
     "default": "2c6db6ababa6bf3f549cc5ef01cc310654ea85950b3992b7a7b8a4cab6523ce2",
+    "digits": "0e9c08481bad0f7231664fcfe1645fbc4d28fe16b1a579588b24b8199589fa51",
     "own-text": "da12b4cb608949e941bcffd7a0835db1f2500057d0e432e1474b4bc947925d91",
     "rehearsal": "8d230de343e28ad4bbacc91c054c7a7e03071fe511da5c172d79926b8d851e7a",
     "rehearsal-slow": "b589b6175057dc9f845698f5be1f76422dce211de8303211a02e7ac58de4dbf9",
@@ -162,6 +164,15 @@ WRONG_RUNS = {
     "qqq = 2": 'unknown key "qqq" in FILE; `p2ptrain config schema` lists all keys',
     # out of range
     "[optimizer]\nlr = 20": "optimizer.lr in FILE must be a number, above 0 and at most 10, but is 20",
+    # the kind of task
+    "[task]\nkind = 'poems'": 'task.kind in FILE must be "bytes" or "digits", but is "poems"',
+    "[task]\nkind = 3": 'task.kind in FILE must be "bytes" or "digits", but is "3"',
+    "[task]\nkind = 'digits'\nwidth = 0": (
+        "task.width in FILE must be a whole number from 1 to 65536, but is 0"
+    ),
+    "[task]\nkind = 'digits'\nlayers = 1": (
+        'unknown key "task.layers" in FILE; it belongs in a table of another task.kind'
+    ),
     "[task]\nlayers = 0": "task.layers in FILE must be a whole number from 1 to 64, but is 0",
     "seed = 0x" + "f" * 4000: (
         "seed in FILE must be a whole number, at least 0 and below 2147483648, "
@@ -273,7 +284,7 @@ def test_peer_is_refused_when_its_micro_batch_exceeds_the_target():
 def test_peer_is_refused_when_only_the_run_says_where_the_text_is():
     """An invite must not be able to make a volunteer train on, and so give away, a folder of its choice."""
     run = RunConfig(task=BytesTask(corpus="/home"))
-    with pytest.raises(ConfigError, match=r'trains on the text "/home", .* set corpus in the peer file'):
+    with pytest.raises(ConfigError, match=r'wants the corpus "/home", .* set corpus in the peer file'):
         check_together(run, PeerConfig())
     check_together(run, PeerConfig(corpus="texts"))
 
@@ -286,7 +297,8 @@ runs = st.builds(
     seed=st.integers(0, 2**31 - 1),
     target_batch_size=st.integers(1, 2**24),
     codec=st.sampled_from(["fp32", "fp16", "int8"]),
-    task=st.builds(
+    task=st.builds(DigitsTask, width=st.integers(1, 9))
+    | st.builds(
         BytesTask, corpus=st.text(min_size=1, max_size=300, alphabet=st.characters(exclude_categories=["Cs"]))
     ),
     optimizer=st.builds(
@@ -393,7 +405,7 @@ def test_run_of_a_peer_gives_a_run_or_bad_message_when_anything_is_sent(text):
 
 FIELDS = [
     (model, name, field)
-    for model in (RunConfig, BytesTask, Optimizer, Schedule, PeerConfig)
+    for model in (RunConfig, BytesTask, DigitsTask, Optimizer, Schedule, PeerConfig)
     for name, field in model.model_fields.items()
 ]
 
@@ -414,7 +426,14 @@ def test_explain_gives_range_default_and_text_when_the_key_is_known():
     assert explain("micro_batch_size").startswith(
         "micro_batch_size (peer file): a whole number from 1 to 65536; "
     )
+    assert explain("task.layers").startswith("task.layers (run file, task.kind bytes): ")
     assert explain("schedule").startswith("schedule (run file): a table of kind, warmup_steps, final_ratio\n")
+
+
+def test_explain_tells_tasks_apart_when_a_key_means_something_else_in_each():
+    of_bytes, of_digits = explain("task.width").split("\n\n")
+    assert of_bytes.startswith("task.width (run file, task.kind bytes): a whole number from 8 to 4096; ")
+    assert of_digits.startswith("task.width (run file, task.kind digits): a whole number from 1 to 65536;")
 
 
 @pytest.mark.parametrize("kind", ["run", "peer"])
@@ -422,7 +441,7 @@ def test_explain_knows_every_key_when_the_schema_does(kind):
     document = schema()[kind]
     assert document["additionalProperties"] is False
     for key in document["properties"]:
-        assert explain(key).startswith(f"{key} ({kind} file): ")
+        assert explain(key).startswith(f"{key} ({kind} file")
 
 
 def test_explain_names_the_nearest_key_when_there_is_none():
