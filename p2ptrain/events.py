@@ -516,6 +516,23 @@ class PeerBenched(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerKicked(_Happened):
+    """The organizer has put a peer out, and nobody deals with it."""
+
+    event: ClassVar[str] = "peer_kicked"
+    level: ClassVar[int] = logging.WARNING
+    peer: PeerId
+    seconds: float | None
+    """For which it is out yet; None: for good."""
+    reason: str
+
+    def sentence(self) -> str:
+        until = "for good" if self.seconds is None else f"for {duration(self.seconds)}"
+        reason = f": {clean(self.reason)}" if self.reason else ""
+        return f"the organizer has put out peer {short(self.peer)} {until}{reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CarrierChanged(_Happened):
     """Chunks to and from a peer go another way from now on."""
 
@@ -607,6 +624,7 @@ Event = (
     | CheckpointFailed
     | PeerFaulted
     | PeerBenched
+    | PeerKicked
     | CarrierChanged
     | PeerStoodOut
     | ReachChanged

@@ -38,6 +38,8 @@ MAX_HELLO_BYTES = 4096
 """Of the first frame on a stream: until then anybody may have opened it."""
 MAX_REVOKED = 256
 """So that all fit into one DHT record."""
+MAX_KICKED = 24
+"""So that these do, too."""
 
 
 class Record(BaseModel):
@@ -528,18 +530,45 @@ class RoundRecord(Record):
     roster_size: Annotated[int, Field(ge=1, le=MAX_ROSTER)]
 
 
-class Revocations(Record):
-    """The invites that the organizer has taken back: signed by the organizer, passed on by any peer."""
+class Decree(Record):
+    """What the organizer says to all: signed with the organizer's key, for one run, passed on by any peer.
 
-    kind: Literal["revocations"] = "revocations"
+    `gate.signed` makes one. Of each kind the one of the highest revision holds, and says all there is to say.
+    """
+
+    kind: str
     peer: Id
     """Who passes it on."""
     revision: Count
-    """The higher one holds."""
-    serials: Annotated[tuple[Serial, ...], Field(max_length=MAX_REVOKED)]
     signature: Signature
-    """Of revision and serials, by the organizer."""
+    """Of the kind, the run's id and all that is said here but by `peer`."""
 
 
-SignedRecord = Annotated[Presence | RoundRecord | Revocations, Field(discriminator="kind")]
+class Revocations(Decree):
+    """The invites that the organizer has taken back."""
+
+    kind: Literal["revocations"] = "revocations"
+    serials: Annotated[tuple[Serial, ...], Field(max_length=MAX_REVOKED)]
+
+
+class Kick(Record):
+    """One peer that is put out, whatever invite it shows."""
+
+    who: Annotated[PeerId, Field(min_length=1, max_length=64)]
+    until: Moment | None
+    """None: it may not come back."""
+    reason: Annotated[str, Field(max_length=40, pattern=r"^[ !#-\[\]-~]*$")] = ""
+
+
+class Kicks(Decree):
+    """The peers that the organizer has put out."""
+
+    kind: Literal["kicks"] = "kicks"
+    kicks: Annotated[tuple[Kick, ...], Field(max_length=MAX_KICKED)]
+
+
+DECREES = ("revocations", "kicks")
+"""Their kinds."""
+
+SignedRecord = Annotated[Presence | RoundRecord | Revocations | Kicks, Field(discriminator="kind")]
 SIGNED: TypeAdapter[SignedRecord] = TypeAdapter(SignedRecord)

@@ -35,7 +35,7 @@ from p2ptrain.records import (
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
-from peers import invites
+from peers import invites, present
 from peers.places import made
 from peers.signals import Stop
 
@@ -48,7 +48,7 @@ SETTLE_SECONDS = 6.0
 found nobody and begun a log of its own."""
 LOOK_SECONDS = 0.5
 BOOK_SECONDS = 2.0
-"""Between two looks at what the organizer has revoked."""
+"""Between two looks at what the organizer has decreed."""
 
 
 class _RunFile:
@@ -115,6 +115,7 @@ async def bootstrap(
             patience = SETTLE_SECONDS if restarted else 0.0
             beside = [
                 asyncio.create_task(_keep_present(swarm, run), name="presence"),
+                asyncio.create_task(_keep_seeing(swarm, folder), name="present"),
                 asyncio.create_task(_let_in(swarm, run_file, patience), name="door"),
                 asyncio.create_task(_keep_reading(swarm, folder), name="book"),
             ]
@@ -151,19 +152,33 @@ async def _keep_present(swarm: Libp2pSwarm, run: RunConfig) -> None:
         await asyncio.sleep(PRESENCE_SECONDS)
 
 
+async def _keep_seeing(swarm: Libp2pSwarm, folder: Path) -> None:
+    """Write down who is there, for the organizer's commands."""
+    seen = present.read(folder)
+    while True:
+        there = [each for each in await swarm.lookup("presence") if isinstance(each, Presence)]
+        seen = present.merged(seen, there, int(time.time()))
+        try:
+            present.write(folder, seen)
+        except StorageError as fault:
+            logger.warning("%s", fault)
+        await asyncio.sleep(PRESENCE_SECONDS)
+
+
 async def _keep_reading(swarm: Libp2pSwarm, folder: Path) -> None:
-    """Have the swarm know what the organizer revokes meanwhile."""
+    """Have the swarm know what the organizer decrees meanwhile."""
     while True:
         await asyncio.sleep(BOOK_SECONDS)
         try:
             _heed(swarm, invites.read(folder))
         except StorageError as fault:
-            logger.warning("what was revoked is not known: %s", fault)
+            logger.warning("what was decreed is not known: %s", fault)
 
 
 def _heed(swarm: Libp2pSwarm, book: invites.Book) -> None:
-    if swarm.gate is not None and book.revocations is not None:
-        swarm.gate.learn(book.revocations)
+    if swarm.gate is not None:
+        for decree in book.decrees:
+            swarm.gate.learn(decree)
 
 
 async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: float) -> None:

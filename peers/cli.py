@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from p2ptrain.errors import P2PTrainError
-from peers import config_cli, control_cli, invite_cli
+from peers import config_cli, control_cli, invite_cli, run_cli
 
 app = typer.Typer(
     name="p2ptrain",
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(config_cli.app, name="config")
 app.add_typer(invite_cli.app, name="invite")
+app.add_typer(run_cli.app, name="run")
 control_cli.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]

@@ -1,7 +1,8 @@
 """The organizer's book of invites: a file beside the organizer's key, in the bootstrap's data folder.
 
-Invites are made, listed and revoked here with nothing on the net. The bootstrap makes key and book at its
-first start; while it runs it reads the book again and again, and tells the swarm what has been revoked.
+Invites are made, listed and revoked, and peers are kicked, here with nothing on the net. The bootstrap makes
+key and book at its first start; while it runs it reads the book again and again, and tells the swarm what has
+been decreed.
 
 Not covered: a book that is lost. Its invites stay valid then, and new ones might be given their numbers.
 """
@@ -18,9 +19,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2ptrain.config import RunConfig, run_digest
 from p2ptrain.errors import ConfigError, StorageError
-from p2ptrain.records import MAX_REVOKED, Grant, PeerId, Permission, Revocations
+from p2ptrain.events import clean
+from p2ptrain.records import (
+    MAX_KICKED,
+    MAX_REVOKED,
+    Decree,
+    Grant,
+    Kick,
+    Kicks,
+    PeerId,
+    Permission,
+    Revocations,
+)
+from p2ptrain.swarm import gate
 from p2ptrain.swarm.access import Invite, decode, encode, issue
-from p2ptrain.swarm.gate import revoke as revocations_of
 from p2ptrain.swarm.identity import Identity, load_or_create
 from peers.durations import parse_seconds
 
@@ -53,8 +65,16 @@ class Book(BaseModel):
     addresses: list[str] = []
     """Where the bootstrap was to be found at its last start."""
     invites: list[Issued] = []
+    run_id: str = ""
+    """What decrees are bound to; empty in a book that no bootstrap has opened since they are."""
     revocations: Revocations | None = None
+    kicks: Kicks | None = None
     """As the organizer has signed them."""
+
+    @property
+    def decrees(self) -> list[Decree]:
+        """What the swarm is to know."""
+        return [each for each in (self.revocations, self.kicks) if each is not None]
 
     def link(self, run: RunConfig) -> Issued | None:
         """The unlimited invite that this run's bootstrap prints, if there is one."""
@@ -78,6 +98,8 @@ def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bo
     with _edited(folder) as book:
         book.public = book.public if public is None else public
         book.addresses = list(addresses)
+        if book.run_id != run.run_id:
+            _renew(organizer, book, run.run_id)
         link = book.link(run)
         if link is not None and not book.public:
             _revoke(organizer, book, [link.grant.serial])
@@ -123,6 +145,22 @@ def revoke(folder: Path, serials: Sequence[int]) -> Book:
     with _edited(folder) as book:
         _revoke(organizer, book, serials)
         return book
+
+
+def kick(folder: Path, who: PeerId, until: int | None, reason: str, now: int) -> Sequence[Kick]:
+    """Put a peer out until then (None: for good); all who are out. Raises ConfigError if there is no room."""
+    try:
+        kick = Kick(who=who, until=until, reason=reason)
+    except ValidationError:
+        raise ConfigError(
+            f"--reason {clean(reason, 50)}: expected at most 40 characters of ASCII, no quotes or backslashes"
+        ) from None
+    return _put_out(folder, who, kick, now)
+
+
+def lift(folder: Path, who: PeerId, now: int) -> Sequence[Kick]:
+    """Let a peer come back; all who are out still. Raises ConfigError if it was not out."""
+    return _put_out(folder, who, None, now)
 
 
 def read(folder: Path) -> Book:
@@ -223,5 +261,36 @@ def _revoke(organizer: Identity, book: Book, serials: Sequence[int]) -> None:
             f"{len(listed)} invites would be revoked, and at most {MAX_REVOKED} fit into what peers pass on; "
             "change the run file's run_id or seed, and open a new run"
         )
-    revision = 1 + (book.revocations.revision if book.revocations else 0)
-    book.revocations = revocations_of(organizer, revision, listed)
+    book.revocations = gate.revoke(organizer, book.run_id, _next(book.revocations), listed)
+
+
+def _put_out(folder: Path, who: PeerId, kick: Kick | None, now: int) -> Sequence[Kick]:
+    organizer = _organizer(folder)
+    with _edited(folder) as book:
+        if not book.run_id:
+            raise ConfigError(f"the book in {folder} names no run yet; start its bootstrap once")
+        before = book.kicks.kicks if book.kicks else ()
+        out = [each for each in before if each.until is None or each.until > now]
+        if kick is None and all(each.who != who for each in out):
+            raise ConfigError(f"peer {who} is not put out, so there is nothing to lift")
+        kicks = [each for each in out if each.who != who] + ([kick] if kick else [])
+        if len(kicks) > MAX_KICKED:
+            raise ConfigError(
+                f"{len(kicks)} peers would be out, and at most {MAX_KICKED} fit into what peers pass on; "
+                "lift one, or revoke the invite that they come by"
+            )
+        book.kicks = gate.kick(organizer, book.run_id, _next(book.kicks), kicks)
+        return kicks
+
+
+def _renew(organizer: Identity, book: Book, run_id: str) -> None:
+    """Decree the same for this run."""
+    book.run_id = run_id
+    if book.revocations is not None:
+        book.revocations = gate.revoke(organizer, run_id, _next(book.revocations), book.revocations.serials)
+    if book.kicks is not None:
+        book.kicks = gate.kick(organizer, run_id, _next(book.kicks), book.kicks.kicks)
+
+
+def _next(before: Decree | None) -> int:
+    return 1 + (before.revision if before else 0)

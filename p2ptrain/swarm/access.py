@@ -126,14 +126,14 @@ def is_borne_by(shown: Pass, peer: PeerId) -> bool:
 def untimely(grant: Grant, now: float) -> str:
     """Why the grant does not hold at this time, as the end of "the invite …"; empty if it does."""
     if grant.issued > now + MAX_CLOCK_SKEW_SECONDS:
-        return f"is not valid before {_shown(grant.issued)}, and it is {_shown(now)} by the clock here"
+        return f"is not valid before {as_date(grant.issued)}, and it is {as_date(now)} by the clock here"
     return ended(grant, now)
 
 
 def ended(grant: Grant, now: float) -> str:
     """The same, but for when it began: a clock that is set back shall put nobody out who is in."""
     if grant.expires is not None and now >= grant.expires:
-        return f"expired at {_shown(grant.expires)}, and it is {_shown(now)} by the clock here"
+        return f"expired at {as_date(grant.expires)}, and it is {as_date(now)} by the clock here"
     return ""
 
 
@@ -148,7 +148,9 @@ def check(invite: Invite, now: float, *, role: Permission = "watch") -> None:
         )
 
 
-def _shown(moment: float) -> str:
+def as_date(moment: float) -> str:
+    """A time as people read it."""
+    moment = min(moment, 253_402_300_799)  # the last second that has a date here; a `Moment` may be later
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 

@@ -5,48 +5,71 @@ is asked. What another peer shows is bound to its peer id, which the transport h
 that was overheard or handed on is void. An invite that ends, by its date or by being revoked, ends for
 whoever came by it, too.
 
-Not covered: a peer that has never heard of a revocation lets its bearer in until it does; and whoever has the
-line of an invite can come by it, under as many peer ids as they like.
+What the organizer says later, such as which invites are taken back and which peers are put out, is a
+`Decree`, signed with the same key; any peer may bring it.
+
+Not covered: a peer that has never heard of a decree does not heed it until it does; and whoever has the line
+of an invite can come by it, under as many peer ids as they like, also when one of these has been kicked.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import time
-from collections.abc import Callable, Collection
-from typing import assert_never
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar, assert_never
 
 from p2ptrain.events import short
 from p2ptrain.records import (
+    Decree,
     GetEntry,
     GetLineage,
     GetManifest,
     GetPiece,
     GetRun,
+    Kick,
+    Kicks,
     Pass,
     PeerId,
     Permission,
     Request,
     Revocations,
 )
-from p2ptrain.swarm.access import Invite, ended, is_borne_by, is_signed
-from p2ptrain.swarm.identity import Identity, verify
+from p2ptrain.swarm.access import as_date, ended, is_borne_by, is_signed
+from p2ptrain.swarm.identity import SIGNATURE_BYTES, Identity, verify
 
 MAX_PASSES = 2048
 """Whose signatures are remembered: a peer shows its pass on every stream."""
 
+UNSIGNED = "0" * 2 * SIGNATURE_BYTES
+"""In the place of the signature of a draft."""
+
+D = TypeVar("D", bound=Decree)
+
 
 class Gate:
-    """One peer's judgement of whoever knocks. It learns of revocations, and forgets none."""
+    """One peer's judgement of whoever knocks. It learns of decrees, and forgets none."""
 
-    def __init__(self, invite: Invite, me: PeerId, clock: Callable[[], float] = time.time) -> None:
-        """`me`: who came by this invite. `clock`: seconds since 1970."""
-        self.own = invite.shown_by(me)
-        self.revocations: Revocations | None = None
-        """The newest list that came by, as the organizer signed it."""
+    def __init__(self, own: Pass, me: PeerId, clock: Callable[[], float] = time.time) -> None:
+        """`own`: what this peer, `me`, shows itself. `clock`: seconds since 1970."""
+        self.own = own
+        self.decrees: dict[str, Decree] = {}
+        """Of each kind the newest that came by, as the organizer signed it."""
         self._me = me
         self._clock = clock
+
+    @property
+    def revoked(self) -> Collection[int]:
+        """Numbers of the invites that hold no more."""
+        found = self.decrees.get("revocations")
+        return found.serials if isinstance(found, Revocations) else ()
+
+    @property
+    def kicks(self) -> Sequence[Kick]:
+        """Who is put out now, and why."""
+        found, now = self.decrees.get("kicks"), self._clock()
+        kicks = found.kicks if isinstance(found, Kicks) else ()
+        return [each for each in kicks if each.until is None or now < each.until]
 
     def flaw(self, peer: PeerId, shown: Pass | None, *, any_run: bool = False) -> str:
         """Why this peer, showing this, is not let in, as a sentence without its end; empty if it is.
@@ -64,23 +87,32 @@ class Gate:
         which = f"the invite shown (number {grant.serial})"
         if not any_run and grant.run_digest != ours.run_digest:
             return f"{which} is to run {grant.run_digest[:12]}… and not to {ours.run_digest[:12]}…"
-        if self.revocations is not None and grant.serial in self.revocations.serials:
+        if grant.serial in self.revoked:
             return f"{which} has been revoked by the organizer"
         if late := ended(grant, self._clock()):
             return f"{which} {late}"
-        return ""
+        return next((put_out(each) for each in self.kicks if each.who == peer), "")
 
     def own_flaw(self) -> str:
         """Why others do not let us in any more; empty if they do, as far as we know."""
         return self.flaw(self._me, self.own)
 
-    def learn(self, told: Revocations) -> bool:
-        """Heed this list if the organizer signed it and none newer is known; whether the organizer did."""
-        if not _is_of_organizer(told, self.own.grant.organizer):
+    def learn(self, told: Decree) -> bool:
+        """Heed this if the organizer signed it and nothing newer of its kind is known; whether the organizer
+        did."""
+        grant = self.own.grant
+        if not _is_decreed(told, grant.organizer, grant.run_id):
             return False
-        if self.revocations is None or told.revision > self.revocations.revision:
-            self.revocations = told
+        known = self.decrees.get(kind := told.kind)
+        if known is None or told.revision > known.revision:
+            self.decrees[kind] = told
         return True
+
+
+def put_out(kick: Kick) -> str:
+    """Why that peer is not let in, as a sentence without its end."""
+    until = "" if kick.until is None else f" until {as_date(kick.until)}"
+    return f"the organizer has put this peer out{until}{f': {kick.reason}' if kick.reason else ''}"
 
 
 def permits(role: Permission, request: Request | None) -> bool:
@@ -98,11 +130,23 @@ def permits(role: Permission, request: Request | None) -> bool:
             assert_never(request)
 
 
-def revoke(organizer: Identity, revision: int, serials: Collection[int]) -> Revocations:
+def signed(organizer: Identity, run_id: str, draft: D) -> D:
+    """The draft with the organizer's signature in its place."""
+    return draft.model_copy(update={"signature": organizer.sign(_decree(draft, run_id)).hex()})
+
+
+def revoke(organizer: Identity, run_id: str, revision: int, serials: Collection[int]) -> Revocations:
     """The list that takes back these invites; the organizer numbers the lists."""
-    listed = tuple(sorted(serials))
-    signature = organizer.sign(_decree(revision, listed)).hex()
-    return Revocations(peer=organizer.peer_id, revision=revision, serials=listed, signature=signature)
+    listed, me = tuple(sorted(serials)), organizer.peer_id
+    return signed(
+        organizer, run_id, Revocations(peer=me, revision=revision, serials=listed, signature=UNSIGNED)
+    )
+
+
+def kick(organizer: Identity, run_id: str, revision: int, kicks: Sequence[Kick]) -> Kicks:
+    """The list that puts out these peers; the organizer numbers the lists."""
+    draft = Kicks(peer=organizer.peer_id, revision=revision, kicks=tuple(kicks), signature=UNSIGNED)
+    return signed(organizer, run_id, draft)
 
 
 @functools.lru_cache(maxsize=MAX_PASSES)
@@ -115,9 +159,11 @@ def _forged(peer: PeerId, shown: Pass) -> str:
 
 
 @functools.lru_cache(maxsize=MAX_PASSES)
-def _is_of_organizer(told: Revocations, organizer: PeerId) -> bool:
-    return verify(organizer, _decree(told.revision, told.serials), bytes.fromhex(told.signature))
+def _is_decreed(told: Decree, organizer: PeerId, run_id: str) -> bool:
+    return verify(organizer, _decree(told, run_id), bytes.fromhex(told.signature))
 
 
-def _decree(revision: int, serials: tuple[int, ...]) -> bytes:
-    return b"p2ptrain revocations\0" + json.dumps([revision, *serials]).encode()
+def _decree(told: Decree, run_id: str) -> bytes:
+    """What the organizer signs."""
+    text = told.model_dump_json(exclude={"peer", "signature"})
+    return f"p2ptrain {told.kind} of {run_id}\0{text}".encode()

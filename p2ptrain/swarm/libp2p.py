@@ -54,23 +54,26 @@ from p2ptrain.events import (
     CarrierChanged,
     DaemonRestarted,
     PeerFaulted,
+    PeerKicked,
     ReachChanged,
     clean,
     short,
 )
 from p2ptrain.protocol.presence import look_seconds
 from p2ptrain.records import (
+    DECREES,
     SIGNED,
     Averaged,
     Chunk,
+    Decree,
     DialBack,
     Dialled,
+    Kick,
     Message,
     PeerId,
     Presence,
     Reply,
     Request,
-    Revocations,
     SignedRecord,
 )
 from p2ptrain.swarm import reach
@@ -128,11 +131,11 @@ RELAY_LIMITS = {"relayDataLimit": str(2**50), "relayTimeLimit": "24h", "relayBuf
 """Of one connection that we relay; at its end both sides make another, and one round is tried again."""
 
 REVIEW_SECONDS = 3.0
-"""How often a peer asks which invites have been revoked, and looks at whose invite has ended."""
-REVOCATIONS_SECONDS = 60.0
-"""For which a list of them is published; whoever keeps it there begins anew when it has expired."""
+"""How often a peer asks what the organizer has decreed, and looks at whose invite has ended."""
+DECREE_SECONDS = 60.0
+"""For which a decree is published; whoever keeps it there begins anew when it has expired."""
 KEEPERS = 3
-"""So many peers keep the list of revoked invites published; it outlives the organizer's own."""
+"""So many peers keep each decree published; it outlives the organizer's own."""
 
 READ_BUFFER_BYTES = 2**20
 MAX_STREAMS = 2048
@@ -144,7 +147,7 @@ _LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d{1,5})")
 _ADDRESS = re.compile(r"/ip[46]/([0-9A-Fa-f.:]+)/")
 _PEER = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)")
 
-Event = PeerFaulted | CarrierChanged | ReachChanged | DaemonRestarted
+Event = PeerFaulted | PeerKicked | CarrierChanged | ReachChanged | DaemonRestarted
 
 
 class Libp2pSwarm:
@@ -188,9 +191,7 @@ class Libp2pSwarm:
         self.relays: tuple[_Entry, ...] = ()
         """Where other hidden peers can meet us, if we are hidden."""
         self._doorkeeper = reach.Doorkeeper()
-        self._keys = {
-            kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", "revocations")
-        }
+        self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", *DECREES)}
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()
@@ -204,7 +205,7 @@ class Libp2pSwarm:
                 max_payload_bytes=max_payload_bytes,
                 on_event=on_event,
             )
-        self.gate = Gate(invite, self.peer_id) if invite else None
+        self.gate = Gate(invite.shown_by(self.peer_id), self.peer_id) if invite else None
         self._lanes = Lanes(
             self.peer_id,
             fingerprint,
@@ -711,19 +712,26 @@ class Libp2pSwarm:
                 self._crew.spawn(self._reserve(node))
 
     async def _guard(self, gate: Gate) -> None:
-        """Hear of revoked invites, pass on that they are, and part from those who came by them."""
-        said, said_at = -1, 0.0
+        """Hear of the organizer's decrees, pass them on, and part from those who are no longer let in."""
+        said: dict[str, tuple[int, float]] = {}
+        told: set[Kick] = set()
         while True:
-            lists = [each for each in await self.lookup("revocations") if isinstance(each, Revocations)]
-            genuine = [each for each in lists if gate.learn(each) and each.peer != self.peer_id]
+            for kind in DECREES:
+                found = [each for each in await self.lookup(kind) if isinstance(each, Decree)]
+                genuine = [each for each in found if gate.learn(each) and each.peer != self.peer_id]
+                if (newest := gate.decrees.get(kind)) is not None:
+                    keepers = sum(each.revision == newest.revision for each in genuine)
+                    revision, at = said.get(kind, (-1, 0.0))
+                    due = newest.revision > revision or time.monotonic() > at + DECREE_SECONDS / 3
+                    if keepers < KEEPERS and due:
+                        said[kind] = newest.revision, time.monotonic()
+                        ours = SIGNED.validate_python(newest.model_copy(update={"peer": self.peer_id}))
+                        await self.publish(ours, ttl_seconds=DECREE_SECONDS)
+            for kick in set(gate.kicks) - told:
+                seconds = None if kick.until is None else max(kick.until - time.time(), 0.0)
+                self._on_event(PeerKicked(peer=kick.who, seconds=seconds, reason=kick.reason))
+            told = set(gate.kicks)
             self._lanes.review()
-            if (newest := gate.revocations) is not None:
-                keepers = sum(each.revision == newest.revision for each in genuine)
-                due = newest.revision > said or time.monotonic() > said_at + REVOCATIONS_SECONDS / 3
-                if keepers < KEEPERS and due:
-                    said, said_at = newest.revision, time.monotonic()
-                    ours = newest.model_copy(update={"peer": self.peer_id})
-                    await self.publish(ours, ttl_seconds=REVOCATIONS_SECONDS)
             await asyncio.sleep(REVIEW_SECONDS)
 
     async def _look_at(self, node: _Node) -> None:

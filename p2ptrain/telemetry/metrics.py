@@ -60,6 +60,7 @@ from p2ptrain.events import (
     PauseReason,
     PeerBenched,
     PeerFaulted,
+    PeerKicked,
     PeerStoodOut,
     Previewed,
     ReachChanged,
@@ -315,6 +316,7 @@ class Metrics:
             "peer_faults_total", "Things that peers did wrong and this one survived.", cause=FaultCause
         )
         self._benched = counter("peer_benches_total", "Times that a peer was left out for what it had done.")
+        self._kicked = counter("peer_kicks_total", "Times that the organizer put a peer out.")
         self._carrier_changes = counter(
             "carrier_changes_total", "Times that a peer's chunks began to go this way.", carrier=Carrier
         )
@@ -450,6 +452,8 @@ class Metrics:
                 self._faults.labels(event.cause).inc()
             case PeerBenched():
                 self._benched.inc()
+            case PeerKicked():
+                self._kicked.inc()
             case CarrierChanged():
                 self._carrier_changes.labels(event.carrier).inc()
             case PeerStoodOut():

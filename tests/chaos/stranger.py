@@ -45,7 +45,7 @@ class Forced(Gate):
     """Shows what it was given, and lets in everybody."""
 
     def __init__(self, shown: Pass) -> None:
-        self.own, self.revocations = shown, None
+        super().__init__(shown, PeerId("nobody"))
 
     def flaw(self, peer: PeerId, shown: Pass | None, *, any_run: bool = False) -> str:
         return ""

@@ -25,8 +25,9 @@ from p2ptrain.swarm.access import Invite, decode, encode
 from p2ptrain.swarm.gate import Gate, revoke
 from p2ptrain.swarm.identity import of_seed
 from p2ptrain.swarm.memory import MemoryHub, MemorySwarm
+from peers import present
 from tests.swarm.processes import Crew, Process, crew, run_file, until
-from tests.unit.organizer import NOW, ORGANIZER, invite
+from tests.unit.organizer import NOW, ORGANIZER, RUN_ID, invite
 
 pytestmark = pytest.mark.swarm
 
@@ -46,14 +47,14 @@ class Shows(Gate):
     """Shows whatever it was given, and lets in everybody."""
 
     def __init__(self, shown: Pass) -> None:
-        self.own, self.revocations = shown, None
+        super().__init__(shown, EVE)
 
     def flaw(self, peer: PeerId, shown: Pass | None, *, any_run: bool = False) -> str:
         return ""
 
 
 def gate(me: PeerId, **changes: object) -> Gate:
-    return Gate(invite(**changes), me, lambda: NOW)  # type: ignore[arg-type]
+    return Gate(invite(**changes).shown_by(me), me, lambda: NOW)  # type: ignore[arg-type]
 
 
 async def give_state(request: Request) -> tuple[Piece, bytes]:
@@ -187,7 +188,7 @@ def test_peer_is_parted_from_and_stays_out_when_its_invite_is_revoked() -> None:
             await told.until(lambda told: told.messages)
             alice.review()
             assert not heard.links
-            mine.learn(revoke(ORGANIZER, 1, [2]))
+            mine.learn(revoke(ORGANIZER, RUN_ID, 1, [2]))
             alice.review()
             await heard.until(lambda heard: heard.links == [(BOB, False)])
             await told.until(lambda told: (ALICE, False) in told.links)
@@ -228,7 +229,7 @@ async def test_revocation_reaches_all_through_the_dht_and_uninvited_records_are_
         await heard["alice"].until(lambda heard: heard.messages)
 
         assert organizer.gate is not None
-        organizer.gate.learn(revoke(ORGANIZER, 1, [2]))
+        organizer.gate.learn(revoke(ORGANIZER, RUN_ID, 1, [2]))
         await heard["alice"].until(lambda heard: heard.links[-1:] == [(bob.peer_id, False)])
         assert alice.gate is not None
         assert bob.gate is not None
@@ -241,7 +242,7 @@ async def test_revocation_reaches_all_through_the_dht_and_uninvited_records_are_
         late = await fabric.join("late", invite=invite(serial=3))
         assert late.gate is not None
         gate_of_late = late.gate
-        await comes(lambda: gate_of_late.revocations)
+        await comes(lambda: gate_of_late.revoked)
     finally:
         await fabric.aclose()
 
@@ -291,10 +292,21 @@ def test_private_run_lets_in_by_invite_only_until_it_is_revoked_or_expires(
     until(lambda: time.time() > (brief.grant.expires or 0), "the end of the brief invite")
     assert "set the clock" in sentence(people.join(encode(brief), "brief"), 2)
 
-    command("revoke", str(good.grant.serial))
+    def seen() -> list[str]:
+        return [each.peer for each in present.read(tmp_path / "organizer") if each.role == "train"]
+
+    until(seen, "the bootstrap has seen the peer")
+    [who] = seen()
+    kicking = people.start("run", "kick", who[-8:], *there, "--ban", "--reason", "it stalls")
+    assert kicking.end() == 0, kicking
+    assert f"came by invite {good.grant.serial}" in str(kicking)
     said = sentence(peer, 2)
-    assert "has been revoked by the organizer" in said
+    assert "the organizer has put this peer out: it stalls" in said
     assert "checkpoint" in said
+    assert "has put out peer" in str(peer)
+    assert '"peer_kicked"' in peer.journal(tmp_path / "peer")
+    assert "it stalls" in sentence(people.join(encode(good), "peer"), 2)
+    command("revoke", str(good.grant.serial))
     assert "has been revoked by the organizer" in sentence(people.join(encode(good), "again"), 2)
     rows = command("list")["invites"]
     assert isinstance(rows, list)

@@ -11,6 +11,7 @@ from p2ptrain.swarm.identity import Identity, of_seed
 
 ORGANIZER = of_seed(b"o" * 32)
 NOBODY = "12D3KooWQpq3ogFstGJRSqBZ3GGPh186RaAYFtQnPpRKWs6ZLJtQ"
+RUN_ID = RunConfig().run_id
 NOW = 1_800_000_000
 """When the invites were made, unless a test says otherwise."""
 

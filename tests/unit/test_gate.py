@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from organizer import NOW, ORGANIZER, invite
+from organizer import NOW, ORGANIZER, RUN_ID, invite
 
 from p2ptrain.records import (
     MAX_HELLO_BYTES,
+    MAX_KICKED,
     MAX_REVOKED,
     GetEntry,
     GetLineage,
@@ -20,12 +21,13 @@ from p2ptrain.records import (
     GetRun,
     Grant,
     Hello,
+    Kick,
     Pass,
     Presence,
     Request,
 )
 from p2ptrain.swarm.frames import pack
-from p2ptrain.swarm.gate import Gate, permits, revoke
+from p2ptrain.swarm.gate import Gate, kick, permits, revoke
 from p2ptrain.swarm.identity import SIGNATURE_BYTES, of_seed
 from p2ptrain.swarm.validator import MAX_RECORD_BYTES
 
@@ -43,7 +45,7 @@ class Clock:
 
 
 def gate(**changes: Any) -> Gate:
-    return Gate(invite(**changes), ALICE, Clock())
+    return Gate(invite(**changes).shown_by(ALICE), ALICE, Clock())
 
 
 def judged(shown: Pass | None, **options: Any) -> str:
@@ -57,7 +59,7 @@ def bobs(**changes: Any) -> Pass:
 
 def test_peer_is_let_in_with_a_pass_of_its_own_by_the_same_or_another_invite() -> None:
     ours = invite()
-    assert Gate(ours, ALICE, Clock()).flaw(BOB, ours.shown_by(BOB)) == ""
+    assert Gate(ours.shown_by(ALICE), ALICE, Clock()).flaw(BOB, ours.shown_by(BOB)) == ""
     assert judged(bobs(serial=7, role="watch", name="lab", issued=NOW, expires=NOW + 1)) == ""
 
 
@@ -118,7 +120,7 @@ def test_overheard_pass_is_void_when_the_thief_adds_a_proof_with_its_own_key() -
 
 def test_pass_ends_when_its_time_does_also_our_own() -> None:
     clock = Clock()
-    ours = Gate(invite(expires=NOW + 60), ALICE, clock)
+    ours = Gate(invite(expires=NOW + 60).shown_by(ALICE), ALICE, clock)
     theirs = bobs(expires=NOW + 30)
     assert not ours.flaw(BOB, theirs)
     clock.now += 31
@@ -133,30 +135,68 @@ def test_pass_ends_when_its_time_does_also_our_own() -> None:
 
 def test_pass_is_void_once_a_list_that_revokes_it_has_come_by_also_our_own() -> None:
     ours = gate(serial=5)
-    assert ours.learn(revoke(ORGANIZER, 1, [7, 3]))
+    assert ours.learn(revoke(ORGANIZER, RUN_ID, 1, [7, 3]))
     assert ours.flaw(BOB, bobs(serial=7)) == "the invite shown (number 7) has been revoked by the organizer"
     assert not ours.flaw(BOB, bobs(serial=4))
     assert not ours.own_flaw()
-    ours.learn(revoke(ORGANIZER, 2, [3, 5, 7]))
+    ours.learn(revoke(ORGANIZER, RUN_ID, 2, [3, 5, 7]))
     assert "revoked" in ours.own_flaw()
 
 
 def test_list_is_not_heeded_when_somebody_else_made_or_changed_it() -> None:
-    ours, genuine = gate(), revoke(ORGANIZER, 1, [7])
+    ours, genuine = gate(), revoke(ORGANIZER, RUN_ID, 1, [7])
     for forged in (
-        revoke(STRANGER, 2, [1]),
+        revoke(STRANGER, RUN_ID, 2, [1]),
         genuine.model_copy(update={"serials": (1,)}),
         genuine.model_copy(update={"revision": 2}),
     ):
         assert not ours.learn(forged)
-    assert ours.revocations is None
+    assert ours.decrees == {}
 
 
 def test_older_list_does_not_bring_back_what_a_newer_one_revoked() -> None:
     ours = gate()
-    ours.learn(revoke(ORGANIZER, 2, [7]))
-    assert ours.learn(revoke(ORGANIZER, 1, []).model_copy(update={"peer": EVE}))
+    ours.learn(revoke(ORGANIZER, RUN_ID, 2, [7]))
+    assert ours.learn(revoke(ORGANIZER, RUN_ID, 1, []).model_copy(update={"peer": EVE}))
     assert ours.flaw(BOB, bobs(serial=7))
+
+
+# -- kicks ---------------------------------------------------------------------------------------------------
+
+
+def test_kicked_peer_is_turned_away_whatever_it_shows_until_its_time_is_over_or_it_is_lifted() -> None:
+    clock = Clock()
+    ours = Gate(invite().shown_by(ALICE), ALICE, clock)
+    brief, banned = Kick(who=BOB, until=NOW + 60, reason="it stalls"), Kick(who=EVE, until=None)
+    assert ours.learn(kick(ORGANIZER, RUN_ID, 1, [brief, banned]))
+    assert [each.who for each in ours.kicks] == [BOB, EVE]
+    for serial in (1, 7):
+        assert ours.flaw(BOB, bobs(serial=serial)) == (
+            "the organizer has put this peer out until 2027-01-15 08:01:00 UTC: it stalls"
+        )
+    assert ours.flaw(EVE, invite().shown_by(EVE)) == "the organizer has put this peer out"
+    assert not ours.own_flaw()
+    clock.now += 60
+    assert not ours.flaw(BOB, bobs())
+    assert [each.who for each in ours.kicks] == [EVE]
+    assert ours.learn(kick(ORGANIZER, RUN_ID, 2, []))
+    assert not ours.flaw(EVE, invite().shown_by(EVE))
+
+
+def test_peer_that_is_kicked_itself_knows_that_others_do_not_let_it_in() -> None:
+    ours = gate()
+    ours.learn(kick(ORGANIZER, RUN_ID, 1, [Kick(who=ALICE, until=None, reason="by mistake")]))
+    assert ours.own_flaw() == "the organizer has put this peer out: by mistake"
+
+
+def test_kicks_are_not_heeded_when_they_are_forged_or_of_another_run_and_do_not_replace_revocations() -> None:
+    ours, genuine = gate(), kick(ORGANIZER, RUN_ID, 1, [Kick(who=BOB, until=None)])
+    changed = genuine.model_copy(update={"kicks": (Kick(who=EVE, until=None),)})
+    for forged in (kick(STRANGER, RUN_ID, 2, []), kick(ORGANIZER, "another", 2, []), changed):
+        assert not ours.learn(forged)
+    assert ours.learn(revoke(ORGANIZER, RUN_ID, 9, [7]))
+    assert ours.learn(genuine)
+    assert (ours.revoked, [each.who for each in ours.kicks]) == ((7,), [BOB])
 
 
 # -- roles and bounds ----------------------------------------------------------------------------------------
@@ -190,5 +230,9 @@ def test_largest_pass_fits_into_a_greeting_and_a_presence_record_and_all_revocat
     )  # fmt: skip
     room = MAX_RECORD_BYTES - SIGNATURE_BYTES
     assert len(presence.model_dump_json().encode()) < room
-    everything = revoke(ORGANIZER, 2**53 - 1, range(2**31 - MAX_REVOKED, 2**31))
-    assert len(everything.model_dump_json().encode()) < room
+    longest = Kick(who=BOB, until=2**40 - 1, reason="x" * 40)
+    for everything in (
+        revoke(ORGANIZER, RUN_ID, 2**53 - 1, range(2**31 - MAX_REVOKED, 2**31)),
+        kick(ORGANIZER, RUN_ID, 2**53 - 1, [longest] * MAX_KICKED),
+    ):
+        assert len(everything.model_dump_json().encode()) < room

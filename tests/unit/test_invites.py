@@ -19,11 +19,13 @@ from p2ptrain.errors import ConfigError, StorageError
 from p2ptrain.records import MAX_REVOKED
 from p2ptrain.swarm.access import decode
 from p2ptrain.swarm.gate import Gate
-from p2ptrain.swarm.identity import load_or_create
-from peers import cli, invites
-from peers.invites import BOOK, ORGANIZER, Book, create, open_book, parse_ttl, read, revoke
+from p2ptrain.swarm.identity import load_or_create, of_seed
+from peers import cli, invites, present
+from peers.invites import BOOK, ORGANIZER, Book, create, kick, lift, open_book, parse_ttl, read, revoke
+from peers.present import Seen
 
 RUN = RunConfig(run_id="lab")
+BERT, CARL = (of_seed(bytes([number]) * 32).peer_id for number in (2, 3))
 ADDRESS = f"/ip4/127.0.0.1/tcp/31337/p2p/{NOBODY}"
 
 
@@ -98,7 +100,7 @@ def test_revoked_invite_is_on_a_list_that_peers_heed_and_stays_on_it(tmp_path: P
     assert book == read(tmp_path)
     assert book.revocations is not None
     assert (book.revocations.revision, book.revocations.serials) == (2, (1, 2))
-    gate = Gate(made, made.grant.key, lambda: NOW)
+    gate = Gate(made.shown_by(BERT), BERT, lambda: NOW)
     assert gate.learn(book.revocations)
     assert "revoked" in gate.own_flaw()
 
@@ -116,6 +118,48 @@ def test_nothing_is_revoked_when_a_number_is_unknown_or_there_are_too_many(
         revoke(tmp_path, [1, 2])
     assert read(tmp_path).revocations is None
     assert not any(each.revoked for each in read(tmp_path).invites)
+
+
+def test_kicked_peers_are_on_a_list_that_peers_heed_until_their_time_is_over(tmp_path: Path) -> None:
+    opened(tmp_path)
+    kick(tmp_path, BERT, NOW + 60, "it stalls", NOW)
+    kick(tmp_path, CARL, None, "", NOW)
+    book = read(tmp_path)
+    assert book.kicks is not None
+    gate = Gate(decode(book.invites[0].line).shown_by(BERT), BERT, lambda: NOW)
+    assert all(gate.learn(decree) for decree in book.decrees)
+    assert gate.own_flaw().endswith(": it stalls")
+    assert [each.who for each in lift(tmp_path, CARL, NOW + 61)] == []
+    kicks = read(tmp_path).kicks
+    assert kicks is not None
+    assert (kicks.revision, kicks.kicks) == (3, ())
+
+
+def test_nobody_is_kicked_when_there_is_no_room_the_reason_is_too_long_or_there_is_nothing_to_lift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path)
+    monkeypatch.setattr(invites, "MAX_KICKED", 1)
+    kick(tmp_path, BERT, None, "", NOW)
+    with pytest.raises(ConfigError, match="at most 1 fit"):
+        kick(tmp_path, CARL, None, "", NOW)
+    with pytest.raises(ConfigError, match="at most 40 characters"):
+        kick(tmp_path, BERT, None, "é", NOW)
+    with pytest.raises(ConfigError, match="nothing to lift"):
+        lift(tmp_path, CARL, NOW)
+
+
+def test_decrees_are_signed_anew_when_the_folder_serves_a_run_of_another_name(tmp_path: Path) -> None:
+    opened(tmp_path)
+    revoke(tmp_path, [1])
+    kick(tmp_path, BERT, None, "", NOW)
+    other = RunConfig(run_id="other")
+    book = opened(tmp_path, other)
+    link = book.link(other)
+    assert link is not None
+    gate = Gate(decode(link.line).shown_by(BERT), BERT, lambda: NOW)
+    assert all(gate.learn(decree) for decree in book.decrees)
+    assert (tuple(gate.revoked), [each.who for each in gate.kicks]) == ((1,), [BERT])
 
 
 @pytest.mark.parametrize(
@@ -167,6 +211,43 @@ def test_command_creates_lists_and_revokes(
     assert "2 (lab), role watch, until " in capsys.readouterr().out
     assert command("invite", "create", *where[:-1]) == 0
     assert "    p2ptrain join p2ptrain:" in capsys.readouterr().out
+
+
+def test_command_kicks_whom_the_end_of_an_id_names_and_lets_it_come_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    there = Seen(peer=BERT, name="bert", role="train", invite=1, at=NOW)
+    present.write(tmp_path, [there])
+    where = ("--data-dir", str(tmp_path))
+    assert command("run", "kick", f"…{BERT[-8:]}", *where, "--ban", "--reason", "it stalls", "--json") == 0
+    assert result(capsys) == {
+        "peer": BERT, "kicks": [{"who": BERT, "until": None, "reason": "it stalls"}]
+    }  # fmt: skip
+    assert command("run", "kick", CARL, *where) == 0
+    assert "is put out for 1h" in capsys.readouterr().out
+    assert command("run", "kick", BERT[-8:], *where) == 0
+    assert "came by invite 1" in capsys.readouterr().out
+    assert command("run", "kick", BERT[-8:], *where, "--lift", "--json") == 0
+    assert [each["who"] for each in result(capsys)["kicks"]] == [CARL]
+    assert command("run", "kick", "nobody", *where) == ConfigError.exit_code
+    assert f"but …{BERT[-8:]} bert" in capsys.readouterr().err
+
+
+def test_command_says_which_runs_there_are_when_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert command("run", "kick", BERT) == ConfigError.exit_code
+    assert "0 runs have been opened" in capsys.readouterr().err
+    for name in ("one", "two"):
+        folder = tmp_path / "p2ptrain" / name
+        folder.mkdir(parents=True)
+        opened(folder, RunConfig(run_id=name))
+    assert command("run", "kick", BERT) == ConfigError.exit_code
+    assert "2 runs have been opened on this machine by this user: one, two" in capsys.readouterr().err
+    assert command("run", "kick", BERT, "--run", "two") == 0
+    assert read(folder).kicks is not None
 
 
 @pytest.mark.parametrize("words", [("create",), ("revoke", "1")])
