@@ -21,7 +21,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.errors import BadMessage, ConfigError
@@ -32,6 +42,24 @@ Address = Annotated[
 ]
 # Not strict as a tuple, or TOML's lists would be refused; its items still are.
 Addresses = Annotated[tuple[Address, ...], Field(strict=False, max_length=16)]
+
+MAX_MICRO_BATCH_SIZE = 65_536
+
+
+def _size_or_auto(value: object) -> object:
+    """One complaint, in the words of the schema, where a union of types would make one for each."""
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_MICRO_BATCH_SIZE):
+        return value
+    raise AssertionError  # a ValueError would bring its own words
+
+
+MicroBatchSize = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_size_or_auto),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_MICRO_BATCH_SIZE}, {"const": "auto"}]}
+    ),
+]
 
 MAX_FILE_BYTES = 64 * 1024
 """Of a run or peer file, and of a run from the swarm; the default run with all its comments takes a tenth."""
@@ -334,17 +362,31 @@ class PeerConfig(Section):
     """Folder for this peer's key, checkpoints and journal. Empty: p2ptrain's folder in your user data. Two
     peers on one machine need two."""
 
-    micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
+    micro_batch_size: MicroBatchSize = "auto"
     """Samples per forward and backward pass, at most the run's `target_batch_size`; fewer, while a pass of so
-    many takes longer than the swarm's step. Setting it high will need more memory and make the others wait
-    for a slow machine; setting it low will compute less efficiently."""
+    many takes longer than the swarm's step. `auto` tries 1, 2, 4, … at the start, up to half of the target,
+    and takes the smallest that is as fast as any and fits the memory. Setting it high will need more memory
+    and make the others wait for a slow machine; setting it low will compute less efficiently."""
 
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads for computing. Setting it to the number of cores will make the machine sluggish for its
     owner and the peer slow to answer."""
 
-    device: Literal["cpu"] = "cpu"
-    """Where gradients are computed."""
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:\d{1,2})?)$", max_length=7, examples=["cuda:0"])
+    ] = "auto"
+    """Where gradients are computed: `cpu`, `cuda` (also AMD's), `mps` (Apple's), `xpu` (Intel's), with a
+    number if there are several, such as `cuda:1`. `auto` takes the first of the others that works, else the
+    CPU. Parameters and optimizer state stay on the CPU, so peers of all kinds train together."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """How precisely: `fp32`, or multiplying in `bf16` or `fp16` and adding up in fp32, which is faster where
+    the device has instructions for it, and refused elsewhere. `auto` is fp32 on the CPU; on others bf16 if
+    they have it, else fp16."""
+
+    compile: bool = False
+    """Whether `torch.compile` compiles the model, which takes a minute or so at the start and needs a C++
+    compiler. Setting it to true, for a large model on an accelerator, will compute up to twice as fast."""
 
     corpus: Annotated[str, Field(max_length=4096)] = ""
     """Text file, or folder of text files, to train on in place of the run's `task.corpus`; needed unless that
@@ -440,7 +482,7 @@ def check_together(run: RunConfig, peer: PeerConfig) -> None:
     A run's corpus other than `stdlib` is only a name here. Were it opened as a path, whoever writes an invite
     could have volunteers train on their private files, and read those back from the model.
     """
-    if peer.micro_batch_size > run.target_batch_size:
+    if peer.micro_batch_size != "auto" and peer.micro_batch_size > run.target_batch_size:
         raise ConfigError(
             f"target_batch_size ({run.target_batch_size}) of run {run.run_id} is smaller than this peer's "
             f"micro_batch_size ({peer.micro_batch_size}); lower micro_batch_size in the peer file"
@@ -697,6 +739,8 @@ def _wanted_at(model: type[Section], loc: tuple[int | str, ...], kind: str) -> s
 def _wanted(about: dict[str, Any]) -> str:
     """The values that a JSON schema allows, in words."""
     match about:
+        case {"anyOf": choices}:
+            return " or ".join(map(_wanted, choices))
         case {"const": only}:
             return _canonical(only)
         case {"enum": choices}:

@@ -61,6 +61,12 @@ class NotRunning(LocalFault):
     exit_code = 9
 
 
+class DeviceError(LocalFault):
+    """The device to compute on is missing, lacks memory, or gives numbers that cannot be used."""
+
+    exit_code = 10
+
+
 class IncompatibleRun(LocalFault):
     """This peer and the swarm do not train the same thing; the message names the field that differs."""
 

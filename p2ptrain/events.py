@@ -88,7 +88,8 @@ _ABORTED_BECAUSE = {
 
 _WASTED_BECAUSE = {
     WasteCause.BEHIND: "the swarm stepped without this peer",
-    WasteCause.NONFINITE: "their gradient was not finite",
+    WasteCause.NONFINITE: "their gradient was not finite; if that goes on, look at your data, or set "
+    'precision = "fp32" in the peer file',
     WasteCause.ROLLED_BACK: "a heavier lineage replaced the one they went into",
     WasteCause.LEAVING: "this peer left before the round",
 }
@@ -324,6 +325,48 @@ class SamplesWasted(_Happened):
     def sentence(self) -> str:
         lost = f"{_count(self.samples, 'sample')} of yours did not count"
         return f"step {self.step}: {lost}, {_WASTED_BECAUSE[self.cause]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceChosen(_Happened):
+    """What this peer computes on."""
+
+    event: ClassVar[str] = "device_chosen"
+    device: str
+    """As torch spells it, and what its maker calls it."""
+    precision: str
+    samples: int
+    """At once."""
+    samples_per_second: float | None = None
+    """As measured with so many; None if nothing was."""
+    flaw: str = ""
+    """Why another device, that would have been taken, does not compute."""
+
+    def sentence(self) -> str:
+        pace = "" if self.samples_per_second is None else f", {self.samples_per_second:,.1f} a second"
+        but = f"; {clean(self.flaw)}" if self.flaw else ""
+        at_once = _count(self.samples, "sample")
+        return f"computing on {clean(self.device)} in {self.precision}, {at_once} at once{pace}{but}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShrunk(_Happened):
+    """The memory did not suffice for a micro-batch; it was computed in smaller ones, and all its samples
+    count."""
+
+    event: ClassVar[str] = "micro_batch_shrunk"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    device: str
+    from_samples: int
+    to_samples: int
+
+    def sentence(self) -> str:
+        return (
+            f"step {self.step}: the memory of {self.device} did not suffice for "
+            f"{_count(self.from_samples, 'sample')} at once; from now on {self.to_samples} (close what else "
+            "uses it, or set micro_batch_size in the peer file)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -613,6 +656,8 @@ Event = (
     | RoundAborted
     | LeaderTookOver
     | SamplesWasted
+    | DeviceChosen
+    | MicroBatchShrunk
     | CatchingUp
     | CaughtUp
     | CatchUpFailed

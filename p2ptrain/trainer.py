@@ -8,6 +8,7 @@ calls: gradients on the compute thread, rounds through `allreduce`, state throug
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
@@ -32,10 +33,11 @@ from p2ptrain.allreduce import (
     at_once,
 )
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
-from p2ptrain.errors import BadMessage, IncompatibleRun, LocalFault, PeerFault
+from p2ptrain.errors import BadMessage, DeviceError, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.gradients.engine import Engine
 from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
@@ -63,15 +65,18 @@ PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
 """In the task's units: for text, characters. Others wait for this peer meanwhile."""
+MOST_NONFINITE = 20
+"""Micro-batches without a finite gradient in a row, after which this peer gives up: nothing it computes
+counts."""
 
 
-def fitting_batch_size(size: int, brought: int, configured: int) -> int:
+def fitting_batch_size(size: int, brought: int, most: int) -> int:
     """Samples in the next micro-batch, after a step to which this peer brought so many: half of them, if its
-    micro-batches outlast the step and nothing it computes counts; twice as many, up to what is configured,
-    where several fit into one."""
+    micro-batches outlast the step and nothing it computes counts; twice as many, up to what the device is
+    given at once, where several fit into one."""
     if not brought:
         return max(size // 2, 1)
-    return min(2 * size, configured) if brought >= 4 * size else size
+    return min(2 * size if brought >= 4 * size else size, most)
 
 
 async def train(peer: Peer, run: RunConfig) -> None:
@@ -103,6 +108,7 @@ class Peer:
         config: PeerConfig,
         task: Task,
         replica: Replica,
+        engine: Engine,
         *,
         fingerprint: str,
         incarnation: str,
@@ -114,11 +120,13 @@ class Peer:
         partial: Path | None = None,
         lineages: bytes = b"",
     ) -> None:
-        """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others,
+        """`engine` computes on the replica's model, in micro-batches of its `most_samples`;
+        `compute` runs a function on the one thread that owns the replica's tensors, `aside` on others,
         and `work` the sums of a round, on one beside the event loop;
         `observe` is told everything that happens; `checkpoints` is the folder for them, None for none, and
         `partial` the one for a snapshot that is being downloaded; `lineages` come with a checkpoint."""
         self.swarm, self.run, self.config, self.task, self.replica = swarm, run, config, task, replica
+        self.engine = engine
         self.leaving = False
         """Leave once the step under way is done."""
         self.paused = False
@@ -141,8 +149,9 @@ class Peer:
         self._checkpoints = checkpoints
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
-        self._accumulator = Accumulator(replica.numel)
-        self._ahead = Accumulator(replica.numel) if run.delay else None
+        elsewhere = replica.gradient.device if replica.moved else None
+        self._accumulator = Accumulator(replica.numel, elsewhere)
+        self._ahead = Accumulator(replica.numel, elsewhere) if run.delay else None
         """What is computed for the next step while this one's round is under way."""
         upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
         self.donor = Donor(canonical_json(run), replica, self.log, compute, aside, upload_bytes_per_second)
@@ -187,8 +196,10 @@ class Peer:
         self._batch_step = 0
         self._void_batch: asyncio.Future[tuple[float, float]] | None = None
         """The micro-batch that was under way when this peer had to catch up."""
-        self._batch_size = self._batch_count = config.micro_batch_size
-        """Of the next micro-batch, and of the one under way."""
+        self._most_samples = self._batch_size = self._batch_count = engine.most_samples
+        """What the engine takes at once, the size of the next micro-batch, and of the one under way."""
+        self._nonfinite = 0
+        """Micro-batches in a row without a finite gradient."""
         self._batch_began = self._batch_seconds = 0.0
         self._drawn = 0
         """Samples drawn while the replica stands where it does."""
@@ -283,6 +294,9 @@ class Peer:
                 self._begin_batch()
             if await self._batch_ends(patience):
                 await self._take_batch(self._accumulator)
+        if not self._accumulator.gathered:
+            # Not on the compute thread, where a micro-batch that came too late may be under way.
+            await self._aside(self._accumulator.gather)
         return Contribution(self._accumulator.total, self._accumulator.samples)
 
     async def join_round(self, contribution: Contribution) -> Outcome:
@@ -330,7 +344,7 @@ class Peer:
         )
         self.rounds_joined += 1
         self.samples_given += mine
-        self._batch_size = fitting_batch_size(self._batch_size, mine, self.config.micro_batch_size)
+        self._batch_size = fitting_batch_size(self._batch_size, mine, self.engine.most_samples)
         rank = header.roster.index(self.swarm.peer_id)
         self.donor.upload.round(
             sent_in_round(len(entry.payload), header.spans, rank), committed.held - committed.sealed
@@ -409,7 +423,7 @@ class Peer:
     async def evaluate(self) -> dict[str, float]:
         """Held-out figures of the replica as it stands."""
         began = self._now()
-        figures: dict[str, float] = await self._compute(self.task.evaluate, self.replica.model)
+        figures: dict[str, float] = await self._compute(self.engine.judge, self.task.evaluate)
         self.heldout = figures
         self._observe(
             events.Evaluated(
@@ -430,7 +444,7 @@ class Peer:
     def _preview(self) -> str:
         """On the compute thread; the same text on every peer at this step."""
         chance = torch.Generator().manual_seed(self.replica.position.step)
-        return self.task.preview(self.replica.model, "\n", PREVIEW_LENGTH, chance)
+        return self.engine.judge(self.task.preview, "\n", PREVIEW_LENGTH, chance)
 
     async def save_checkpoint(self) -> Path | None:
         """Write the replica as it stands to the checkpoint folder; None, with a warning, if that fails."""
@@ -502,11 +516,15 @@ class Peer:
     def _gradients(self, step: int, first: int, count: int) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
         losses."""
-        self.replica.gradient.zero_()
-        batch = self.task.batch(step, self.swarm.peer_id, first, count)
-        loss = self.task.loss_sum(self.replica.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        peer = self.swarm.peer_id
+        drawn = hashlib.sha256(f"{self.run.seed}/{step}/{peer}/{first}/chance".encode())
+        return self.engine.gradients(
+            partial(self.task.batch, step, peer),
+            self.task.loss_sum,
+            first,
+            count,
+            int.from_bytes(drawn.digest()[:8], "big"),
+        )
 
     async def _batch_ends(self, patience_seconds: float | None) -> bool:
         """Wait for the micro-batch, a change in the round, or the end of patience; True for the first of
@@ -543,10 +561,30 @@ class Peer:
         self._compute_seconds += took
         self.batch_took(took)
         self._batch_seconds = took if not self._batch_seconds else 0.7 * self._batch_seconds + 0.3 * took
-        if not await self._compute(into.add, self.replica.gradient, count, loss_sum):
+        if (most := self.engine.most_samples) < self._most_samples:
+            self._observe(
+                events.MicroBatchShrunk(
+                    step=self._batch_step,
+                    device=self.engine.place.found.name,
+                    from_samples=self._most_samples,
+                    to_samples=most,
+                )
+            )
+            self._most_samples, self._batch_size = most, min(self._batch_size, most)
+        if await self._compute(into.add, self.replica.gradient, count, loss_sum):
+            self._nonfinite = 0
+        else:
             self._observe(
                 events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.NONFINITE)
             )
+            self._nonfinite += 1
+            if self._nonfinite >= MOST_NONFINITE:
+                raise DeviceError(
+                    f"the gradients of {self._nonfinite} micro-batches in a row were not finite, so nothing "
+                    f"that this peer computes counts; look for numbers that are not finite in its data, set "
+                    'precision = "fp32" in the peer file, or tell the organizer that the learning rate is '
+                    "too high"
+                )
         if not ahead:
             self._report()
 

@@ -28,6 +28,8 @@ from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.config import Optimizer, PeerConfig, RunConfig, Schedule, fingerprint
 from p2ptrain.errors import Unreachable
 from p2ptrain.gradients.codecs import CODECS, Codec
+from p2ptrain.gradients.devices import CPU
+from p2ptrain.gradients.engine import Engine
 from p2ptrain.protocol.forecast import Links
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.records import Averaged, Ballot, Chunk, Message, PeerId, Presence, Reply, Request
@@ -344,6 +346,7 @@ async def _rounds(
                 config,
                 task,
                 replica,
+                Engine(replica.model, replica.gradient, CPU, 1),
                 fingerprint=print_,
                 incarnation=str(number),
                 compute=compute,

@@ -112,13 +112,21 @@ def _about_peer(peer: PeerConfig) -> list[str]:
     )
     return [
         f"name         {peer.name or 'made from the peer id'}",
-        f"computes     {peer.micro_batch_size:,} samples at a time on {peer.device}, threads {peer.threads}",
+        f"computes     {_at_once(peer)} samples at a time on {_device(peer)}, threads {peer.threads}",
         f"corpus       {peer.corpus or 'as the run says'}",
         f"listens on   {' '.join(peer.listen) or 'nothing'}",
         f"announces    {' '.join(peer.announce) or 'what it listens on'}",
         f"metrics on   {peer.metrics_host}:{peer.metrics_port or 'any free port'}",
         f"checkpoints  {checkpoints}",
     ]
+
+
+def _at_once(peer: PeerConfig) -> str:
+    return "as many as suit" if peer.micro_batch_size == "auto" else f"{peer.micro_batch_size:,}"
+
+
+def _device(peer: PeerConfig) -> str:
+    return "the first device that works" if peer.device == "auto" else peer.device
 
 
 def _echo_json(value: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ from p2ptrain.replica.replica import Replica
 from p2ptrain.tasks import Task, build_task
 
 MEASURE_SECONDS = 3.0
+MEASURED_AT_ONCE = 8
+"""Samples in a pass, at most."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
     codec = codec_named(run.codec)
     chunks = chunk_ranges(0, replica.numel, run.chunk_values)
     encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)
-    pace = tokens_per_second / run.task.tokens_per_sample or _samples_per_second(task, replica.model)
+    at_once = min(MEASURED_AT_ONCE, run.target_batch_size)
+    pace = tokens_per_second / run.task.tokens_per_sample or _samples_per_second(task, replica.model, at_once)
     figures = forecast(
         peers=peers,
         batch_size=run.target_batch_size,
@@ -114,8 +117,7 @@ def _advice(figures: Forecast, run: RunConfig) -> str:
     return words
 
 
-def _samples_per_second(task: Task, model: nn.Module) -> float:
-    count = PeerConfig().micro_batch_size
+def _samples_per_second(task: Task, model: nn.Module, count: int) -> float:
     done, began = -count, 0.0  # the first is to warm up
     while not began or time.perf_counter() - began < MEASURE_SECONDS:
         task.loss_sum(model, task.batch(0, "plan", max(done, 0), count)).backward()  # type: ignore[no-untyped-call]

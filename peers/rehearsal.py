@@ -33,6 +33,8 @@ LOOK_SECONDS = 0.1
 """Between two looks at the journals and the processes."""
 PATIENCE_SECONDS = 60.0
 """For each thing that must happen; on a slow machine a rehearsal lasts longer for that than asked for."""
+AT_ONCE = 8
+"""Samples in a micro-batch, at most: measured sizes would differ from peer to peer and from time to time."""
 LEAVE_SECONDS = 20.0
 """For the peers to finish a round, save a checkpoint and leave; what is left then is killed."""
 
@@ -72,7 +74,8 @@ def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
             f"run {run.run_id} trains on the text {name!r}; say with --corpus which file or folder that is"
         )
     return PeerConfig(
-        micro_batch_size=min(PeerConfig().micro_batch_size, -(-run.target_batch_size // peers)),
+        micro_batch_size=min(AT_ONCE, -(-run.target_batch_size // peers)),
+        device="cpu",
         corpus=corpus and str(Path(corpus).expanduser().absolute()),
     )
 

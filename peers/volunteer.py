@@ -50,6 +50,7 @@ from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_
 from p2ptrain.trainer import Peer, train
 from peers.daemon import ControlServer, Daemon, state
 from peers.display import CatchUpBar
+from peers.engines import build_engine
 from peers.places import data_folder
 from peers.signals import Stop
 
@@ -134,6 +135,8 @@ async def volunteer(
                 checkpoint = await compute(partial(load, newest))
                 await compute(partial(restore, replica, checkpoint))
                 lineages = checkpoint.lineages
+            engine, chosen = await compute(partial(build_engine, run, config, task, replica))
+            observe(chosen)
             swarm.adopt(print_)
             metrics = Metrics(
                 run.run_id,
@@ -153,6 +156,7 @@ async def volunteer(
                 config,
                 task,
                 replica,
+                engine,
                 fingerprint=print_,
                 incarnation=secrets.token_hex(8),
                 compute=compute,

@@ -1,6 +1,7 @@
 """What one peer brings to a round: the sum of its samples' gradients, and their number.
 
 A sum and a count, never a mean: two peers' contributions then combine by adding both, whatever their sizes.
+Gradients from another device are added up there, and brought here once a round.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ Sent = tuple[int, int, Buffer]
 
 class Accumulator:
     """`total` (float32 [numel]) = Σ ∂loss/∂θ over `samples` samples, and what the codec lost of such totals
-    before; `loss_sum` = Σ loss over the same samples."""
+    before; `loss_sum` = Σ loss over the same samples. The total is on the CPU, and is up to date unless
+    gradients from another device wait there, see `gather`."""
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, numel: int, device: torch.device | None = None) -> None:
+        """`device`: where the gradients come from, if that is another one."""
         self.total = torch.zeros(numel)
+        self._there = None if device is None else torch.zeros(numel, device=device)
+        self._waits = False
         self.samples = 0
         self.loss_sum = 0.0
 
@@ -44,14 +49,33 @@ class Accumulator:
         low, high = (extreme.item() for extreme in torch.aminmax(gradient))
         if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
             return False
-        self.total.add_(gradient)
+        if self._there is None:
+            self.total.add_(gradient)
+        else:
+            self._there.add_(gradient)
+            self._waits = True
         self.samples += samples
         self.loss_sum += loss_sum
         return True
 
+    @property
+    def gathered(self) -> bool:
+        """Whether `total` is up to date."""
+        return not self._waits
+
+    def gather(self) -> None:
+        """Bring what waits on the other device into `total`. Nothing may be added meanwhile."""
+        if self._there is not None and self._waits:
+            self.total.add_(self._there.cpu())
+            self._there.zero_()
+            self._waits = False
+
     def absorb(self, other: Accumulator) -> None:
         """Take over what the other holds; it is empty then."""
         self.total.add_(other.total)
+        if self._there is not None and other._there is not None:
+            self._there.add_(other._there)
+            self._waits = self._waits or other._waits
         self.samples += other.samples
         self.loss_sum += other.loss_sum
         other.reset()
@@ -74,4 +98,7 @@ class Accumulator:
     def reset(self) -> None:
         """Nothing brought yet, and nothing owed."""
         self.total.zero_()
+        if self._there is not None:
+            self._there.zero_()
+            self._waits = False
         self.samples, self.loss_sum = 0, 0.0

@@ -2,7 +2,8 @@
 
 All parameters lie in one flat float32 vector and all gradients in another, of which the model's own tensors
 are views; so the optimizer, the codecs and the digest see one vector, and `backward` writes straight into
-what is sent.
+what is sent. The state lives on the CPU and is stepped there, whatever device computes: a model that was
+moved to another has a copy of the parameters, which follows at each step (ADR 25).
 
 Not covered: models with persistent buffers (such as batch-norm statistics), which would be state that no
 gradient carries, frozen parameters, and other dtypes than float32.
@@ -56,10 +57,13 @@ class Replica:
         self.fingerprint = fingerprint
         self.numel = bounds[-1]
         self.gradient = torch.zeros(self.numel)
-        """float32 [numel]. `backward` adds to it; clear it with `zero_()`: `zero_grad()` would detach it."""
+        """float32 [numel], where the model is. `backward` adds to it; clear it with `zero_()`: `zero_grad()`
+        would detach it."""
         self.parameters = torch.empty(self.numel)
         """float32 [numel]."""
 
+        self._copy: Tensor | None = None
+        """The parameters on the model's device, if that is another."""
         self._views: dict[str, Tensor] = {}
         decayed = []
         for (name, parameter), (start, stop) in zip(named, pairwise(bounds), strict=True):
@@ -89,6 +93,24 @@ class Replica:
         """(name, shape, dtype) of every parameter, in the order they have in the flat vectors."""
         return parameter_table(self.model)
 
+    def move_model(self, device: torch.device) -> None:
+        """From now on the model is on that device, with copies of the parameters; and so is `gradient`."""
+        named = list(self.model.named_parameters())
+        self.model.to(device)  # what is no parameter, too
+        self._copy = self.parameters.to(device, copy=True)
+        self.gradient = torch.zeros(self.numel, device=device)
+        start = 0
+        for _, parameter in named:
+            stop = start + parameter.numel()
+            parameter.data = self._copy[start:stop].view(parameter.shape)
+            parameter.grad = self.gradient[start:stop].view(parameter.shape)
+            start = stop
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model has a copy of the parameters, and `gradient` is not where they are."""
+        return self._copy is not None
+
     def compute_state_digest(self) -> str:
         """Digest of the state at `position`, as every replica there must have it (I2)."""
         if self.state_digest is None:
@@ -112,6 +134,7 @@ class Replica:
             self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
 
         self._optimizer.step(self.parameters, self._mean, learning_rate(self.run, header.step))
+        self._update_copy()
         self.position, self.last, self.state_digest = position, header, None
 
     def snapshot(self) -> Snapshot:
@@ -139,7 +162,12 @@ class Replica:
         for name, view in self._views.items():
             view.copy_(theirs.parameters[name])
         self._optimizer.load(theirs.optimizer, theirs.scalars)
+        self._update_copy()
         self.position, self.last, self.state_digest = snapshot.position, snapshot.last, snapshot.state_digest
+
+    def _update_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.copy_(self.parameters)
 
     def _state(self) -> State:
         return State(self._views, self._optimizer.state_tensors(), self._optimizer.scalars())

@@ -36,11 +36,12 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int, peer: str, first: int, count: int) -> Any:
-        """Samples `first … first + count - 1` that `peer` draws for global step `step`."""
+        """Samples `first … first + count - 1` that `peer` draws for global step `step`, on the CPU."""
         ...
 
     def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
-        """float32 scalar: Σ over the batch's samples of each sample's loss (never the mean)."""
+        """Scalar, float32 or under autocast what comes out: Σ over the batch's samples of each sample's loss
+        (never the mean). The batch is brought to the model's device here, see `placing.device_of`."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from p2ptrain import config
 from p2ptrain.tasks.corpus import load_corpus, zlib_bits_per_byte
 from p2ptrain.tasks.draws import draws
+from p2ptrain.tasks.placing import device_of
 
 VOCABULARY = 256
 INIT_STD = 0.02
@@ -78,6 +79,7 @@ class BytesTask:
 
     def loss_sum(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Scalar of the model's dtype: Σ over the batch's samples of their losses."""
+        batch = batch.to(device_of(model))
         logits = model(batch[:, :-1])
         entropy = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
         return entropy / (batch.shape[1] - 1)
@@ -113,7 +115,8 @@ class BytesTask:
         """
         text = list(prompt.encode(errors="replace") or b"\n")
         for _ in range(length):
-            logits = model(torch.tensor([text[-self._settings.context :]]))[0, -1].double()
+            window = torch.tensor([text[-self._settings.context :]], device=device_of(model))
+            logits = model(window)[0, -1].cpu().double()
             if temperature > 0:
                 # The likeliest at 0 first: the quotient of a tiny temperature must not overflow to infinity.
                 likelihood = ((logits - logits.max()) / temperature).softmax(-1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from p2ptrain import config
 from p2ptrain.tasks.draws import draws
 from p2ptrain.tasks.extras import needs
+from p2ptrain.tasks.placing import device_of
 
 PIXELS = 64
 DIGITS = 10
@@ -69,13 +70,13 @@ class DigitsTask:
 
     def loss_sum(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Scalar of the model's dtype: Σ over the batch's samples of their losses."""
-        pictures, digits = batch
+        pictures, digits = (each.to(device_of(model)) for each in batch)
         return F.cross_entropy(model(pictures), digits, reduction="sum")
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`loss` in nats over the held-out pictures, and `accuracy`, the share that is named rightly."""
-        pictures, digits = self._samples(self._heldout)
+        pictures, digits = (each.to(device_of(model)) for each in self._samples(self._heldout))
         scores = model(pictures)
         return {
             "loss": F.cross_entropy(scores, digits).item(),
@@ -91,7 +92,7 @@ class DigitsTask:
         pictures, digits = self._samples(self._heldout[chosen])
         shades = (pictures[0] * (len(SHADES) - 1)).long().view(8, 8).tolist()
         lines = ["".join(2 * SHADES[shade] for shade in row).rstrip() for row in shades]
-        guess = int(model(pictures).argmax())
+        guess = int(model(pictures.to(device_of(model))).argmax())
         return "\n".join([*lines, f"is a {int(digits)}, taken for a {guess}"])
 
     def _samples(self, chosen: Tensor) -> tuple[Tensor, Tensor]:

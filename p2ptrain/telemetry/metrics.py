@@ -50,12 +50,14 @@ from p2ptrain.events import (
     CheckpointSaved,
     DaemonRestarted,
     DeadlinesChanged,
+    DeviceChosen,
     Evaluated,
     Event,
     FaultCause,
     Joined,
     LeaderTookOver,
     Leaving,
+    MicroBatchShrunk,
     Paused,
     PauseReason,
     PeerBenched,
@@ -302,6 +304,7 @@ class Metrics:
         self.micro_batch_seconds = histogram("micro_batch_seconds", "Time to compute one micro-batch.")
         self._clips = counter("gradient_clips_total", "Steps whose gradient was shortened to clip_norm.")
         self._nonfinite = counter("nonfinite_gradients_total", "Own gradients that were not finite.")
+        self._micro_batch = gauge("micro_batch_samples", "Most samples that the device computes at once.")
         self._loss = gauge("loss", "Last mean loss per sample in nats; NaN until known.", split=Split)
         self._norm = gauge(
             "gradient_norm", "Norm of the last averaged gradient, before clipping; NaN until known."
@@ -429,6 +432,10 @@ class Metrics:
                 self._samples.labels(Fate.WASTED).inc(event.samples)
                 if event.cause is WasteCause.NONFINITE:
                     self._nonfinite.inc()
+            case DeviceChosen():
+                self._micro_batch.set(event.samples)
+            case MicroBatchShrunk():
+                self._micro_batch.set(event.to_samples)
             case CaughtUp():
                 self._step.set(event.to_step)
                 self._catch_ups.labels(event.how).observe(event.seconds)

@@ -42,6 +42,7 @@ SAMPLE_SECONDS = 0.002
 SETTLE_SECONDS = 3.0
 ALONE_SECONDS = 10.0
 ROUNDS = 30
+MICRO_BATCH = 8
 """For the training thread to be disturbed by."""
 WARMUP_ROUNDS = 4
 NEIGHBOUR = "import hashlib; data = bytes(2**24)\nwhile True: hashlib.sha256(data)"
@@ -141,11 +142,11 @@ class Training:
     """A thread on a core of its own that trains the default model, and notes each micro-batch."""
 
     def __init__(self, core: int) -> None:
-        from p2ptrain.config import PeerConfig, RunConfig
+        from p2ptrain.config import RunConfig
         from p2ptrain.tasks import build_task
 
         self.batches: list[tuple[float, float]] = []
-        self._run, self._count = RunConfig(), PeerConfig().micro_batch_size
+        self._run, self._count = RunConfig(), MICRO_BATCH
         self._task = build_task(self._run)
         self._core = core
         self._over = False

@@ -167,6 +167,8 @@ async def train_here(
 
     from p2ptrain import events
     from p2ptrain.config import Optimizer, PeerConfig, RunConfig, Schedule, fingerprint
+    from p2ptrain.gradients.devices import CPU
+    from p2ptrain.gradients.engine import Engine
     from p2ptrain.replica.replica import Replica, parameter_table
     from p2ptrain.swarm.libp2p import Libp2pSwarm
     from p2ptrain.trainer import Peer, train
@@ -266,6 +268,7 @@ async def train_here(
             config,
             task,
             replica,
+            Engine(replica.model, replica.gradient, CPU, micro_batch_size),
             fingerprint=print_,
             incarnation=str(number),
             compute=compute,

@@ -18,6 +18,7 @@ from training import Regression, Trainer, Training, check_replicas, largest_paus
 from p2ptrain import events
 from p2ptrain.allreduce import Attempt
 from p2ptrain.config import RunConfig
+from p2ptrain.errors import DeviceError
 from p2ptrain.events import CatchUpBy, WasteCause
 from p2ptrain.gradients.accumulator import Accumulator, Sent
 from p2ptrain.gradients.codecs import Codec
@@ -505,6 +506,40 @@ def test_micro_batch_is_left_out_and_training_goes_on_when_its_gradient_is_not_f
         assert all(bool(torch.isfinite(life.replica.parameters).all()) for life in training.lives)
 
     play(story)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_peers_end_every_step_bit_equal_when_one_computes_on_another_device(device: str, delay: int) -> None:
+    """A copy of the model on the same device takes all the ways of one on another."""
+
+    async def story(training: Training) -> None:
+        dora = start(training, "dora")
+        dora.compute_on(torch.device(device))
+        await agree(training, 25)
+        given = {peer for header in dora.headers() for peer in header.roster}
+        assert dora.name in given
+        assert dora.peer is not None
+        assert dora.peer.samples_given > 20
+        assert training.task.evaluate(dora.replica.model)["loss"] < 1.0
+
+    play(story, small_run(delay=delay))
+
+
+def test_peer_gives_up_with_a_remedy_when_nothing_it_computes_is_finite() -> None:
+    class Broken(Regression):
+        def loss_sum(self, model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return super().loss_sum(model, batch) * float("nan")
+
+    async def story() -> None:
+        async with Training(MemoryHub(seed=1)) as training:
+            training.task = Broken()
+            training.start("anna")
+            await training.until(lambda: False)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        clock.run(story())
+    assert caught.group_contains(DeviceError, match="20 micro-batches in a row .* set precision", depth=None)
 
 
 # -- fewer bytes ---------------------------------------------------------------------------------------------

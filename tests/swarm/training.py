@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from p2ptrain import events
 from p2ptrain.config import Optimizer, PeerConfig, RunConfig, Schedule, fingerprint
+from p2ptrain.gradients.devices import CPU, Found, Place
+from p2ptrain.gradients.engine import Engine
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.replica.checkpoint import latest, load, restore
@@ -52,7 +54,8 @@ class Regression:
             return inputs, self._teacher(inputs)
 
     def loss_sum(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, targets = batch
+        device = next(model.parameters()).device
+        inputs, targets = (each.to(device) for each in batch)
         losses: Tensor = (model(inputs) - targets).square().mean(dim=1)
         return losses.sum()
 
@@ -112,6 +115,9 @@ class Trainer:
             checkpoint = load(newest)
             restore(self.replica, checkpoint)
             self.lineages = checkpoint.lineages
+        assert config.micro_batch_size != "auto"
+        self._micro_batch_size = config.micro_batch_size
+        self.engine = Engine(self.replica.model, self.replica.gradient, CPU, config.micro_batch_size)
         self.config = config
         self.peer: Peer | None = None
         self.happened: list[tuple[float, events.Event]] = []
@@ -167,6 +173,12 @@ class Trainer:
         entries = (log.get(step) for step in range(log.oldest or 0, log.step))
         return [entry.header for entry in entries if entry is not None]
 
+    def compute_on(self, device: torch.device) -> None:
+        """From its first micro-batch on: the model is there, with a copy of the parameters."""
+        self.replica.move_model(device)
+        place = Place(Found(str(device)), "fp32")
+        self.engine = Engine(self.replica.model, self.replica.gradient, place, self._micro_batch_size)
+
     async def live(self) -> None:
         training = self._training
         swarm = training.hub.swarm(self.name, self.replica.fingerprint)
@@ -177,6 +189,7 @@ class Trainer:
                 self.config,
                 training.task,
                 self.replica,
+                self.engine,
                 fingerprint=self.replica.fingerprint,
                 incarnation=f"{self.name} {len(training.lives)}",
                 compute=self._compute,
@@ -194,7 +207,7 @@ class Trainer:
             if getattr(function, "__name__", "") == "_gradients":
                 step, first, count = arguments
                 self.drawn.setdefault(step, set()).update(range(first, first + count))
-                await asyncio.sleep(self._batch_seconds * count / self.config.micro_batch_size)
+                await asyncio.sleep(self._batch_seconds * count / self._micro_batch_size)
             else:
                 await asyncio.sleep(APPLY_SECONDS)
             result = function(*arguments)

@@ -51,3 +51,36 @@ def test_accumulator_is_empty_when_reset() -> None:
     accumulator.add(torch.ones(2), 3)
     accumulator.reset()
     assert (accumulator.samples, accumulator.total.tolist()) == (0, [0.0, 0.0])
+
+
+def test_gradients_from_another_device_count_once_they_are_gathered() -> None:
+    here, there = Accumulator(2), Accumulator(2, torch.device("cpu"))
+    for accumulator in (here, there):
+        accumulator.add(torch.tensor([1.0, 2.0]), 3, 0.5)
+        accumulator.add(torch.tensor([0.5, -1.0]), 1, 0.25)
+    assert here.gathered
+    assert not there.gathered
+    assert there.total.tolist() == [0.0, 0.0]
+    for _ in range(2):  # the second time nothing waits
+        there.gather()
+        assert there.gathered
+        assert there.total.tolist() == here.total.tolist()
+    assert (there.samples, there.loss_sum) == (here.samples, here.loss_sum)
+    there.add(torch.ones(2), 1)  # after an abort, say
+    there.gather()
+    assert there.total.tolist() == [2.5, 2.0]
+
+
+def test_nothing_waits_on_the_other_device_when_reset_or_absorbed() -> None:
+    one, other = (Accumulator(2, torch.device("cpu")) for _ in range(2))
+    one.add(torch.tensor([1.0, 2.0]), 3)
+    other.add(torch.tensor([4.0, -1.0]), 5)
+    one.absorb(other)
+    assert other.gathered
+    one.gather()
+    assert (one.total.tolist(), one.samples) == ([5.0, 1.0], 8)
+    one.add(torch.ones(2), 1)
+    one.reset()
+    assert one.gathered
+    one.gather()
+    assert one.total.tolist() == [0.0, 0.0]

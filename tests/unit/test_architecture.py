@@ -61,7 +61,7 @@ ROOMS = {
     "p2ptrain.config": WORD,
     # 1: rules and sums
     "p2ptrain.protocol": Room(WORDS, names("blake3"), PURE - {"logging"}),
-    "p2ptrain.gradients": Room(WORDS, TORCH | {"blake3"}, PURE | {"threading"}),
+    "p2ptrain.gradients": Room(WORDS, TORCH | {"blake3"}, PURE | {"contextlib", "threading"}),
     # 2: rim, state, work, eyes
     "p2ptrain.swarm": Room(
         WORDS | {"p2ptrain.protocol.estimate"}, names("base58 cryptography msgpack pydantic")

@@ -236,6 +236,13 @@ def test_run_file_is_refused_in_one_sentence_when_wrong(write, text):
         ("listen = '/ip4/0.0.0.0/tcp/0'", "listen in FILE must be a list of at most 16 entries"),
         ("listen = ['0.0.0.0:31337']", 'listen[0] in FILE must be text like "/ip4/0.0.0.0/tcp/31337"'),
         ("announce = ['/ip4/1.2.3.4/tcp/1', 2]", "announce[1] in FILE must be text like"),
+        (
+            "micro_batch_size = 0",
+            'micro_batch_size in FILE must be a whole number from 1 to 65536 or "auto", but is 0',
+        ),
+        ("micro_batch_size = true", 'micro_batch_size in FILE must be a whole number from 1 to 65536 or "au'),
+        ("device = 'gpu'", 'device in FILE must be text like "cuda:0" (pattern '),
+        ("precision = 'tf32'", 'precision in FILE must be "auto" or "fp32" or "bf16" or "fp16", but is "tf'),
         ("metrics_port = 70000", "metrics_port in FILE must be a whole number from 0 to 65535, but is 70000"),
     ],
 )
@@ -424,7 +431,7 @@ def test_explain_gives_range_default_and_text_when_the_key_is_known():
     assert head == "optimizer.lr (run file): a number, above 0 and at most 10; default 0.0015"
     assert text.startswith("Learning rate after warm-up.")
     assert explain("micro_batch_size").startswith(
-        "micro_batch_size (peer file): a whole number from 1 to 65536; "
+        'micro_batch_size (peer file): a whole number from 1 to 65536 or "auto"; default "auto"\n'
     )
     assert explain("task.layers").startswith("task.layers (run file, task.kind bytes): ")
     assert explain("schedule").startswith("schedule (run file): a table of kind, warmup_steps, final_ratio\n")

@@ -56,6 +56,34 @@ def test_replica_counts_a_tied_weight_once_when_two_layers_share_it() -> None:
     assert model[2].weight.tolist() == [[2.0] * 8] * 8
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_moved_model_follows_the_state_when_it_steps_or_is_loaded(device: str) -> None:
+    """With a copy on the CPU, too: it is one that only follows if it is made to."""
+    plain, moved = small_replica(), small_replica()
+    moved.move_model(torch.device(device))
+    assert moved.moved
+    assert not plain.moved
+    inputs = torch.ones(3, 32)
+    for step in range(3):
+        moved.gradient.zero_()
+        moved.model(inputs.to(device)).sum().backward()
+        assert moved.gradient.device.type == device
+        assert moved.gradient.any()
+        entry = next_entry(plain, step)
+        plain.apply(entry)
+        moved.apply(entry)
+        assert moved.state_digest == plain.state_digest
+        assert moved.compute_state_digest() == plain.compute_state_digest()
+        at = torch.cat([parameter.detach().reshape(-1) for parameter in moved.model.parameters()])
+        assert torch.equal(at.cpu(), plain.parameters)
+    newcomer = small_replica(seed=1)
+    newcomer.move_model(torch.device(device))
+    newcomer.load_state(moved.snapshot())
+    for mine, theirs in zip(newcomer.model.parameters(), moved.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.untyped_storage().data_ptr() != newcomer.parameters.untyped_storage().data_ptr()
+
+
 def test_parameter_table_has_the_order_of_the_vector_when_listed() -> None:
     assert small_replica().parameter_table()[:3] == [
         ("0.weight", (64, 32), "float32"),

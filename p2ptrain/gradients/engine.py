@@ -1,0 +1,172 @@
+"""Samples in, Σ of their gradients out: forward and backward passes of the one model on the one device.
+
+A micro-batch that does not fit the memory is computed again in halves, and one that overflows float16 again
+at a smaller loss scale (Micikevicius et al. 2018): no sample is lost to either. Sums are float32 whatever the
+precision of the passes, because `backward` adds to float32.
+
+What is random in a model, such as dropout, is drawn from a number that the caller gives for each micro-batch.
+
+Not covered: what is not finite for other reasons. Whoever takes the gradient looks at it (`Accumulator.add`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from p2ptrain.errors import DeviceError
+from p2ptrain.gradients.devices import Place, is_out_of_memory, release_memory
+
+Draw = Callable[[int, int], Any]
+"""(first, count) → a batch of samples `first … first + count - 1`, as `Task.batch` gives it."""
+LossSum = Callable[[nn.Module, Any], Tensor]
+"""As `Task.loss_sum`."""
+
+FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
+GROWS_AFTER = 2000
+"""Micro-batches without overflow after which the loss scale is doubled, as torch's own scaler does."""
+
+Result = TypeVar("Result")
+
+
+class LossScale:
+    """What a float16 loss is multiplied by, so that small gradients do not vanish: a power of two."""
+
+    def __init__(self) -> None:
+        self.value = FIRST_SCALE
+        self._fine = 0
+
+    def overflowed(self) -> bool:
+        """The gradient was not finite: go down. False if that is no use any more."""
+        self._fine = 0
+        if self.value <= 1:
+            return False
+        self.value /= 2
+        return True
+
+    def fitted(self) -> None:
+        """The gradient was finite; after many of those, try more."""
+        self._fine += 1
+        if self._fine >= GROWS_AFTER:
+            self._fine, self.value = 0, min(2 * self.value, LARGEST_SCALE)
+
+
+class Engine:
+    """The passes of one peer. Only the compute thread may use it; it leaves the model in training mode."""
+
+    def __init__(
+        self, model: nn.Module, gradient: Tensor, place: Place, most_samples: int, *, compiled: bool = False
+    ) -> None:
+        """`gradient` (float32 [numel], on the device of the place) is what the model's `grad` are views of;
+        `most_samples` in one pass. `compiled`: by `torch.compile`, at the first pass."""
+        self.place = place
+        self.most_samples = most_samples
+        """Fewer than it began with once the memory did not suffice."""
+        self._model, self._gradient = model.train(), gradient
+        self._forward: nn.Module = model
+        self._compile_faults: tuple[type[Exception], ...] = ()
+        if compiled:
+            from torch._dynamo.exc import TorchDynamoException
+
+            self._forward = torch.compile(model)  # type: ignore[assignment]
+            self._compile_faults = (TorchDynamoException,)
+        self._scale = LossScale() if place.precision == "fp16" else None
+
+    def gradients(self, draw: Draw, loss_sum: LossSum, first: int, count: int, chance: int) -> float:
+        """Σ of the gradients of samples `first … first + count - 1` into `gradient`; returns Σ of losses.
+
+        Raises DeviceError if the memory does not suffice for one sample, or the model cannot be compiled.
+        """
+        while True:
+            torch.manual_seed(chance)
+            try:
+                loss = self._passes(draw, loss_sum, first, count)
+            except self._compile_faults as error:
+                raise DeviceError(
+                    f"torch.compile cannot compile this model here: {_first_line(error)}; set compile = "
+                    "false in the peer file, or install a C++ compiler if it lacks one"
+                ) from error
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                tried = min(self.most_samples, count)
+            else:
+                if self._scale is None or not math.isfinite(loss):
+                    return loss
+                if bool(self._gradient.isfinite().all()):
+                    self._gradient.mul_(1 / self._scale.value)  # exact: it is a power of two
+                    self._scale.fitted()
+                    return loss
+                if not self._scale.overflowed():
+                    return loss
+                continue
+            # Outside of the handler: while the error lives, its traceback keeps the tensors that did not fit.
+            self._shrink(tried)
+
+    def try_size(self, draw: Draw, loss_sum: LossSum, size: int) -> bool:
+        """One pass of that size, for `measure_sizes`; False if the memory does not suffice for it."""
+        try:
+            self._one_pass(draw(0, size), loss_sum)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        release_memory(self.place.device)
+        return False
+
+    def refuse(self) -> NoReturn:
+        """Raises DeviceError: not even one sample fits the memory."""
+        on_cpu = self.place.device.type == "cpu"
+        other = "join from a larger machine" if on_cpu else 'set device = "cpu" in the peer file'
+        raise DeviceError(
+            f"the memory of {self.place.found} does not suffice for one sample of this run; close what else "
+            f"uses it, or {other}"
+        )
+
+    def judge(self, look: Callable[..., Result], *arguments: Any) -> Result:
+        """What `look(model, …)` returns, with the model as it is used and not trained: without dropout, and
+        in float32, so that peers' figures compare whatever their precision."""
+        self._model.eval()
+        try:
+            return look(self._model, *arguments)
+        finally:
+            self._model.train()
+
+    def _passes(self, draw: Draw, loss_sum: LossSum, first: int, count: int) -> float:
+        self._gradient.zero_()
+        losses = []
+        for start in range(first, first + count, self.most_samples):
+            size = min(self.most_samples, first + count - start)
+            losses.append(self._one_pass(draw(start, size), loss_sum))
+        return math.fsum(losses)
+
+    def _one_pass(self, batch: Any, loss_sum: LossSum) -> float:
+        with self._autocast():
+            loss = loss_sum(self._forward, batch).float()
+        scaled = loss if self._scale is None else loss * self._scale.value
+        scaled.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.place.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.place.precision == "bf16" else torch.float16
+        return torch.autocast(self.place.device.type, dtype=dtype)
+
+    def _shrink(self, tried: int) -> None:
+        release_memory(self.place.device)
+        if tried <= 1:
+            self.refuse()
+        self.most_samples = tried // 2
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
