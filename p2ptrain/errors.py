@@ -49,6 +49,12 @@ class CheckpointError(LocalFault):
     exit_code = 7
 
 
+class AdapterError(LocalFault):
+    """An adapter folder is damaged, is for another base, or cannot be combined as asked."""
+
+    exit_code = 7
+
+
 class PortBusy(LocalFault):
     """The address to listen on is taken by another process."""
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from p2ptrain.errors import P2PTrainError
-from peers import config_cli, control_cli, invite_cli, run_cli
+from peers import adapters_cli, config_cli, control_cli, invite_cli, run_cli
 
 app = typer.Typer(
     name="p2ptrain",
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(config_cli.app, name="config")
 app.add_typer(invite_cli.app, name="invite")
 app.add_typer(run_cli.app, name="run")

@@ -86,9 +86,13 @@ ROOMS = {
     "p2ptrain.trainer": Room(
         LOWER | {"p2ptrain.allreduce"}, names("torch"), PURE | {"asyncio", "contextlib", "pathlib"}
     ),
+    # beside: tools that need no swarm
+    "p2ptrain.adapters": Room(
+        WORDS, TORCH | {"pydantic"}, ANY - names("asyncio random socket threading time")
+    ),
     # roles: they wire
     "peers": Room(
-        LOWER | names("p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
+        LOWER | names("p2ptrain.adapters p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
         names("psutil pydantic rich torch typer uvloop"),
     ),
 }
@@ -130,7 +134,9 @@ def imports(source: str) -> list[Import]:
                 found.extend(Import(module, alias.name, node.lineno, lazy) for alias in node.names)
             case ast.Call(func=ast.Name("__import__") | ast.Attribute(attr="import_module")):
                 found.append(Import("a module named at run time", None, node.lineno, lazy))
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
         for child in ast.iter_child_nodes(node):
             walk(child, lazy or inside)
 

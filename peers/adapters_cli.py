@@ -1,0 +1,141 @@
+"""`p2ptrain adapters`: put people's adapters together. No swarm is needed, and nothing on the net."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p2ptrain.errors import AdapterError
+
+if TYPE_CHECKING:  # the verbs import it when they run: help, and other commands, answer at once
+    from p2ptrain.adapters.combine import Combined
+    from p2ptrain.adapters.factors import Factors
+    from p2ptrain.adapters.files import Adapter
+
+app = typer.Typer(
+    name="adapters",
+    help="Combine LoRA adapters of one base.",
+    no_args_is_help=True,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
+
+
+@app.callback()
+def _adapters() -> None:
+    """Keeps `combine` a word of its own while it is the only one."""
+
+
+class Method(StrEnum):
+    CAT = "cat"
+    MEAN = "mean"
+    SUM = "sum"
+    SVD = "svd"
+    MERGE = "merge"
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Folders as PEFT writes them.")
+    ],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="cat: side by side, with the weights as they are; mean: weights made to sum to 1; sum: all "
+            "with weight 1; svd: the mean, cut to the largest rank among them; merge: the mean, added to the "
+            "base. All are exact but for what --rank, --energy or svd cut off."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")],
+    weights: Annotated[str, typer.Option(help="`samples`, or a number for each, such as 1,1,2.")] = "",
+    rank: Annotated[int, typer.Option(min=0, help="Cut the result to this rank; 0: do not.")] = 0,
+    energy: Annotated[
+        float, typer.Option(min=0, max=1, help="Cut it to the rank that keeps this share of it; 0: do not.")
+    ] = 0.0,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Write the base with the result added, not an adapter.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="The folder of the model that they were trained on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several, or a model, and say how alike they are."""
+    into_base = into_base or method is Method.MERGE
+    if rank and energy:
+        raise AdapterError("--rank and --energy both say how much to keep; give one of them")
+    if into_base and base is None:
+        raise AdapterError("to add the result to the base, give the base's folder with --base")
+
+    from p2ptrain.adapters.combine import combine as combined
+    from p2ptrain.adapters.combine import weights_for
+    from p2ptrain.adapters.files import load_adapter, merge, save_adapter
+
+    read = [load_adapter(path) for path in adapters]
+    result = combined(
+        read,
+        method.value,
+        weights_for(read, method.value, weights),
+        rank=rank or None,
+        energy=energy or None,
+    )
+    if into_base:
+        assert base is not None
+        merge(base, result.factors, read[0].settings.fan_in_fan_out, out)
+    else:
+        save_adapter(out, result.factors, read[0], _note(read, method, result), sorted(result.factors))
+    if as_json:
+        parents = [{"path": str(each.path), "digest": each.digest} for each in read]
+        typer.echo(json.dumps({"out": str(out), "method": method, "parents": parents, **result.facts()}))
+        return
+    for line in _lines(read, result):
+        typer.echo(line)
+    typer.echo(f"written: {out}")
+
+
+def _note(read: list[Adapter], method: Method, result: Combined) -> dict[str, Any]:
+    return {
+        "base_digest": next((each.note.base_digest for each in read if each.note.base_digest), None),
+        "samples": sum(each.note.samples for each in read),
+        "combined": {
+            "method": method,
+            "parents": [
+                {"digest": each.digest, "weight": weight}
+                for each, weight in zip(read, result.weights, strict=True)
+            ],
+            "energy_kept": result.energy_kept,
+        },
+    }
+
+
+def _lines(read: list[Adapter], result: Combined) -> list[str]:
+    lines = [
+        f"{number}: {each.path}, rank {_ranks(each)}, {_kilobytes(each.factors):,.0f} kB, weight {weight:g}"
+        for number, (each, weight) in enumerate(zip(read, result.weights, strict=True), 1)
+    ]
+    for each in result.likenesses:
+        lines.append(
+            f"{each.a + 1} and {each.b + 1}: cosine {each.cosine:+.3f}, {each.sign_agreement:.1%} of values "
+            "change in the same direction"
+        )
+    low, high = result.ranks
+    ranks = f"{low}" if low == high else f"{low} to {high}"
+    size = _kilobytes(result.factors)
+    lines.append(f"result: rank {ranks}, {size:,.0f} kB, {result.energy_kept:.2%} of the exact one's energy")
+    return lines
+
+
+def _ranks(adapter: Adapter) -> str:
+    ranks = {each.rank for each in adapter.factors.values()}
+    return f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def _kilobytes(factors: Mapping[str, Factors]) -> float:
+    """In float32."""
+    return sum(each.a.numel() + each.b.numel() for each in factors.values()) * 4 / 1e3
