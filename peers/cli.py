@@ -42,6 +42,9 @@ def join(
     ] = None,
     until_step: Annotated[int, typer.Option(min=0, help="Leave at this step; 0: stay to the end.")] = 0,
     data_dir: Annotated[str, typer.Option(help="Folder for this peer's key, checkpoints and journal.")] = "",
+    no_doctor: Annotated[
+        bool, typer.Option("--no-doctor", help="Do not look first whether this machine will do.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train with the swarm that INVITE leads to."""
@@ -53,9 +56,13 @@ def join(
     if data_dir:
         config = config.model_copy(update={"data_dir": data_dir})
     own_run = load_run(run) if run else None
+    if not no_doctor:
+        from peers import doctor as doctor_role
+
+        doctor_role.insist(doctor_role.look_over(config))
     from peers.volunteer import volunteer
 
-    receipt = _run(volunteer(entrance, config, own_run, until_step))
+    receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     else:

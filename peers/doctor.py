@@ -1,8 +1,9 @@
 """`p2ptrain doctor`: can this machine take part, and if not, what is the cause and what to do?
 
 Each check is a function of what was measured, and comes to one `Check`. `examine` measures: this machine
-first, then, by an invite, the way into the swarm, from a peer of a new identity that leaves again. Not
-covered: how fast this machine would be.
+first, then, by an invite, the way into the swarm, from a peer of a new identity that leaves again. `join`
+makes the quick ones of these: `look_over` before it begins, and `look_at_needs` once it knows the run.
+Not covered: how fast this machine would be.
 """
 
 from __future__ import annotations
@@ -85,6 +86,21 @@ def lines(check: Check) -> list[str]:
     mark = {Verdict.FINE: "ok  ", Verdict.NOTE: "note", Verdict.BAD: "BAD "}[check.verdict]
     remedy = [f"              → {check.remedy}"] if check.remedy else []
     return [f"{mark}  {check.name:<7} {check.detail}", *remedy]
+
+
+class Unfit(P2PTrainError):
+    """This machine cannot take part, as one of its checks has found."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(f"{check.name}: {check.detail}; {check.remedy} (--no-doctor joins all the same)")
+        self.exit_code = check.exit_code
+
+
+def insist(checks: list[Check]) -> None:
+    """Raises Unfit for the first cause that keeps this machine out."""
+    for check in checks:
+        if check.verdict is Verdict.BAD:
+            raise Unfit(check)
 
 
 def plain(checks: list[Check]) -> dict[str, Any]:
@@ -271,11 +287,10 @@ async def examine(
         checks.append(check)
         tell(check)
 
-    add(_versions())
-    if exit_code(checks):
+    for check in _of_this_machine(config):
+        add(check)
+    if exit_code(checks[:1]):
         return checks  # what follows would only say that it cannot be imported
-    add(processor(os.cpu_count() or 1, config.threads))
-    add(open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
     parameters = None
     if invite is not None:
         doing("asking the swarm, which takes up to 20 s")
@@ -285,10 +300,38 @@ async def examine(
         except TimeoutError:
             late = Unreachable(f"the swarm did not answer everything within {NETWORK_SECONDS:.0f} s")
             add(fault("swarm", late, "try again"))
-    add(_disk(config, None if parameters is None else needed_disk(parameters, config)))
-    needs = None if parameters is None else needed_memory(parameters, config)
-    add(memory(psutil.virtual_memory().available, needs))
+    for check in _of_the_need(config, parameters):
+        add(check)
     return checks
+
+
+def look_over(config: PeerConfig) -> list[Check]:
+    """What can be said of this machine within a tenth of a second, and without a question to anybody."""
+    checks = _of_this_machine(config)
+    return checks if exit_code(checks[:1]) else [*checks, *_of_the_need(config, None)]
+
+
+def look_at_needs(config: PeerConfig, parameters: int) -> list[Check]:
+    """What training so many parameters takes, and what there is of it. Of the memory, this process has
+    already what it needs before there is a replica."""
+    return _of_the_need(config, parameters, here_bytes=PROCESS_BYTES)
+
+
+def _of_this_machine(config: PeerConfig) -> list[Check]:
+    return [
+        _versions(),
+        processor(os.cpu_count() or 1, config.threads),
+        open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
+    ]
+
+
+def _of_the_need(config: PeerConfig, parameters: int | None, here_bytes: int = 0) -> list[Check]:
+    """`parameters`: None while it is not known what is to be trained."""
+    available = psutil.virtual_memory().available
+    if parameters is None:
+        return [_disk(config, None), memory(available, None)]
+    needs = needed_memory(parameters, config) - here_bytes
+    return [_disk(config, needed_disk(parameters, config)), memory(available, needs)]
 
 
 def _disk(config: PeerConfig, needed: int | None) -> Check:

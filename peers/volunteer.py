@@ -48,6 +48,7 @@ from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
 from p2ptrain.trainer import Peer, train
+from peers import doctor
 from peers.daemon import ControlServer, Daemon, state
 from peers.display import CatchUpBar
 from peers.engines import build_engine
@@ -85,12 +86,13 @@ class Receipt:
 
 
 async def volunteer(
-    invite: Invite, config: PeerConfig, own_run: RunConfig | None, until_step: int
+    invite: Invite, config: PeerConfig, own_run: RunConfig | None, until_step: int, *, demanding: bool = True
 ) -> Receipt:
     """Join the run that the invite names and train until `until_step` (0: the run's end) or until stopped.
 
-    `own_run` is what the caller believes the run to be, if anything: the swarm's must be equal. Raises
-    P2PTrainError with one sentence for whatever keeps this peer from taking part.
+    `own_run` is what the caller believes the run to be, if anything: the swarm's must be equal. `demanding`:
+    take part only if this machine has the memory and the disk for it. Raises P2PTrainError with one sentence
+    for whatever keeps this peer from taking part.
     """
     folder = data_folder(config, invite.run_id)
     torch.set_num_threads(config.threads)
@@ -116,7 +118,10 @@ async def volunteer(
         stop = stack.enter_context(Stop())
         daemon = Daemon(folder, invite.run_id, stop, observe)
         observers.append(daemon.observe)
+        addresses = len(invite.addresses)
+        logger.info("looking for the swarm of %s, by %d addresses", invite.run_id, addresses)
         async with ControlServer(folder, invite.run_id, daemon.answer), swarm:
+            logger.info("the swarm is found; asking for the run file")
             run = await fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
                 raise IncompatibleRun(
@@ -127,11 +132,13 @@ async def volunteer(
             compute = threads(stack, "compute", 1, _give_way)
             aside = threads(stack, "aside", 2, _give_way)
             work = threads(stack, "reduce", 1)
-            replica, task, print_ = await compute(partial(_build, run, config))
+            logger.info("reading the text and building the model")
+            replica, task, print_ = await compute(partial(_build, run, config, demanding=demanding))
             await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
             lineages = b""
             if (newest := latest(checkpoints)) is not None:
+                logger.info("going on from the checkpoint %s", newest.name)
                 checkpoint = await compute(partial(load, newest))
                 await compute(partial(restore, replica, checkpoint))
                 lineages = checkpoint.lineages
@@ -286,9 +293,11 @@ async def _ask_run(swarm: Swarm, peer: PeerId) -> RunConfig:
     return parse_run(payload)
 
 
-def _build(run: RunConfig, config: PeerConfig) -> tuple[Replica, Any, str]:
+def _build(run: RunConfig, config: PeerConfig, *, demanding: bool) -> tuple[Replica, Any, str]:
     task = build_task(run, config)
     model = task.build_model(run.seed)
+    if demanding:  # before most of the memory is taken: the model itself is a ninth of it
+        doctor.insist(doctor.look_at_needs(config, sum(each.numel() for each in model.parameters())))
     print_ = fingerprint(run, parameter_table(model))
     return Replica(model, run, print_), task, print_
 

@@ -116,3 +116,24 @@ def test_cause_and_remedy_are_two_lines() -> None:
     cause, remedy = doctor.lines(doctor.clock(90.0))
     assert cause.startswith("BAD")
     assert remedy.strip() == "→ sudo timedatectl set-ntp true"
+
+
+def test_join_is_refused_with_the_first_cause_and_told_how_to_insist() -> None:
+    notes = [doctor.clock(0.0), doctor.open_files(512, 4096)]
+    doctor.insist(notes)  # a note keeps nobody out
+    with pytest.raises(doctor.Unfit, match=r"disk: .*cannot be written; set data_dir .*--no-doctor") as said:
+        doctor.insist([*notes, doctor.disk(HERE, GB, False, None), doctor.memory(0, GB)])
+    assert said.value.exit_code == StorageError.exit_code
+
+
+def test_quick_look_asks_nobody_and_finds_what_a_larger_model_needs() -> None:
+    config = PeerConfig()
+    assert [check.name for check in doctor.look_over(config)] == [
+        "version",
+        "compute",
+        "files",
+        "disk",
+        "memory",
+    ]
+    too_large = doctor.look_at_needs(config, 10**12)
+    assert {check.verdict for check in too_large} == {Verdict.BAD}
