@@ -33,7 +33,7 @@ from pydantic import (
     model_validator,
 )
 
-from p2ptrain import PROTOCOL_VERSION
+from p2ptrain import PROTOCOL_VERSION, timetable
 from p2ptrain.errors import BadMessage, ConfigError
 
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -352,6 +352,58 @@ class RunConfig(Section):
 # -- the peer ------------------------------------------------------------------------------------------------
 
 
+Hours = Annotated[tuple[Annotated[str, Field(max_length=60)], ...], Field(strict=False, max_length=32)]
+
+
+class Limits(Section):
+    """What a peer may take of its machine, and when. While one of these says no, it is paused: what it has
+    computed goes into the round under way, and nobody waits for it."""
+
+    memory_megabytes: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Most memory that this peer may need; a run that needs more is refused before it begins. 0: what is
+    free."""
+
+    upload_mbit: Annotated[float, Field(ge=0, le=1_000_000)] = 0.0
+    """Megabits per second that this peer sends, gradients and state together; 0: no limit. The others are
+    told, and give it a smaller span. Setting it low will make everyone's rounds longer all the same, as its
+    gradient must be sent; over a slow link, a run with a smaller codec suits better."""
+
+    download_mbit: Annotated[float, Field(ge=0, le=1_000_000)] = 0.0
+    """Megabits per second that this peer receives; 0: no limit. As with `upload_mbit`, all wait for it."""
+
+    schedule: Annotated[
+        tuple[Annotated[str, Field(max_length=60)], ...], Field(strict=False, max_length=32)
+    ] = ()
+    """When to train, by the local clock: `22:00-07:00`, or `mon-fri 18:30-08:00` and `sat,sun 00:00-24:00`
+    (one text for each; the days are those on which it begins). Empty: always."""
+
+    on_battery: Literal["pause", "train"] = "pause"
+    """What to do while this machine runs on its battery."""
+
+    only_when_idle: bool = False
+    """Whether to train only while nobody uses this machine, as systemd-logind knows it; where there is no
+    logind, while nothing else waits for a processor."""
+
+    other_cpu_percent: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Pause while other programs take more than this share of all processors for 10 s, until they take less
+    than three quarters of it; 0: never."""
+
+    temperature_celsius: Annotated[float, Field(ge=0, le=150)] = 0.0
+    """Pause while a sensor of the processor is hotter, until it is 5 degrees cooler than this; 0: never."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What may go both ways at once, as a round needs it; 0: no limit."""
+        given = [mbit for mbit in (self.upload_mbit, self.download_mbit) if mbit]
+        return min(given, default=0.0) * 1e6 / 8
+
+    @model_validator(mode="after")
+    def _schedule_opens(self) -> Self:
+        for entry in self.schedule:
+            timetable.parse(entry)
+        return self
+
+
 class PeerConfig(Section):
     """A peer file: how this machine takes part. No other peer needs to agree with it."""
 
@@ -441,6 +493,9 @@ class PeerConfig(Section):
     eval_every_steps: Annotated[int, Field(ge=0, le=10**9)] = 50
     """Steps between two looks at the held-out loss; 0 for none. Setting it low takes time from training."""
 
+    limits: Limits = Limits()
+    """What this peer may take of its machine, and when."""
+
 
 # -- reading -------------------------------------------------------------------------------------------------
 
@@ -453,6 +508,19 @@ def load_run(path: Path | str) -> RunConfig:
 def load_peer(path: Path | str) -> PeerConfig:
     """The peer settings in this TOML file; what it leaves out has its default. Raises ConfigError."""
     return _validated(PeerConfig, _read_toml(Path(path)), str(path))
+
+
+def with_settings(peer: PeerConfig, settings: dict[str, Any], where: str) -> PeerConfig:
+    """The peer settings with these keys, which may be dotted, set anew; `where` they come from is for the
+    error. Raises ConfigError."""
+    document = peer.model_dump(exclude_unset=True)
+    for key, value in settings.items():
+        *tables, name = key.split(".")
+        table = document
+        for each in tables:
+            table = table.setdefault(each, {})
+        table[name] = value
+    return _validated(PeerConfig, document, where)
 
 
 def load_either(path: Path | str) -> RunConfig | PeerConfig:

@@ -66,6 +66,11 @@ class PauseReason(StrEnum):
     """Why a peer takes part in nothing for now."""
 
     USER = "user"
+    SCHEDULE = "schedule"
+    BATTERY = "battery"
+    ACTIVITY = "activity"
+    OTHER_CPU = "other_cpu"
+    TEMPERATURE = "temperature"
 
 
 class CatchUpBy(StrEnum):
@@ -96,6 +101,11 @@ _WASTED_BECAUSE = {
 
 _PAUSED_BECAUSE = {
     PauseReason.USER: "you asked for it",
+    PauseReason.SCHEDULE: "it is outside of its hours",
+    PauseReason.BATTERY: "the machine runs on battery",
+    PauseReason.ACTIVITY: "somebody uses the machine",
+    PauseReason.OTHER_CPU: "other programs need the processors",
+    PauseReason.TEMPERATURE: "the processor is too hot",
 }
 
 _FAULT_WAS = {

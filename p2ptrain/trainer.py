@@ -167,7 +167,13 @@ class Peer:
             attempt_most_seconds=run.attempt_most_seconds,
             quorum=run.quorum,
         )
-        member = Member(swarm.peer_id, incarnation, rules, reduces=config.reduces)
+        member = Member(
+            swarm.peer_id,
+            incarnation,
+            rules,
+            reduces=config.reduces,
+            most_rate=config.limits.bytes_per_second,
+        )
         self.rounds = Rounds(
             swarm,
             member,

@@ -31,6 +31,7 @@ app.add_typer(run_cli.app, name="run")
 control_cli.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
+_LIMIT = "Most {}, in place of what the peer file says."
 
 
 @app.command()
@@ -42,19 +43,54 @@ def join(
     ] = None,
     until_step: Annotated[int, typer.Option(min=0, help="Leave at this step; 0: stay to the end.")] = 0,
     data_dir: Annotated[str, typer.Option(help="Folder for this peer's key, checkpoints and journal.")] = "",
+    threads: Annotated[int | None, typer.Option(help=_LIMIT.format("CPU threads"))] = None,
+    memory_megabytes: Annotated[int | None, typer.Option(help=_LIMIT.format("memory"))] = None,
+    upload_mbit: Annotated[float | None, typer.Option(help=_LIMIT.format("Mbit/s sent"))] = None,
+    download_mbit: Annotated[float | None, typer.Option(help=_LIMIT.format("Mbit/s received"))] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help='When to train: "22:00-07:00", "sat,sun 00:00-24:00"; may be repeated.'),
+    ] = None,
+    on_battery: Annotated[
+        bool | None,
+        typer.Option("--on-battery/--no-on-battery", help="Train on battery, too.", show_default=False),
+    ] = None,
+    only_when_idle: Annotated[
+        bool | None,
+        typer.Option("--only-when-idle/--always", help="Pause while somebody uses it.", show_default=False),
+    ] = None,
+    other_cpu_percent: Annotated[
+        float | None, typer.Option(help="Pause while other programs take more of the processors.")
+    ] = None,
+    temperature_celsius: Annotated[
+        float | None, typer.Option(help="Pause while the processor is hotter.")
+    ] = None,
     no_doctor: Annotated[
         bool, typer.Option("--no-doctor", help="Do not look first whether this machine will do.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train with the swarm that INVITE leads to."""
-    from p2ptrain.config import PeerConfig, load_peer, load_run
+    from p2ptrain.config import PeerConfig, load_peer, load_run, with_settings
     from p2ptrain.swarm.access import check, decode
 
     check(entrance := decode(invite), time.time(), role="train")
     config = load_peer(peer) if peer else PeerConfig()
     if data_dir:
         config = config.model_copy(update={"data_dir": data_dir})
+    options = {
+        "threads": threads,
+        "limits.memory_megabytes": memory_megabytes,
+        "limits.upload_mbit": upload_mbit,
+        "limits.download_mbit": download_mbit,
+        "limits.schedule": schedule,
+        "limits.on_battery": None if on_battery is None else ("train" if on_battery else "pause"),
+        "limits.only_when_idle": only_when_idle,
+        "limits.other_cpu_percent": other_cpu_percent,
+        "limits.temperature_celsius": temperature_celsius,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    config = with_settings(config, given, "the options")
     own_run = load_run(run) if run else None
     if not no_doctor:
         from peers import doctor as doctor_role

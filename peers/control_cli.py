@@ -131,7 +131,7 @@ def pause_lines(pauses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
 
     lines = []
     for each in pauses:
-        ends = "with `p2ptrain resume`" if each["reason"] == "user" else "by itself"
+        ends = each["resumes"]
         if each["until"] is not None:
             at = f"{datetime.fromtimestamp(each['until']):%H:%M}"
             ends = f"in {duration(max(each['until'] - now, 0))}, at {at}"

@@ -28,13 +28,16 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from p2ptrain import __version__, events
+from p2ptrain.config import Limits
 from p2ptrain.errors import ConfigError, P2PTrainError, PortBusy
 from p2ptrain.protocol.member import Stage
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.telemetry.metrics import PeerState
 from p2ptrain.trainer import Peer
 from peers.control import LOCK, MAX_PATH_BYTES, MAX_REQUEST_BYTES, SOCKET, link_name, running_folder
+from peers.limits import NONE, closed_seconds, decide, resumes_when
 from peers.pauses import Pauses, told
+from peers.readings import Reader
 from peers.signals import Stop
 
 logger = logging.getLogger("p2ptrain")
@@ -43,6 +46,8 @@ REQUEST_SECONDS = 2.0
 MAX_CONNECTIONS = 8
 TICK_SECONDS = 0.5
 """Between two looks whether a pause has ended."""
+LOOK_SECONDS = 5.0
+"""Between two looks at the machine."""
 MOST_SECONDS = 366 * 86_400
 RATE_SECONDS = 60.0
 """Over which rates are means, or over the time since the start."""
@@ -106,9 +111,15 @@ class Daemon:
     """A peer, from when its command starts until it ends, to whoever asks on this machine."""
 
     def __init__(
-        self, folder: Path, run_id: str, stop: Stop, observe: Callable[[events.Event], None]
+        self,
+        folder: Path,
+        run_id: str,
+        stop: Stop,
+        observe: Callable[[events.Event], None],
+        limits: Limits,
     ) -> None:
         self._folder, self._run_id, self._stop, self._observe = folder, run_id, stop, observe
+        self._limits, self._reader, self._strain = limits, Reader(limits), NONE
         self._began = time.time()
         self._standing, self._rates = Standing(), Rates()
         self._pauses = Pauses()
@@ -127,10 +138,29 @@ class Daemon:
             self._rate()
 
     async def keep_time(self) -> None:
-        """End pauses that are over. Runs until it is cancelled."""
+        """End pauses that are over, and heed the machine's limits. Runs until it is cancelled."""
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._set(self._pauses.at(time.time()))
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                await self.look()
+                looked = time.monotonic()
+
+    async def look(self) -> None:
+        """Pause or go on, as the machine's limits say now."""
+        readings = await asyncio.to_thread(self._reader.read)
+        now = time.time()
+        self._strain = decide(self._limits, readings, self._strain, now)
+        pauses = self._pauses.at(now)
+        for reason, standing in self._strain.items():
+            if not standing.holds:
+                pauses = pauses.remove(reason)
+            elif not pauses.has(reason):
+                closed = closed_seconds(self._limits, readings)
+                by_itself = reason is events.PauseReason.SCHEDULE and closed
+                pauses = pauses.add(reason, now, closed if by_itself else math.inf)
+        self._set(pauses)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what is asked. Raises ConfigError if it is nothing that can be."""
@@ -178,6 +208,7 @@ class Daemon:
             {
                 "reason": pause.reason.value,
                 "because": events.paused_because(pause.reason),
+                "resumes": resumes_when(pause.reason, self._limits),
                 "since": pause.since,
                 "until": None if math.isinf(pause.until) else pause.until,
             }

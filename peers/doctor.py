@@ -175,7 +175,7 @@ def memory(available: int, needed: int | None) -> Check:
             Verdict.BAD,
             "too little",
             f"{shown}, about {_size(needed)} are needed for this run",
-            "close other programs, or take a machine with more memory",
+            "close other programs, or take a machine with more memory; limits.memory_megabytes counts, too",
             1,
         )
     return fine("memory", "ok", f"{shown}, about {_size(needed)} needed")
@@ -328,6 +328,8 @@ def _of_this_machine(config: PeerConfig) -> list[Check]:
 def _of_the_need(config: PeerConfig, parameters: int | None, here_bytes: int = 0) -> list[Check]:
     """`parameters`: None while it is not known what is to be trained."""
     available = psutil.virtual_memory().available
+    if config.limits.memory_megabytes:
+        available = min(available, config.limits.memory_megabytes * 10**6)
     if parameters is None:
         return [_disk(config, None), memory(available, None)]
     needs = needed_memory(parameters, config) - here_bytes

@@ -3,7 +3,8 @@
 Pure: a change gives another set, and `told` what there is to tell about it. Times are Unix times, as a
 person means them who says two hours and closes the lid.
 
-Not covered: where a reason comes from. The user's own comes over the control socket.
+Not covered: where a reason comes from. The user's own comes over the control socket, the machine's from
+`limits`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Pauses:
     def until(self) -> float:
         """When the last of them will have ended by itself."""
         return max((pause.until for pause in self.holding), default=-math.inf)
+
+    def has(self, reason: PauseReason) -> bool:
+        """Whether this one holds."""
+        return any(pause.reason is reason for pause in self.holding)
 
     def add(self, reason: PauseReason, now: float, seconds: float = math.inf) -> Pauses:
         """This reason holds for so long from now on, whether it held before or not."""

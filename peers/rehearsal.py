@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 
 import psutil  # type: ignore[import-untyped]
 
-from p2ptrain.config import PeerConfig, RunConfig, commented_toml
+from p2ptrain.config import Limits, PeerConfig, RunConfig, commented_toml
 from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.events import clean
 from peers.chronicle import Chronicle, Record, Tail
@@ -77,6 +77,7 @@ def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
         micro_batch_size=min(AT_ONCE, -(-run.target_batch_size // peers)),
         device="cpu",
         corpus=corpus and str(Path(corpus).expanduser().absolute()),
+        limits=Limits(on_battery="train"),  # who starts a rehearsal wants to see it
     )
 
 

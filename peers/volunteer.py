@@ -43,6 +43,7 @@ from p2ptrain.swarm.access import ASK, Invite
 from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
+from p2ptrain.swarm.throttle import Throttle
 from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
@@ -113,10 +114,11 @@ async def volunteer(
             announce=config.announce,
             data_port=config.data_port,
             relay_for=config.relay_for,
+            throttle=Throttle(config.limits.upload_mbit * 1e6 / 8, config.limits.download_mbit * 1e6 / 8),
             on_event=observe,
         )
         stop = stack.enter_context(Stop())
-        daemon = Daemon(folder, invite.run_id, stop, observe)
+        daemon = Daemon(folder, invite.run_id, stop, observe, config.limits)
         observers.append(daemon.observe)
         addresses = len(invite.addresses)
         logger.info("looking for the swarm of %s, by %d addresses", invite.run_id, addresses)
@@ -174,6 +176,7 @@ async def volunteer(
                 lineages=lineages,
                 partial=folder / "partial",
             )
+            await daemon.look()  # a machine that shall not train does not begin to
             daemon.attach(peer, swarm)
             metrics.read_state = lambda: state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)

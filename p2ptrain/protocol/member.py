@@ -84,11 +84,15 @@ class Stage(Enum):
 class Member:
     """The state machine of one peer. Every method returns the effects to carry out, in order."""
 
-    def __init__(self, me: PeerId, incarnation: str, rules: Rules, *, reduces: bool = True) -> None:
-        """`reduces`: whether this peer adds up others' gradients, too."""
+    def __init__(
+        self, me: PeerId, incarnation: str, rules: Rules, *, reduces: bool = True, most_rate: float = 0.0
+    ) -> None:
+        """`reduces`: whether this peer adds up others' gradients, too; `most_rate`: bytes per second that its
+        owner lets it send and receive, 0 for no limit."""
         self.me = me
         self.rules = rules
         self.reduces = reduces
+        self._most_rate = most_rate
         self._process = incarnation
         self._arrivals = 0
         self.stage = Stage.OUTSIDE
@@ -232,7 +236,8 @@ class Member:
 
     @property
     def _rate(self) -> float:
-        return 1 / self._seconds_per_byte if self._seconds_per_byte else 0.0
+        measured = 1 / self._seconds_per_byte if self._seconds_per_byte else self._most_rate
+        return min(measured, self._most_rate) if self._most_rate else measured
 
     def sent_at(self, rate: float) -> None:
         """In a round that ended, this peer sent so many bytes per second while it had something to send."""

@@ -23,6 +23,7 @@ from p2ptrain.errors import BadMessage, PeerFault, Unreachable
 from p2ptrain.records import Wire
 from p2ptrain.swarm.certificate import fingerprint_of
 from p2ptrain.swarm.frames import LENGTHS_BYTES, lengths, parse
+from p2ptrain.swarm.throttle import SIP_BYTES, Throttle
 
 STALL_SECONDS = 10.0
 """A frame that was begun and does not go on for so long, either way, is the end of its connection."""
@@ -62,7 +63,9 @@ def flows_wanted(bytes_per_second: float, rtt_seconds: float) -> int:
 class Flow(asyncio.BufferedProtocol):
     """One TLS connection of frames, from its handshake to its end."""
 
-    def __init__(self, max_payload_bytes: int, expected: str | None = None) -> None:
+    def __init__(
+        self, max_payload_bytes: int, expected: str | None = None, throttle: Throttle | None = None
+    ) -> None:
         """`expected`: the fingerprint that the other's certificate must have, if that is known already."""
         self.max_payload_bytes = max_payload_bytes
         self.certificate = ""
@@ -77,7 +80,11 @@ class Flow(asyncio.BufferedProtocol):
         self._socket: socket.socket | None = None
         self._fault: PeerFault | None = None
         self._loop = asyncio.get_running_loop()
+        self._throttle = throttle or Throttle()
+        self._sips = bool(self._throttle.download.bytes_per_second)
         # reading
+        self._resting = False
+        """Nothing is read until what has come is paid for."""
         self._head = memoryview(bytearray(MAX_HEADER_BYTES + LENGTHS_BYTES))
         self._have = 0
         self._need = LENGTHS_BYTES
@@ -109,13 +116,14 @@ class Flow(asyncio.BufferedProtocol):
                 if (self._have or self._header is not None) and received == self.received_bytes:
                     self.fail(BadMessage(f"nothing for {STALL_SECONDS:g} s in the middle of a frame"))
         frame = self._frames.popleft()
-        if self._transport is not None and len(self._frames) == READ_AHEAD_FRAMES - 1:
-            self._transport.resume_reading()
+        if len(self._frames) == READ_AHEAD_FRAMES - 1:
+            self._go_on_reading()
         return frame
 
     async def write(self, frame: bytes, content: memoryview) -> None:
         """Returns when the frame is encrypted: its bytes are the caller's again. Raises PeerFault, as what
         ended it."""
+        await self._throttle.before_sending(len(frame) + content.nbytes)
         while self._fault is None and not self._room.is_set():
             waiting = self.waiting_bytes
             try:
@@ -192,13 +200,15 @@ class Flow(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._header is not None:
-            return self._payload[self._filled :]
+            return self._payload[self._filled : self._filled + SIP_BYTES if self._sips else None]
         return self._head[self._have : max(self._need, FIRST_READ_BYTES)]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.received_bytes += nbytes
         if self._fault is not None:
             return
+        if self._sips and (seconds := self._throttle.received(nbytes)):
+            self._rest(seconds)
         if self._header is None:
             self._have += nbytes
             try:
@@ -221,6 +231,23 @@ class Flow(asyncio.BufferedProtocol):
         self._room.set()
 
     # -- inside ----------------------------------------------------------------------------------------------
+
+    def _rest(self, seconds: float) -> None:
+        """Read nothing for so long."""
+        assert self._transport is not None
+        if not self._resting:
+            self._resting = True
+            self._transport.pause_reading()
+            self._loop.call_later(seconds, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = False
+        if len(self._frames) < READ_AHEAD_FRAMES:
+            self._go_on_reading()
+
+    def _go_on_reading(self) -> None:
+        if self._transport is not None and self._fault is None and not self._resting:
+            self._transport.resume_reading()
 
     def _unpack(self) -> None:
         """Take from the small buffer what is whole."""

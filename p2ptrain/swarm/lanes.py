@@ -52,6 +52,7 @@ from p2ptrain.records import (
 from p2ptrain.swarm.frames import pack, read_frame
 from p2ptrain.swarm.gate import Gate, permits
 from p2ptrain.swarm.port import Buffer, Handler
+from p2ptrain.swarm.throttle import Throttle
 
 Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
@@ -153,6 +154,7 @@ class Lanes:
         on_event: Callable[[PeerFaulted], None],
         direct: Direct | None = None,
         gate: Gate | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         """`spawn` starts a task whose failure is ours and ends the program. Without a `gate` all may come."""
         self.fingerprint = fingerprint
@@ -164,6 +166,7 @@ class Lanes:
         self._max_payload_bytes = max_payload_bytes
         self._on_event = on_event
         self._direct = direct
+        self._throttle = throttle or Throttle()
         self._handler: Handler | None = None
         self._closed = False
         self._outbound: dict[tuple[PeerId, Kind], _Lane] = {}
@@ -197,6 +200,7 @@ class Lanes:
         lane = self._lane(to, "control")
         if lane is not None and lane.offer(frame):
             self._sent["control"] += len(frame)
+            self._throttle.sent(len(frame))
         else:
             self.faults["dropped"] += 1
 
@@ -217,6 +221,7 @@ class Lanes:
             raise Unreachable("we left")
         try:
             writer = await asyncio.shield(lane.opened)
+            await self._throttle.before_sending(len(frame) + content.nbytes)
             async with lane.turn:
                 await writer.drain()  # of a frame whose sender was cancelled
                 if _is_closed(writer):
@@ -236,6 +241,7 @@ class Lanes:
     async def request(
         self, to: PeerId, request: Request, *, timeout_seconds: float, max_bytes: int
     ) -> tuple[Reply, bytes]:
+        await self._throttle.before_receiving()
         try:
             async with asyncio.timeout(timeout_seconds):
                 return await self._ask(to, request, timeout_seconds, max_bytes)
@@ -430,6 +436,7 @@ class Lanes:
                     handler.on_message(peer, header)
                 elif kind == "data" and isinstance(header, Chunk | Averaged):
                     await handler.on_chunk(peer, header, payload)
+                    await self._throttle.before_receiving()
                 else:
                     raise BadMessage(f"a {header.kind} on the {kind} lane")
         except PeerFault:
@@ -468,6 +475,7 @@ class Lanes:
             finally:
                 self._answering[peer] -= 1
                 self._answering += Counter()  # forgets peers at zero
+        await self._throttle.before_sending(memoryview(payload).nbytes)
         if _is_closed(writer):
             return  # who asked has left meanwhile
         writer.transport.set_write_buffer_limits(high=0)  # `drain` then waits until all has gone
@@ -587,6 +595,7 @@ class Lanes:
         except TimeoutError:
             raise Unreachable(f"peer {short(peer)} said nothing for {seconds:g} s") from None
         self._received[kind] += size
+        self._throttle.received(size)
         return header, payload
 
     def _write(self, writer: asyncio.StreamWriter, kind: Kind, header: Wire, payload: Buffer = b"") -> None:

@@ -86,6 +86,7 @@ from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
 from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
 from p2ptrain.swarm.port import Buffer, Handler
+from p2ptrain.swarm.throttle import Throttle
 from p2ptrain.swarm.tls import TlsCarrier
 from p2ptrain.swarm.validator import (
     MAX_CLOCK_SKEW_SECONDS,
@@ -165,6 +166,7 @@ class Libp2pSwarm:
         data_port: int | None = None,
         invite: Invite | None = None,
         relay_for: int = 0,
+        throttle: Throttle | None = None,
         max_payload_bytes: int = 32 * 2**20,
         on_event: Callable[[Event], None] = lambda event: logger.log(event.level, event.sentence()),
     ) -> None:
@@ -175,6 +177,7 @@ class Libp2pSwarm:
         - `data_port`: to take chunks on over TLS; 0 for any, None for neither taking nor sending them so.
         - `invite`: what we show to others; they must show one by the same organizer. Without it all may come.
         - `relay_for`: how many hidden peers we pass traffic on for; we must be reachable ourselves.
+        - `throttle`: what we may send and receive per second.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
 
         Raises ConfigError for an address that is none, LocalFault for a damaged identity file.
@@ -195,6 +198,7 @@ class Libp2pSwarm:
         self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
         self._on_event = on_event
         self._crew = Crew()
+        self.throttle = throttle or Throttle()
         self._tls: TlsCarrier | None = None
         if data_port is not None:
             self._tls = TlsCarrier(
@@ -204,6 +208,7 @@ class Libp2pSwarm:
                 port=data_port,
                 max_payload_bytes=max_payload_bytes,
                 on_event=on_event,
+                throttle=self.throttle,
             )
         self.gate = Gate(invite.shown_by(self.peer_id), self.peer_id) if invite else None
         self._lanes = Lanes(
@@ -215,6 +220,7 @@ class Libp2pSwarm:
             on_event=on_event,
             direct=self._tls,
             gate=self.gate,
+            throttle=self.throttle,
         )
         self._exit = AsyncExitStack()
         self._node: _Node | None = None

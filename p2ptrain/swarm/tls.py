@@ -29,6 +29,7 @@ from p2ptrain.swarm.flow import MAX_FLOWS, Flow, flows_wanted
 from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.holders import port_holder
 from p2ptrain.swarm.port import Buffer
+from p2ptrain.swarm.throttle import Throttle
 
 HANDSHAKE_SECONDS = 5.0
 """For TLS, and again for both greetings."""
@@ -74,6 +75,7 @@ class TlsCarrier:
         port: int,
         max_payload_bytes: int,
         on_event: Callable[[CarrierChanged], None],
+        throttle: Throttle | None = None,
     ) -> None:
         """`listen`: IP addresses to accept on, all at `port`; 0 takes a free one."""
         self.faults: Counter[str] = Counter()
@@ -84,6 +86,7 @@ class TlsCarrier:
         self._listen = listen
         self._max_payload_bytes = max_payload_bytes
         self._on_event = on_event
+        self._throttle = throttle or Throttle()
         self._credentials = make_credentials()
         self._receiver: Receiver | None = None
         self._known: dict[PeerId, Direct] = {}
@@ -216,7 +219,7 @@ class TlsCarrier:
     async def _connect(self, peer: PeerId, host: str, direct: Direct, receiver: Receiver) -> Flow:
         """A connection on which both have greeted. Raises PeerFault."""
         loop, began = asyncio.get_running_loop(), self._now()
-        flow = Flow(self._max_payload_bytes, direct.certificate)
+        flow = Flow(self._max_payload_bytes, direct.certificate, self._throttle)
         try:
             async with asyncio.timeout(2 * HANDSHAKE_SECONDS):
                 await loop.create_connection(
@@ -272,7 +275,7 @@ class TlsCarrier:
 
     async def _welcome(self, connection: socket.socket, places: asyncio.Semaphore) -> None:
         """Find out who it is, within bounds."""
-        loop, flow = asyncio.get_running_loop(), Flow(max_payload_bytes=0)
+        loop, flow = asyncio.get_running_loop(), Flow(0, throttle=self._throttle)
         try:
             async with asyncio.timeout(2 * HANDSHAKE_SECONDS):
                 # What this returns beside the transport is not always the protocol.

@@ -31,6 +31,7 @@ from p2ptrain.swarm.crew import Crew
 from p2ptrain.swarm.flow import FLOW_BYTES, MAX_FLOWS, UNSENT_BYTES, Flow, flows_wanted
 from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.lanes import Kind, Lanes, Stream
+from p2ptrain.swarm.throttle import BURST_SECONDS, SIP_BYTES, Throttle
 from p2ptrain.swarm.tls import TlsCarrier
 
 pytestmark = pytest.mark.swarm
@@ -42,7 +43,7 @@ LOOPBACK = ["127.0.0.1"]
 class Side:
     """One peer: lanes over a TLS carrier and no other streams."""
 
-    def __init__(self, name: str, run: str, crew: Crew) -> None:
+    def __init__(self, name: str, run: str, crew: Crew, throttle: Throttle | None) -> None:
         self.id = PeerId(name)
         self.events: list[Any] = []
         self.asked: list[Kind] = []
@@ -55,6 +56,7 @@ class Side:
             port=0,
             max_payload_bytes=LARGEST,
             on_event=self.events.append,
+            throttle=throttle,
         )
         self.lanes = Lanes(
             self.id,
@@ -97,8 +99,8 @@ async def until(condition: Any, seconds: float = 10.0) -> None:
 async def sides() -> AsyncIterator[Any]:
     async with AsyncExitStack() as stack:
 
-        async def make(name: str, run: str = RUN) -> Side:
-            side = Side(name, run, await stack.enter_async_context(Crew()))
+        async def make(name: str, run: str = RUN, throttle: Throttle | None = None) -> Side:
+            side = Side(name, run, await stack.enter_async_context(Crew()), throttle)
             await stack.enter_async_context(side.carrier)
             side.carrier.serve(side.lanes)
             stack.callback(side.lanes.close)
@@ -107,9 +109,9 @@ async def sides() -> AsyncIterator[Any]:
         yield make
 
 
-async def pair(make: Any, run: str = RUN) -> tuple[Side, Side]:
-    """Two that know of each other."""
-    alice, bob = await make("alice"), await make("bob", run)
+async def pair(make: Any, run: str = RUN, throttle: Throttle | None = None) -> tuple[Side, Side]:
+    """Two that know of each other; `throttle`: the second one's."""
+    alice, bob = await make("alice"), await make("bob", run, throttle)
     alice.carrier.meet(bob.id, bob.where)
     bob.carrier.meet(alice.id, alice.where)
     return alice, bob
@@ -158,6 +160,23 @@ async def test_chunks_go_both_ways_over_one_kept_connection_of_tls_1_3(sides: An
     assert alice.carriers() == bob.carriers() == [(Carrier.TLS, "")]
     assert alice.carrier.traffic[0] > 3 * 10**6 < bob.carrier.traffic[1]
     assert not alice.asked + bob.asked
+
+
+@pytest.mark.parametrize("way", ["upload", "download"])
+async def test_limited_side_keeps_its_rate_and_loses_nothing(sides: Any, way: str) -> None:
+    rate, content = 400_000.0, bytes(range(250)) * 400
+    alice, bob = await pair(sides, throttle=Throttle(**{way: rate}))
+    await alice.connected(bob)
+    await bob.connected(alice)
+    sender, receiver = (bob, alice) if way == "upload" else (alice, bob)
+    began, count = asyncio.get_running_loop().time(), 3
+    for number in range(count):
+        await sender.lanes.send_chunk(receiver.id, chunk(alice.id, number), content)
+    await receiver.heard.until(lambda heard: len(heard.chunks) == count)
+    seconds = asyncio.get_running_loop().time() - began
+    assert [content for _, _, content in receiver.heard.chunks] == [content] * count
+    # The last gulp is only paid for afterwards, and the greeting was before.
+    assert count * len(content) - SIP_BYTES <= rate * (seconds + BURST_SECONDS) * 1.01
 
 
 def unsent_in_kernel(flow: Flow) -> int:

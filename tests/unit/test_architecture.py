@@ -46,7 +46,7 @@ class Room:
     standard: frozenset[str] = ANY
 
 
-WORDS = names("p2ptrain p2ptrain.errors p2ptrain.events p2ptrain.records p2ptrain.config")
+WORDS = names("p2ptrain p2ptrain.errors p2ptrain.events p2ptrain.records p2ptrain.timetable p2ptrain.config")
 LOWER = WORDS | names(
     "p2ptrain.protocol p2ptrain.gradients p2ptrain.replica p2ptrain.tasks p2ptrain.swarm.port"
 )
@@ -58,6 +58,7 @@ ROOMS = {
     "p2ptrain.errors": WORD,
     "p2ptrain.events": WORD,
     "p2ptrain.records": WORD,
+    "p2ptrain.timetable": Room(frozenset(), standard=PURE | {"re"}),
     "p2ptrain.config": WORD,
     # 1: rules and sums
     "p2ptrain.protocol": Room(WORDS, names("blake3"), PURE - {"logging"}),
