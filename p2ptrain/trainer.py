@@ -262,6 +262,11 @@ class Peer:
         self._start_step((), settled=False)
 
     @property
+    def samples_now(self) -> int:
+        """What this peer has computed for the step under way."""
+        return self._accumulator.samples
+
+    @property
     def stands_aside(self) -> bool:
         """Whether it is paused, and nothing of it is awaited by a round."""
         return self.paused and not self._accumulator.samples and self.rounds.attempt is None

@@ -1,4 +1,4 @@
-"""`p2ptrain status`, `pause`, `resume`, `finish`, `leave` and `logs`: for the peer that runs on this machine.
+"""`p2ptrain status`, `top`, `pause`, `resume`, `finish`, `leave` and `logs`: for the peer that runs here.
 
 They load what answers at once and nothing that trains. With `--json` they print one JSON object, `logs` one a
 line.
@@ -27,6 +27,8 @@ DataDir = Annotated[str, typer.Option(help="Its data folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 FOLLOW_SECONDS = 0.25
+MOST_NEWS = 200
+"""Lines of the journal that `top` takes at once."""
 STATES = {
     "joining": "joining",
     "catching_up": "catching up",
@@ -39,7 +41,7 @@ STATES = {
 
 def add_to(app: typer.Typer) -> None:
     """Make these verbs the app's own."""
-    for verb in (status, pause, resume, finish, leave, logs):
+    for verb in (status, top, pause, resume, finish, leave, logs):
         app.command(rich_help_panel="The peer that runs on this machine")(verb)
 
 
@@ -47,6 +49,22 @@ def status(run: RunId = "", peer: PeerFile = None, data_dir: DataDir = "", as_js
     """Say how the running peer stands."""
     answer = control.ask(control.find(run, data_dir, peer), {"ask": "status"})
     typer.echo(json.dumps(answer) if as_json else "\n".join(status_lines(answer, time.time())))
+
+
+def top(run: RunId = "", peer: PeerFile = None, data_dir: DataDir = "") -> None:
+    """Watch the running peer on the whole screen; keys pause, resume, finish and leave."""
+    folder = control.find(run, data_dir, peer)
+    control.ask(folder, {"ask": "status"})  # whether there is one, before the screen is taken
+    try:
+        from peers.top import Top
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"`p2ptrain top` needs {missing.name}, which is not installed; pip install 'p2ptrain[tui]'"
+        ) from None
+    from peers.chronicle import Tail
+
+    tail = Tail(folder / "journal.jsonl")
+    Top(folder, lambda: list(_log_lines(tail.read()[-MOST_NEWS:], as_json=False))).run()
 
 
 def pause(
@@ -141,7 +159,7 @@ def pause_lines(pauses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
 
 def status_lines(status: Mapping[str, Any], now: float) -> list[str]:
     """A status for a person, the most important first."""
-    from p2ptrain.events import clean, duration, short
+    from p2ptrain.events import clean, duration
 
     since = duration(status["seconds"])
     lines = [f"{STATES[status['state']]}: {status['run_id']} for {since}, in {status['data_dir']}"]
@@ -156,6 +174,13 @@ def status_lines(status: Mapping[str, Any], now: float) -> list[str]:
         lines.append(
             f"catching up: {progress['done_bytes'] / 1e6:,.1f} of {progress['total_bytes'] / 1e6:,.1f} MB"
         )
+    return [*lines, *(f"  {name:<10} {text}" for name, text in status_rows(status).items())]
+
+
+def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a peer that has a replica, by name."""
+    from p2ptrain.events import clean, duration, short
+
     carriers = list(status["carriers"].items())
     rows = {
         "peer": f"{short(status['peer'])} {clean(status['name'], 64)}".strip(),
@@ -175,7 +200,7 @@ def status_lines(status: Mapping[str, Any], now: float) -> list[str]:
             for name, seconds in status["deadlines"].items()
         ),
     }
-    return [*lines, *(f"  {name:<10} {text}" for name, text in rows.items() if text)]
+    return {name: text for name, text in rows.items() if text}
 
 
 def _number(value: float | None) -> str:

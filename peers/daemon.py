@@ -52,6 +52,7 @@ MOST_SECONDS = 366 * 86_400
 RATE_SECONDS = 60.0
 """Over which rates are means, or over the time since the start."""
 RATE_POINTS = 512
+LOSSES = 48
 
 Answers = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -63,7 +64,8 @@ class Standing:
     """What the events of a peer say about how it stands now."""
 
     waiting: str = ""
-    loss: float | None = None
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSSES))
+    """Of this peer's samples in the last rounds."""
     heldout_loss: float | None = None
     bits_per_byte: float | None = None
     roster: int = 0
@@ -82,7 +84,8 @@ class Standing:
             case events.Evaluated():
                 self.heldout_loss, self.bits_per_byte = event.loss, event.bits_per_byte
             case events.RoundCommitted():
-                self.loss = self.loss if event.loss is None else event.loss
+                if event.loss is not None:
+                    self.losses.append(event.loss)
                 self.roster = event.peers
                 self.samples += event.mine
                 self.samples_of_all += event.samples
@@ -250,10 +253,14 @@ class Daemon:
             "aside": member.withdrawn,
             "leader": member.following,
             "waiting": standing.waiting,
-            "catching_up": None if catching_up is None else asdict(catching_up),
+            "catching_up": None
+            if catching_up is None
+            else asdict(catching_up) | {"eta_seconds": catching_up.eta_seconds},
+            "batch": {"mine": peer.samples_now, "target": peer.run.target_batch_size},
             "rounds": peer.rounds_joined,
             "samples": peer.samples_given,
-            "loss": standing.loss,
+            "loss": standing.losses[-1] if standing.losses else None,
+            "losses": list(standing.losses),
             "heldout_loss": standing.heldout_loss,
             "bits_per_byte": standing.bits_per_byte,
             "samples_per_second": mine,

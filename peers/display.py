@@ -1,5 +1,4 @@
-"""How a rehearsal looks: a panel drawn in place on a terminal, a line now and then elsewhere; and how a
-catch-up looks to the volunteer at a terminal."""
+"""How a rehearsal looks: a panel drawn in place on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +11,10 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from p2ptrain.events import clean
-from p2ptrain.replica.joining import Progress as CatchingUp
 from peers.chronicle import Chronicle
 
 LINE_SECONDS = 5.0
@@ -109,42 +106,6 @@ def display(
     if console.is_terminal and console.encoding.startswith("utf"):
         return Screen(console, chronicle, started_at, seconds, title)
     return Lines(console, chronicle, started_at)
-
-
-class CatchUpBar:
-    """A bar with rate and time left while a peer catches up; nothing else of it stays on the terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-
-    def show(self, progress: CatchingUp | None) -> None:
-        """Draw it as things are; None: there is no catch-up, or no longer."""
-        if progress is None:
-            self.close()
-            return
-        left = "" if progress.eta_seconds is None else f"{clock(progress.eta_seconds)} left"
-        source = f"{progress.donors} donor" if progress.donors == 1 else f"{progress.donors} donors"
-        if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-            rate = TextColumn("{task.fields[rate]} {task.fields[left]}")
-            self._bar = Progress(*columns, rate, console=self._console, transient=True)
-            self._bar.add_task("", total=None, rate="", left="")
-        self._bar.update(
-            self._bar.task_ids[0],
-            description=f"catching up: {progress.done:,} of {progress.total:,} {progress.what} from {source}",
-            total=progress.total_bytes,
-            completed=progress.done_bytes,
-            rate=f"{progress.bytes_per_second / 1e6:,.1f} MB/s",
-            left=left,
-        )
-        self._bar.start()  # once it has something to show
-
-    def close(self) -> None:
-        """Take it off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 # -- the parts -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_
 from p2ptrain.trainer import Peer, train
 from peers import doctor
 from peers.daemon import ControlServer, Daemon, state
-from peers.display import CatchUpBar
 from peers.engines import build_engine
+from peers.panel import Below
 from peers.places import data_folder
 from peers.signals import Stop
 
@@ -62,7 +63,7 @@ RUN_FILE_SECONDS = 6.0
 """For one answer; a run file is a few kilobytes."""
 RUN_FILE_PAUSES_SECONDS = (0.5, 1.0)
 """Before the second and the third time of asking."""
-BAR_SECONDS = 0.25
+PANEL_SECONDS = 0.5
 GATE_SECONDS = 1.0
 """Between two looks whether our invite still holds."""
 COMPUTE_NICE = 10
@@ -198,7 +199,7 @@ async def volunteer(
                 answered=metrics.answered_http,
             )
             lag = watch_event_loop(metrics.event_loop_lag_seconds.observe)
-            async with pages, peer, _beside(lag), _beside(daemon.keep_time()), _bar(peer):
+            async with pages, peer, _beside(lag), _beside(daemon.keep_time()), _panel(daemon):
                 peer.metrics_port = pages.port
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
@@ -403,27 +404,26 @@ def _export_catch_up(metrics: Metrics, peer: Peer) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _bar(peer: Peer) -> AsyncIterator[None]:
-    """On a terminal, a bar for as long as the peer catches up; elsewhere its events are lines."""
+async def _panel(daemon: Daemon) -> AsyncIterator[None]:
+    """On a terminal, how the peer stands, below its log; elsewhere the log is all."""
     if not sys.stderr.isatty():
         yield
         return
-    bar = CatchUpBar(Console(stderr=True))
-    drawing = asyncio.create_task(_draw(bar, peer), name="catch-up bar")
-    try:
-        yield
-    finally:
-        drawing.cancel()
-        bar.close()
+    with Below(Console(stderr=True)) as panel:
+        drawing = asyncio.create_task(_draw(panel, daemon), name="panel")
+        try:
+            yield
+        finally:
+            drawing.cancel()
 
 
-async def _draw(bar: CatchUpBar, peer: Peer) -> None:
+async def _draw(panel: Below, daemon: Daemon) -> None:
     while True:
-        bar.show(peer.catching_up)
-        await asyncio.sleep(BAR_SECONDS)
+        panel.show(daemon.answer({"ask": "status"}), time.time())
+        await asyncio.sleep(PANEL_SECONDS)
 
 
 def _tell(event: events.Event) -> None:
     if isinstance(event, events.CatchingUp) and sys.stderr.isatty():
-        return  # there is a bar
+        return  # it is on the panel
     logger.log(event.level, event.sentence())

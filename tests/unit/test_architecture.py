@@ -96,6 +96,7 @@ ROOMS = {
         LOWER | names("p2ptrain.adapters p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
         names("psutil pydantic rich torch typer uvloop"),
     ),
+    "peers.top": Room(WORDS | {"peers"}, names("rich textual")),
 }
 
 UNLOADING = names("pickle marshal shelve dill cloudpickle joblib")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from event_examples import ANNA, BERT, COMMITTED, SAVED, WAITING
 
+from p2ptrain.config import Limits
 from p2ptrain.errors import ConfigError, NotRunning
 from p2ptrain.events import Event
 from peers.control import Running, choose, find, link_name
@@ -83,7 +84,7 @@ def stop() -> Stop:
 @pytest.fixture
 def joining(happened: list[Event], stop: Stop) -> Daemon:
     """A peer that is still on its way in."""
-    return Daemon(Path("/data/one"), "stdlib", stop, happened.append)
+    return Daemon(Path("/data/one"), "stdlib", stop, happened.append, Limits())
 
 
 def test_pause_and_resume_are_told_also_before_there_is_a_peer(
@@ -134,7 +135,7 @@ def test_standing_follows_the_events() -> None:
     standing = Standing()
     for event in (WAITING, COMMITTED, COMMITTED, SAVED):
         standing.observe(event)
-    assert (standing.waiting, standing.loss, standing.roster) == ("2 of 3 peers", 2.25, 7)
+    assert (standing.waiting, list(standing.losses), standing.roster) == ("2 of 3 peers", [2.25, 2.25], 7)
     assert (standing.samples, standing.samples_of_all) == (1024, 8224)
 
 
@@ -181,7 +182,13 @@ STATUS: dict[str, Any] = {
     "received_bytes_per_second": 0.0,
     "deadlines": {"silence_seconds": 5.0},
 }
-PAUSED_UNTIL = {"reason": "user", "because": "you asked for it", "since": 0.0, "until": 7200.0}
+PAUSED_UNTIL = {
+    "reason": "user",
+    "because": "you asked for it",
+    "resumes": "with `p2ptrain resume`",
+    "since": 0.0,
+    "until": 7200.0,
+}
 
 
 def test_status_reads_well() -> None:

@@ -28,7 +28,7 @@ ASK = """
 import os, sys
 os.environ["XDG_DATA_HOME"] = "/nowhere"
 from peers import cli
-for words in (["status"], ["pause", "--for", "2h"], ["resume"], ["finish"], ["leave"], ["logs"]):
+for words in (["status"], ["top"], ["pause", "--for", "2h"], ["resume"], ["finish"], ["leave"], ["logs"]):
     sys.argv = ["p2ptrain", *words]
     try:
         cli.main()
