@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from p2ptrain.errors import P2PTrainError
-from peers import adapters_cli, config_cli, control_cli, invite_cli, run_cli
+from peers import adapters_cli, config_cli, control_cli, identity_cli, invite_cli, run_cli, service_cli
 
 app = typer.Typer(
     name="p2ptrain",
@@ -28,6 +28,8 @@ app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(config_cli.app, name="config")
 app.add_typer(invite_cli.app, name="invite")
 app.add_typer(run_cli.app, name="run")
+app.add_typer(identity_cli.app, name="identity")
+app.add_typer(service_cli.app, name="service")
 control_cli.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]

@@ -60,6 +60,30 @@ def load_or_create(path: Path) -> Identity:
         ) from error
 
 
+def load(path: Path) -> Identity:
+    """The identity in this file. Raises LocalFault if it holds something else, StorageError if there is none
+    or it cannot be read."""
+    try:
+        return _parse(path.read_bytes(), path)
+    except OSError as error:
+        raise StorageError(
+            f"the identity file {path} cannot be read: {error.strerror}; name the file or the folder of a "
+            "peer that has run"
+        ) from error
+
+
+def store(identity: Identity, path: Path) -> None:
+    """Write the identity to a file that is not there yet, readable by its owner only. Raises StorageError."""
+    try:
+        _write(identity._key, path)
+    except FileExistsError:
+        raise StorageError(
+            f"{path} is there already, and a key that is overwritten is lost; move it away first"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; name another place") from error
+
+
 def of_seed(seed: bytes) -> Identity:
     """The identity whose private key is these 32 bytes."""
     return _identity(Ed25519PrivateKey.from_private_bytes(seed))
@@ -79,6 +103,11 @@ def verify(peer: str, message: bytes, signature: bytes) -> bool:
 
 def _create(path: Path) -> Identity:
     key = Ed25519PrivateKey.generate()
+    _write(key, path)
+    return _identity(key)
+
+
+def _write(key: Ed25519PrivateKey, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # O_EXCL: of two peers that start at once, one makes the file and the other reads it or fails.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -88,7 +117,6 @@ def _create(path: Path) -> Identity:
     except OSError:
         path.unlink()  # on a full disk: half a key would be refused for ever
         raise
-    return _identity(key)
 
 
 def _parse(content: bytes, path: Path) -> Identity:
