@@ -58,7 +58,7 @@ class Replica:
         self.numel = bounds[-1]
         self.gradient = torch.zeros(self.numel)
         """float32 [numel], where the model is. `backward` adds to it; clear it with `zero_()`: `zero_grad()`
-        would detach it."""
+        would detach it. A step may overwrite it."""
         self.parameters = torch.empty(self.numel)
         """float32 [numel]."""
 
@@ -77,7 +77,9 @@ class Replica:
 
         self._optimizer = build_optimizer(run.optimizer, self.numel, decayed)
         self._codec = codec_named(run.codec)
-        self._mean = torch.empty(self.numel)
+        # What lies in `gradient` when a step is taken is of no use any more, unless it was computed ahead. If
+        # the model moves to another device, `gradient` moves along, and this stays.
+        self._mean = torch.empty(self.numel) if run.delay else self.gradient
         self.state_digest: str | None = self._state().digest()
         """Digest of the state at `position`, or None while it has not been computed there."""
         self.position = genesis(fingerprint, self.state_digest)
