@@ -49,6 +49,7 @@ from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
+from p2ptrain.telemetry.trackers import Tracking, open_tracker
 from p2ptrain.trainer import Peer, train
 from peers import doctor
 from peers.daemon import ControlServer, Daemon, state
@@ -148,6 +149,8 @@ async def volunteer(
             engine, chosen = await compute(partial(build_engine, run, config, task, replica))
             observe(chosen)
             swarm.adopt(print_)
+            tracker = await aside(partial(open_tracker, config.tracker, run, swarm.peer_id[-8:], folder))
+            observers.append(stack.enter_context(Tracking(tracker)).observe)
             metrics = Metrics(
                 run.run_id,
                 print_,
