@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from p2ptrain.errors import P2PTrainError
 from peers import adapters_cli, config_cli, control_cli, identity_cli, invite_cli, run_cli, service_cli
+
+if TYPE_CHECKING:  # the verbs import it when they run
+    from p2ptrain.config import PeerConfig
 
 app = typer.Typer(
     name="p2ptrain",
@@ -34,6 +37,10 @@ control_cli.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
 _LIMIT = "Most {}, in place of what the peer file says."
+OwnPlaces = Annotated[
+    Path | None,
+    typer.Option("--peer", help="Peer file: where model, tokenizer and data are that the run only names."),
+]
 
 
 @app.command()
@@ -362,18 +369,63 @@ def bench_peer(number: int, folder: Path, peers: int, values: int, codecs: str, 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
-    length: Annotated[int, typer.Option(min=1, max=100_000, help="How many bytes it adds.")] = 300,
+    length: Annotated[int, typer.Option(min=1, max=100_000, help="How many bytes or tokens it adds.")] = 300,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="0: the likeliest only; 1: as learned.")
     ] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    peer: OwnPlaces = None,
     as_json: Json = False,
 ) -> None:
     """Let the model of a checkpoint write."""
     from peers import models
 
-    text = models.generate(checkpoint, prompt, length, temperature, seed)
+    text = models.generate(checkpoint, prompt, length, temperature, seed, _peer(peer))
     typer.echo(json.dumps({"checkpoint": str(checkpoint), "text": text}) if as_json else text)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
+    peer: OwnPlaces = None,
+    corpus: Annotated[str, typer.Option(help="The data, if the run file gives it only a name.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Measure the model of a checkpoint on held-out data."""
+    from peers import exporting
+
+    settings = _peer(peer)
+    if corpus:
+        settings = settings.model_copy(update={"corpus": corpus})
+    measured = exporting.evaluate(checkpoint, settings)
+    _say(f"{measured.run_id} at step {measured.step:,}, on {measured.data or 'its own data'}")
+    for name, value in measured.figures.items():
+        _say(f"  {name:<22} {value:.5g}")
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(measured)))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
+    to: Annotated[Path, typer.Option("--to", help="A new folder.")],
+    peer: OwnPlaces = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model of a checkpoint as a folder for use elsewhere, with a model card.
+
+    A causal_lm becomes one that the Hugging Face libraries load by from_pretrained.
+    """
+    from peers import exporting
+
+    names = exporting.export(checkpoint, to, _peer(peer))
+    typer.echo(json.dumps({"folder": str(to), "files": names}) if as_json else f"{to}: {', '.join(names)}")
+
+
+def _peer(path: Path | None) -> PeerConfig:
+    from p2ptrain.config import PeerConfig, load_peer
+
+    return load_peer(path) if path else PeerConfig()
 
 
 @app.command()

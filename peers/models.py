@@ -38,7 +38,7 @@ from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.port import Swarm
-from p2ptrain.tasks import Task, build_task
+from p2ptrain.tasks import NOTHING_SAID, Task, build_task
 
 ASK_SECONDS = 20.0
 PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
@@ -61,13 +61,15 @@ def found(path: Path) -> Path:
     return newest
 
 
-def _blank(checkpoint: LoadedCheckpoint) -> tuple[Task, Replica]:
-    """The checkpoint's task and a replica at step 0 of its run.
+def blank(
+    checkpoint: LoadedCheckpoint, peer: PeerConfig = NOTHING_SAID, *, with_data: bool = False
+) -> tuple[Task, Replica]:
+    """The checkpoint's task, as this peer file lets it be built, and a replica at step 0 of its run.
 
-    Text plays no part in either, so this takes one that is always there, not the one that was trained on.
+    Data plays no part in the latter. Raises ConfigError, and with data CorpusError.
     """
     run = checkpoint.run
-    task = build_task(run, PeerConfig(corpus="stdlib"))
+    task = build_task(run, peer, with_data=with_data)
     model = task.build_model(run.seed)
     return task, Replica(model, run, fingerprint(run, parameter_table(model)))
 
@@ -75,14 +77,16 @@ def _blank(checkpoint: LoadedCheckpoint) -> tuple[Task, Replica]:
 # -- generate ------------------------------------------------------------------------------------------------
 
 
-def generate(path: Path, prompt: str, length: int, temperature: float, seed: int) -> str:
-    """The prompt and the `length` bytes with which the model of the checkpoint at `path` goes on from it.
+def generate(
+    path: Path, prompt: str, length: int, temperature: float, seed: int, peer: PeerConfig = NOTHING_SAID
+) -> str:
+    """The prompt and the `length` bytes or tokens with which the checkpoint's model goes on from it.
 
     The same arguments give the same text. Raises CheckpointError.
     """
     torch.set_num_threads(1)  # more only get in each other's way at one byte at a time
     checkpoint = load(found(path))
-    task, replica = _blank(checkpoint)
+    task, replica = blank(checkpoint, peer)
     restore(replica, checkpoint)
     chance = torch.Generator().manual_seed(seed)
     return task.preview(replica.model, prompt, length, chance, temperature)
@@ -131,7 +135,7 @@ async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
             f"the checkpoint {checkpoint.path} is of run {checkpoint.run.run_id} with digest {digest[:8]}, "
             f"but the invite leads to {invite.run_id} with digest {invite.run_digest[:8]}"
         )
-    _, replica = _blank(checkpoint)
+    _, replica = blank(checkpoint)
     from p2ptrain.swarm.libp2p import Libp2pSwarm  # takes seconds
 
     with tempfile.TemporaryDirectory(prefix="p2ptrain-") as folder:
