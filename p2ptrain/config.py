@@ -170,6 +170,149 @@ class DigitsTask(TaskSection):
         return f"a hidden layer of width {self.width} on scikit-learn's digits"
 
 
+WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+Named = Annotated[str, Field(pattern=f"^{WORD}(/{WORD})?$", max_length=200, examples=["owner/name"])]
+"""`owner/name` is on the Hugging Face hub; without a slash it is built in, or a name that each peer's own
+file gives a place. Never a path: what a stranger wrote is not opened."""
+
+Revision = Annotated[str, Field(pattern=f"^{WORD}(/{WORD})*$", max_length=100, examples=["main"])]
+
+
+class CausalLmTask(TaskSection):
+    """A language model of the Hugging Face libraries, trained to predict the next token."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    """What is trained: a language model of the Hugging Face libraries predicts the next token. It needs the
+    extra `p2ptrain[hf]`."""
+
+    model: Named = "llama"
+    """The model. `llama` is a new one of the sizes below; `owner/name` is one from the Hugging Face hub. Any
+    other name says that each peer has it in a folder, which its own peer file names as `model`."""
+
+    model_revision: Revision = "main"
+    """Branch, tag or commit of a model from the hub. A commit makes sure that all peers get the same."""
+
+    pretrained: bool = True
+    """Whether a model that has a name starts from its weights; if false, only from its `config.json`, with
+    random weights drawn by `seed`."""
+
+    layers: Annotated[int, Field(ge=1, le=256)] = 4
+    """llama: transformer blocks. Memory, computing time and bytes per round grow in proportion."""
+
+    width: Annotated[int, Field(ge=8, le=16_384)] = 256
+    """llama: values per position between blocks; must be divisible by twice `heads`. Parameters, and with
+    them the bytes of every round, grow with its square."""
+
+    heads: Annotated[int, Field(ge=1, le=256)] = 4
+    """llama: attention heads per block, each of width / heads values."""
+
+    context: Annotated[int, Field(ge=8, le=131_072)] = 256
+    """Tokens in a sample, and how far back the model can look in training. Setting it high will cost memory
+    in proportion, and attention time that grows with its square."""
+
+    tokenizer: Named = "bytes"
+    """How text becomes tokens. `bytes`: a token is a byte; `model`: as the model's own folder says;
+    `owner/name` is one from the hub. Any other name says that each peer has it in a folder, which its own
+    peer file names as `tokenizer`. Peers whose tokenizers differ refuse each other."""
+
+    tokenizer_revision: Revision = "main"
+    """Branch, tag or commit of a tokenizer from the hub."""
+
+    dataset: Named = "stdlib"
+    """The text to learn. `stdlib` is the source of the Python that runs the peer; `owner/name` is a dataset
+    from the hub, read as it is needed and never stored whole. Any other name says that each peer has it: its
+    own peer file names as `corpus` a text file, JSON lines, Parquet, or a folder of one of these."""
+
+    dataset_revision: Revision = "main"
+    """Branch, tag or commit of a dataset from the hub. A commit makes sure that all peers draw the same."""
+
+    subset: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]*$", max_length=100, examples=["sample-10BT"])] = ""
+    """Which part of a dataset from the hub, in its own words; empty for its default one."""
+
+    split: Annotated[str, Field(pattern=f"^{WORD}$", max_length=100, examples=["train"])] = "train"
+    """Which split of a dataset from the hub is trained on."""
+
+    column: Annotated[str, Field(min_length=1, max_length=100)] = "text"
+    """JSON lines, Parquet and datasets from the hub: the column that holds the text."""
+
+    holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the text that is never trained on and gives the held-out loss. Setting it low will make that
+    loss jump about; setting it high will leave less to learn from."""
+
+    exact: bool = False
+    """Whether every peer must have the same data. If true, a peer whose files differ from the swarm's by a
+    byte is refused, and reading them all delays its start; if false, data may differ, and so may held-out
+    figures."""
+
+    @model_validator(mode="after")
+    def _model_has_what_it_needs(self) -> Self:
+        if self.model == "llama" and self.width % (2 * self.heads):
+            raise ValueError(
+                f"task.width ({self.width}) must be divisible by twice task.heads ({self.heads}), because "
+                "each head turns its values in pairs"
+            )
+        if self.model == "llama" and self.tokenizer == "model":
+            raise ValueError(
+                'task.tokenizer is "model", but a new llama has none; set it to "bytes" or to the name of one'
+            )
+        return self
+
+    @property
+    def summary(self) -> str:
+        sizes = f"a new llama of {self.layers} layers of width {self.width}"
+        model = (
+            sizes if self.model == "llama" else f"{self.model}{'' if self.pretrained else ' from scratch'}"
+        )
+        text = " ".join(filter(None, [self.dataset, self.subset]))
+        return f"{model} on samples of {self.context} tokens ({self.tokenizer}) from {text}"
+
+    @property
+    def names(self) -> dict[str, str]:
+        said = {
+            "model": (self.model, ("llama",)),
+            "tokenizer": (self.tokenizer, ("bytes", "model")),
+            "corpus": (self.dataset, ("stdlib",)),
+        }
+        return {key: name for key, (name, known) in said.items() if "/" not in name and name not in known}
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.context
+
+
+SettingName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=100)]
+Setting = Annotated[str, Field(max_length=1000)] | bool | int | float
+
+
+class OwnTask(TaskSection):
+    """Anything that a package of yours, or of somebody else, trains."""
+
+    kind: Literal["own"] = "own"
+    """What is trained: whatever a Python package says that is installed on every peer, and that each peer
+    has allowed by its name, as `allow_tasks` in its own peer file."""
+
+    factory: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$|^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+            max_length=200,
+            examples=["package.module:factory"],
+        ),
+    ] = "package.module:factory"
+    """What makes the task: `package.module:factory`, or the name of an entry point in the group
+    `p2ptrain.tasks`."""
+
+    settings: Annotated[
+        dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], Setting], Field(max_length=64)
+    ] = {}
+    """What the factory is given: texts, numbers, true and false, by names that it knows."""
+
+    @property
+    def summary(self) -> str:
+        return f"what {self.factory} says"
+
+
 def _kind_of(value: object) -> str:
     """A task without a kind is the one of bytes: run files from before there were others name none."""
     kind = value.get("kind", "bytes") if isinstance(value, dict) else getattr(value, "kind", "bytes")
@@ -177,9 +320,13 @@ def _kind_of(value: object) -> str:
 
 
 AnyTask = Annotated[
-    Annotated[BytesTask, Tag("bytes")] | Annotated[DigitsTask, Tag("digits")], Discriminator(_kind_of)
+    Annotated[BytesTask, Tag("bytes")]
+    | Annotated[DigitsTask, Tag("digits")]
+    | Annotated[CausalLmTask, Tag("causal_lm")]
+    | Annotated[OwnTask, Tag("own")],
+    Discriminator(_kind_of),
 ]
-KINDS = ("bytes", "digits")
+KINDS = ("bytes", "digits", "causal_lm", "own")
 """Of `task.kind`, the default one first."""
 
 
@@ -442,7 +589,23 @@ class PeerConfig(Section):
 
     corpus: Annotated[str, Field(max_length=4096)] = ""
     """Text file, or folder of text files, to train on in place of the run's `task.corpus`; needed unless that
-    is `stdlib`. Everyone gets a model that has read this text and may repeat it: name nothing private."""
+    is `stdlib`. Everyone gets a model that has read this text and may repeat it: name nothing private. Runs
+    of a `causal_lm` take JSON lines and Parquet, too, for their `task.dataset`."""
+
+    model: Annotated[str, Field(max_length=4096)] = ""
+    """Folder with the model that a `causal_lm` run starts from, in place of the run's `task.model`; needed
+    where that is only a name."""
+
+    tokenizer: Annotated[str, Field(max_length=4096)] = ""
+    """Folder with the tokenizer of a `causal_lm` run, in place of the run's `task.tokenizer`; needed where
+    that is only a name."""
+
+    allow_tasks: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$", max_length=100, examples=["package"])], ...],
+        Field(strict=False, max_length=16),
+    ] = ()
+    """Python packages whose code runs with kind `own` may run here, by the names they are imported by. Such
+    code can do whatever you can do on this machine: allow a package only if you trust its author."""
 
     listen: Addresses = ("/ip4/0.0.0.0/tcp/0",)
     """Addresses to accept peers on. Port 0 takes any free port, which changes at each start: set one to open
@@ -473,6 +636,11 @@ class PeerConfig(Section):
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of metrics and health; 0 takes any free port, which the log names."""
+
+    tracker: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    """Where the figures of each step go beside the metrics page: `trackio` keeps them on this machine,
+    `wandb` sends them to the account that you are logged in to, `tensorboard` writes files into `data_dir`.
+    Each needs the extra of its name, as in `p2ptrain[trackio]`."""
 
     checkpoint_every_steps: Annotated[int, Field(ge=0, le=10**9)] = 200
     """Steps between two checkpoints on disk; 0 for none. Setting it high will lengthen the catch-up after a
@@ -666,10 +834,16 @@ def commented_toml(config: RunConfig | PeerConfig) -> str:
         if section != table:
             table = section
             blocks.append(f"[{table}]")
-        # JSON spells texts, numbers, booleans and lists of texts as TOML does, DEL apart.
-        line = f"{name} = {json.dumps(json.loads(value), ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        line = f"{name} = {_toml(json.loads(value))}"
         blocks.append(f"{_wrapped(about[key]['description'], '# ')}\n{line}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _toml(value: object) -> str:
+    """JSON spells texts, numbers, booleans and lists of texts as TOML does, DEL apart."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_toml(each)}' for key, each in value.items())}}}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _wrapped(text: str, margin: str = "") -> str:
@@ -826,6 +1000,8 @@ def _wanted(about: dict[str, Any]) -> str:
             return f"text of {about.get('minLength', 0)} to {about['maxLength']} characters"
         case {"type": "array"}:
             return f"a list of at most {about['maxItems']} entries, each {_wanted(about['items'])}"
+        case {"additionalProperties": _}:
+            return "a table of texts, numbers, true and false"
         case _:
             return "a table of keys"
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from p2ptrain import config
 from p2ptrain.config import PeerConfig, RunConfig, check_names
 from p2ptrain.tasks.bytes import BytesTask
+from p2ptrain.tasks.causal_lm import CausalLmTask
 from p2ptrain.tasks.digits import DigitsTask
+from p2ptrain.tasks.own import load_own
 
 
 class Task(Protocol):
@@ -59,17 +61,25 @@ class Task(Protocol):
 NOTHING_SAID = PeerConfig()
 
 
-def build_task(run: RunConfig, peer: PeerConfig = NOTHING_SAID) -> Task:
+def build_task(run: RunConfig, peer: PeerConfig = NOTHING_SAID, *, with_data: bool = True) -> Task:
     """The task of a run, with what this peer file says about data.
+
+    Without data it can build and preview its model, and no more.
 
     Names in a run are never opened as paths: the run may come from a stranger, and a trained model can repeat
     what it has read. Raises ConfigError if the peer file does not say where such a thing is, or a package is
     missing, and CorpusError if the data is missing, empty or too small.
     """
+    if not with_data:
+        peer = peer.model_copy(update={"corpus": peer.corpus or "stdlib"})
     check_names(run, peer)
     match run.task:
         case config.BytesTask() as settings:
             return BytesTask(settings, run.seed, peer.corpus or "stdlib")
+        case config.CausalLmTask() as settings:
+            return CausalLmTask(settings, run.seed, peer, with_data=with_data)
+        case config.OwnTask() as settings:
+            return load_own(settings, run.seed, peer)
         case config.DigitsTask() as settings:
             return DigitsTask(settings, run.seed)
         case _:

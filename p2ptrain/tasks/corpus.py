@@ -99,13 +99,21 @@ def _find(source: str) -> Sequence[tuple[str, Path]]:
         return sorted((path.name, path) for path in modules if not path.name.startswith("_sysconfigdata"))
     path = Path(source).expanduser()
     if path.is_dir():
-        return sorted(_walk(path))
+        return text_files(path)
     if path.is_file():
         return [(path.name, path)]
     raise CorpusError(
         f"corpus must be `stdlib`, a text file or a folder of them, but there is none at {path.absolute()}; "
         "correct `corpus` in the peer file"
     )
+
+
+def text_files(folder: Path) -> list[tuple[str, Path]]:
+    """All that may hold text in a folder, as (name in it, path), in the order of the names.
+
+    Raises CorpusError if there are very many.
+    """
+    return sorted(_walk(folder))
 
 
 def _walk(folder: Path) -> Iterable[tuple[str, Path]]:

@@ -79,8 +79,24 @@ ROOMS = {
     "p2ptrain.replica.transfer": Room(LOWER, frozenset(), PURE | {"asyncio"}),
     "p2ptrain.replica.donor": Room(LOWER, frozenset(), PURE | {"asyncio"}),
     "p2ptrain.replica.joining": Room(WORDS | {"p2ptrain.protocol"}, frozenset(), PURE - {"logging"}),
-    "p2ptrain.tasks": Room(WORDS, TORCH, ANY - names("asyncio random socket subprocess threading time")),
+    "p2ptrain.tasks": Room(
+        WORDS, TORCH, ANY - names("asyncio importlib random socket subprocess threading time")
+    ),
     "p2ptrain.tasks.digits": Room(WORDS | {"p2ptrain.tasks"}, TORCH | {"sklearn"}, PURE),
+    "p2ptrain.tasks.causal_lm": Room(
+        WORDS | {"p2ptrain.tasks"}, TORCH | {"transformers"}, PURE | {"pathlib"}
+    ),
+    "p2ptrain.tasks.documents": Room(
+        WORDS | {"p2ptrain.tasks"}, TORCH | names("datasets pyarrow"), PURE | {"contextlib", "pathlib"}
+    ),
+    "p2ptrain.tasks.hub": Room(WORDS | {"p2ptrain.tasks"}, names("huggingface_hub"), PURE | {"pathlib"}),
+    "p2ptrain.tasks.tokens": Room(
+        WORDS | {"p2ptrain.tasks"}, names("tokenizers transformers"), PURE | {"pathlib"}
+    ),
+    "p2ptrain.tasks.own": Room(  # the one that loads code which others wrote
+        WORDS | {"p2ptrain.tasks"}, TORCH, PURE | {"contextlib", "importlib", "traceback"}
+    ),
+    "p2ptrain.telemetry.trackers": Room(WORDS, names("torch trackio wandb"), PURE | {"pathlib"}),
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),
     # 3: loop
     "p2ptrain.allreduce": Room(LOWER, names("torch numpy"), PURE | {"asyncio", "contextlib"}),
@@ -250,6 +266,7 @@ def test_module_imports_only_what_its_room_may(module: str) -> None:
         ("p2ptrain.trainer", "from peers import signals"),
         ("p2ptrain.tasks", "import pickle"),
         ("p2ptrain.tasks", "import importlib\nimportlib.import_module(name)"),
+        ("p2ptrain.tasks.causal_lm", "from importlib.metadata import EntryPoint"),
         ("p2ptrain.cleverness", "import math"),
         ("peers.volunteer", "import hivemind"),
         ("peers.volunteer", "import pickle"),

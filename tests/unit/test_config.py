@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from p2ptrain.config import (
     MAX_FILE_BYTES,
     BytesTask,
+    CausalLmTask,
     DigitsTask,
     Optimizer,
+    OwnTask,
     PeerConfig,
     RunConfig,
     Schedule,
@@ -75,6 +77,7 @@ DIGESTS = {
     "rehearsal": "8d230de343e28ad4bbacc91c054c7a7e03071fe511da5c172d79926b8d851e7a",
     "rehearsal-slow": "b589b6175057dc9f845698f5be1f76422dce211de8303211a02e7ac58de4dbf9",
     "rehearsal-tiny": "e097eb9f27bc3ee7432d0899bf5bdc421f831cdcd2f2ebd718d5a061118e39f8",
+    "web-text-125m": "5c7e776850e91ef69497f012d385dbc2fb7ffcb2e57b2380022c096903d31f05",
     "tiny": "c09b98461d0e831eaed5d5bdc34851ddd8748e72903913612390301f5e9cb948",
 }
 
@@ -106,6 +109,11 @@ def test_default_file_spells_out_every_default_and_its_documentation_when_read(f
 def test_commented_toml_gives_the_same_config_when_loaded(path, write):
     config = load_either(path)
     assert load_either(write(commented_toml(config))) == config
+
+
+def test_commented_toml_keeps_the_settings_of_a_task_when_they_need_escapes(write):
+    task = OwnTask(factory="toys:make", settings={"a-b": 'x"\x7f\n', "c": 3, "d": 0.5, "e": True})
+    assert load_run(write(commented_toml(RunConfig(task=task)))).task == task
 
 
 @given(name=st.text(max_size=64).filter(lambda text: text.isprintable() or "\x7f" in text))
@@ -154,6 +162,7 @@ def test_config_cannot_be_changed_when_made():
 
 NEAREST = "the nearest known key is"
 ID_PATTERN = "^[a-z0-9][a-z0-9-]{0,62}$"
+ANY_KIND = '"bytes" or "digits" or "causal_lm" or "own"'
 WRONG_RUNS = {
     # an unknown key, and the nearest known one
     "total_stps = 9": f'unknown key "total_stps" in FILE; {NEAREST} total_steps of the run file',
@@ -165,8 +174,8 @@ WRONG_RUNS = {
     # out of range
     "[optimizer]\nlr = 20": "optimizer.lr in FILE must be a number, above 0 and at most 10, but is 20",
     # the kind of task
-    "[task]\nkind = 'poems'": 'task.kind in FILE must be "bytes" or "digits", but is "poems"',
-    "[task]\nkind = 3": 'task.kind in FILE must be "bytes" or "digits", but is "3"',
+    "[task]\nkind = 'poems'": f'task.kind in FILE must be {ANY_KIND}, but is "poems"',
+    "[task]\nkind = 3": f'task.kind in FILE must be {ANY_KIND}, but is "3"',
     "[task]\nkind = 'digits'\nwidth = 0": (
         "task.width in FILE must be a whole number from 1 to 65536, but is 0"
     ),
@@ -306,6 +315,13 @@ runs = st.builds(
     codec=st.sampled_from(["fp32", "fp16", "int8"]),
     task=st.builds(DigitsTask, width=st.integers(1, 9))
     | st.builds(
+        OwnTask,
+        settings=st.dictionaries(
+            st.just("a-b"), st.booleans() | st.integers(0, 9) | st.text(max_size=9, alphabet='\x7f"\\\né')
+        ),
+    )
+    | st.builds(CausalLmTask, dataset=st.sampled_from(["stdlib", "poems", "owner/poems"]))
+    | st.builds(
         BytesTask, corpus=st.text(min_size=1, max_size=300, alphabet=st.characters(exclude_categories=["Cs"]))
     ),
     optimizer=st.builds(
@@ -412,7 +428,7 @@ def test_run_of_a_peer_gives_a_run_or_bad_message_when_anything_is_sent(text):
 
 FIELDS = [
     (model, name, field)
-    for model in (RunConfig, BytesTask, DigitsTask, Optimizer, Schedule, PeerConfig)
+    for model in (RunConfig, BytesTask, CausalLmTask, DigitsTask, OwnTask, Optimizer, Schedule, PeerConfig)
     for name, field in model.model_fields.items()
 ]
 
@@ -438,7 +454,7 @@ def test_explain_gives_range_default_and_text_when_the_key_is_known():
 
 
 def test_explain_tells_tasks_apart_when_a_key_means_something_else_in_each():
-    of_bytes, of_digits = explain("task.width").split("\n\n")
+    of_bytes, of_digits, _ = explain("task.width").split("\n\n")
     assert of_bytes.startswith("task.width (run file, task.kind bytes): a whole number from 8 to 4096; ")
     assert of_digits.startswith("task.width (run file, task.kind digits): a whole number from 1 to 65536;")
 
