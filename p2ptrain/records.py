@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NewType
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
 from p2ptrain.config import RunId
 
@@ -298,6 +306,53 @@ class Averaged(Record):
     """Of the decoded span, in float64; on the last chunk only."""
 
 
+# -- who is let in -------------------------------------------------------------------------------------------
+
+Permission = Literal["train", "serve", "watch"]
+"""`train`: everything. `serve`: to be given the state. `watch`: to be told where the run stands."""
+
+
+class Grant(Record):
+    """What an organizer signs: whoever has the secret half of `key` may take part in this run until then."""
+
+    run_id: RunId
+    run_digest: Digest
+    organizer: Id
+    """The organizer's public key, written as the peer id that it would have."""
+    key: Id
+    """This invite's own public key, written likewise. Its secret half is in the invite and never travels."""
+    role: Permission
+    serial: Serial
+    """Which of the organizer's invites this is."""
+    name: Annotated[str, Field(max_length=64)] = ""
+    """The organizer's note, such as whom it is for."""
+    issued: Moment
+    expires: Moment | None
+    """By when whoever came by it is put out again; None: never."""
+    uses: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """For so many peers: it lets nobody in by itself, but the bootstrap gives so many who show
+    it a grant of their own (`Redeem`), whose `key` is the peer's own id. None: for any number."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_limits(self, plain: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Where there is none: invites of before, and their signatures, stay good."""
+        content: dict[str, object] = plain(self)
+        if self.uses is None:
+            del content["uses"]
+        return content
+
+
+class Pass(Record):
+    """What a peer shows at every door: a grant, signed by the organizer, and the proof that it is this
+    peer's."""
+
+    grant: Grant
+    signature: Signature
+    """Of the grant, by the organizer."""
+    proof: Signature
+    """Of that signature and the peer's id, by the grant's key: in another peer's hands a pass is void."""
+
+
 # -- state transfer: one request, one reply ------------------------------------------------------------------
 
 
@@ -343,6 +398,23 @@ class GetPiece(Record):
     kind: Literal["get_piece"] = "get_piece"
     state_digest: Digest
     number: Count
+
+
+class Redeem(Record):
+    """To the bootstrap: give me a grant of my own for this one, which is for a few peers, or by a key of the
+    organizer's that has been replaced."""
+
+    kind: Literal["redeem"] = "redeem"
+    access: Pass
+
+
+class Redeemed(Record):
+    """Yours alone."""
+
+    kind: Literal["redeemed"] = "redeemed"
+    grant: Grant
+    signature: Signature
+    """Of the grant, by the organizer."""
 
 
 class Piece(Record):
@@ -395,40 +467,7 @@ class Refusal(Record):
     """Whether the reason is the invite that was shown, or that none was."""
 
 
-# -- who is let in -------------------------------------------------------------------------------------------
-
-Permission = Literal["train", "serve", "watch"]
-"""`train`: everything. `serve`: to be given the state. `watch`: to be told where the run stands."""
-
-
-class Grant(Record):
-    """What an organizer signs: whoever has the secret half of `key` may take part in this run until then."""
-
-    run_id: RunId
-    run_digest: Digest
-    organizer: Id
-    """The organizer's public key, written as the peer id that it would have."""
-    key: Id
-    """This invite's own public key, written likewise. Its secret half is in the invite and never travels."""
-    role: Permission
-    serial: Serial
-    """Which of the organizer's invites this is."""
-    name: Annotated[str, Field(max_length=64)] = ""
-    """The organizer's note, such as whom it is for."""
-    issued: Moment
-    expires: Moment | None
-    """By when whoever came by it is put out again; None: never."""
-
-
-class Pass(Record):
-    """What a peer shows at every door: a grant, signed by the organizer, and the proof that it is this
-    peer's."""
-
-    grant: Grant
-    signature: Signature
-    """Of the grant, by the organizer."""
-    proof: Signature
-    """Of that signature and the peer's id, by the grant's key: in another peer's hands a pass is void."""
+# -- greetings ----------------------------------------------------------------------------------------------
 
 
 class Hello(Record):
@@ -475,8 +514,8 @@ class Dialled(Record):
     """Why it failed, or was not tried."""
 
 
-Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece
-Reply = Piece | EntryReply | Lineage | Manifest | Later | Refusal
+Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem
+Reply = Piece | EntryReply | Lineage | Manifest | Later | Redeemed | Refusal
 Wire = Annotated[
     Message | Chunk | Averaged | Request | Reply | Hello | Greeting | DialBack | Dialled,
     Field(discriminator="kind"),
@@ -528,6 +567,8 @@ class RoundRecord(Record):
     peer: Id
     position: Position
     roster_size: Annotated[int, Field(ge=1, le=MAX_ROSTER)]
+    access: Pass | None = None
+    """Put there by the carrier."""
 
 
 class Decree(Record):
@@ -567,8 +608,23 @@ class Kicks(Decree):
     kicks: Annotated[tuple[Kick, ...], Field(max_length=MAX_KICKED)]
 
 
-DECREES = ("revocations", "kicks")
+class Succession(Decree):
+    """The organizer has another key from now on. The old one signs this, so that all who trust it follow; the
+    new one, too, so that those who trust that one bear with those who have not followed yet."""
+
+    kind: Literal["succession"] = "succession"
+    predecessor: Id
+    successor: Id
+    ends: Moment
+    """When passes by the old key end."""
+    accepted: Signature
+    """Of the same as `signature`, by the successor."""
+
+
+DECREES = ("succession", "revocations", "kicks")
 """Their kinds."""
 
-SignedRecord = Annotated[Presence | RoundRecord | Revocations | Kicks, Field(discriminator="kind")]
+SignedRecord = Annotated[
+    Presence | RoundRecord | Revocations | Kicks | Succession, Field(discriminator="kind")
+]
 SIGNED: TypeAdapter[SignedRecord] = TypeAdapter(SignedRecord)

@@ -15,23 +15,28 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.config import RunConfig, canonical_json, run_digest
-from p2ptrain.errors import StorageError
+from p2ptrain.errors import P2PTrainError, StorageError
+from p2ptrain.events import clean, short
 from p2ptrain.records import (
     Averaged,
     Chunk,
     GetRun,
     Message,
+    Pass,
     PeerId,
     Piece,
     Presence,
+    Redeem,
     Refusal,
     Reply,
     Request,
 )
+from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
@@ -52,9 +57,10 @@ BOOK_SECONDS = 2.0
 
 
 class _RunFile:
-    """Answers the one question that a bootstrap peer is asked: what run is this?"""
+    """Answers what a bootstrap peer is asked: what run is this, and may I come by this invite?"""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, redeem: Callable[[PeerId, Pass], Reply]) -> None:
+        self._redeem = redeem
         self._run_json = canonical_json(run).encode()
         self.open = asyncio.Event()
         """Whether newcomers may come in; those who ask before wait."""
@@ -75,6 +81,8 @@ class _RunFile:
         if isinstance(request, GetRun):
             await self.open.wait()
             return Piece(), self._run_json
+        if isinstance(request, Redeem):
+            return self._redeem(sender, request.access), b""
         return Refusal(reason="this is a bootstrap peer: it holds no state"), b""
 
 
@@ -98,26 +106,27 @@ async def bootstrap(
         run.run_id,
         listen=(listen,),
         announce=announce,
-        invite=invites.own_invite(folder, run, load_or_create(key).peer_id, int(time.time())),
+        invite=_own_invite(folder, run, load_or_create(key).peer_id),
+        redeems=True,
         relay_for=relay_for,
         on_event=lambda event: logger.log(event.level, event.sentence()),
     )
     with Stop() as stop:
         async with swarm:
-            run_file = _RunFile(run)
+            run_file = _RunFile(run, partial(_redeem, swarm, folder))
             swarm.serve(run_file)
             addresses = _entrances(swarm.visible_addresses())
             book = invites.open_book(folder, run, addresses, public, int(time.time()))
             link = book.link(run)
             invite = link.line if link else None
-            _heed(swarm, book)
+            _heed(swarm, book, folder, run)
             ready(invite)
             patience = SETTLE_SECONDS if restarted else 0.0
             beside = [
                 asyncio.create_task(_keep_present(swarm, run), name="presence"),
                 asyncio.create_task(_keep_seeing(swarm, folder), name="present"),
                 asyncio.create_task(_let_in(swarm, run_file, patience), name="door"),
-                asyncio.create_task(_keep_reading(swarm, folder), name="book"),
+                asyncio.create_task(_keep_reading(swarm, folder, run), name="book"),
             ]
             try:
                 await stop.first()
@@ -165,20 +174,39 @@ async def _keep_seeing(swarm: Libp2pSwarm, folder: Path) -> None:
         await asyncio.sleep(PRESENCE_SECONDS)
 
 
-async def _keep_reading(swarm: Libp2pSwarm, folder: Path) -> None:
+async def _keep_reading(swarm: Libp2pSwarm, folder: Path, run: RunConfig) -> None:
     """Have the swarm know what the organizer decrees meanwhile."""
     while True:
         await asyncio.sleep(BOOK_SECONDS)
         try:
-            _heed(swarm, invites.read(folder))
+            _heed(swarm, invites.read(folder), folder, run)
         except StorageError as fault:
             logger.warning("what was decreed is not known: %s", fault)
 
 
-def _heed(swarm: Libp2pSwarm, book: invites.Book) -> None:
-    if swarm.gate is not None:
-        for decree in book.decrees:
-            swarm.gate.learn(decree)
+def _heed(swarm: Libp2pSwarm, book: invites.Book, folder: Path, run: RunConfig) -> None:
+    gate = swarm.gate
+    assert gate is not None
+    for decree in book.decrees:
+        gate.learn(decree)
+    if gate.has_to_redeem:  # the organizer has another key, and it is here
+        gate.own = _own_invite(folder, run, swarm.peer_id).shown_by(swarm.peer_id)
+
+
+def _own_invite(folder: Path, run: RunConfig, me: PeerId) -> Invite:
+    return invites.own_invite(folder, run, me, int(time.time()))
+
+
+def _redeem(swarm: Libp2pSwarm, folder: Path, sender: PeerId, shown: Pass) -> Reply:
+    """A grant of the sender's own, or why not."""
+    assert swarm.gate is not None
+    if flaw := swarm.gate.flaw(sender, shown):
+        return Refusal(reason=clean(flaw, 300), uninvited=True)
+    try:
+        return invites.redeem(folder, shown.grant, sender)
+    except P2PTrainError as fault:
+        logger.info("peer %s is given no pass: %s", short(sender), fault)
+        return Refusal(reason=clean(str(fault), 300), uninvited=True)
 
 
 async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: float) -> None:

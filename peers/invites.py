@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,14 +29,19 @@ from p2ptrain.records import (
     Kicks,
     PeerId,
     Permission,
+    Redeemed,
     Revocations,
+    Succession,
 )
 from p2ptrain.swarm import gate
-from p2ptrain.swarm.access import Invite, decode, encode, issue
+from p2ptrain.swarm.access import Invite, decode, encode, issue, redeemed
 from p2ptrain.swarm.identity import Identity, load_or_create
 from peers.durations import parse_seconds
 
 ORGANIZER = "organizer.key"
+NEXT = "organizer.key.next"
+"""While one takes the other's place."""
+LOCK = "invites.lock"
 BOOK = "invites.json"
 LINK = "link"
 """Name of the invite that a public run's bootstrap prints."""
@@ -49,6 +54,8 @@ class Issued(BaseModel):
 
     line: str
     revoked: bool = False
+    used_by: list[str] = []
+    """Who came by it, if it is for a few peers: each has a grant of its own."""
 
     @property
     def grant(self) -> Grant:
@@ -69,19 +76,26 @@ class Book(BaseModel):
     """What decrees are bound to; empty in a book that no bootstrap has opened since they are."""
     revocations: Revocations | None = None
     kicks: Kicks | None = None
+    succession: Succession | None = None
     """As the organizer has signed them."""
+    kept: list[str] = []
+    """Peers that follow the organizer to its present key."""
 
     @property
     def decrees(self) -> list[Decree]:
         """What the swarm is to know."""
-        return [each for each in (self.revocations, self.kicks) if each is not None]
+        return [each for each in (self.succession, self.revocations, self.kicks) if each is not None]
+
+    def holds(self, grant: Grant) -> bool:
+        """Whether it is by the organizer's present key."""
+        return self.succession is None or grant.organizer == self.succession.successor
 
     def link(self, run: RunConfig) -> Issued | None:
         """The unlimited invite that this run's bootstrap prints, if there is one."""
         digest = run_digest(run)
         for each in self.invites:
             grant = each.grant
-            if (grant.name, grant.run_digest, each.revoked) == (LINK, digest, False):
+            if (grant.name, grant.run_digest, each.revoked) == (LINK, digest, False) and self.holds(grant):
                 return each
         return None
 
@@ -94,8 +108,8 @@ def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bo
 
     `public`: None: as it was, at first True. What was public and no longer is loses its link.
     """
-    organizer = load_or_create(folder / ORGANIZER)
     with _edited(folder) as book:
+        organizer = _succeeded(folder, book)
         book.public = book.public if public is None else public
         book.addresses = list(addresses)
         if book.run_id != run.run_id:
@@ -113,7 +127,7 @@ def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bo
 def own_invite(folder: Path, run: RunConfig, me: PeerId, now: int) -> Invite:
     """What the bootstrap itself, peer `me`, shows to others; it is in no book, and nobody enters by it."""
     return issue(
-        load_or_create(folder / ORGANIZER),
+        _succeeded(folder, read(folder)),
         run_id=run.run_id,
         run_digest=run_digest(run),
         addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{me}"],
@@ -128,23 +142,80 @@ def own_invite(folder: Path, run: RunConfig, me: PeerId, now: int) -> Invite:
 # -- for the organizer ---------------------------------------------------------------------------------------
 
 
-def create(folder: Path, run: RunConfig, role: Permission, ttl: int | None, name: str, now: int) -> Invite:
-    """A new invite, valid for `ttl` seconds (None: for ever). Raises ConfigError if no bootstrap was here."""
-    organizer = _organizer(folder)
+def create(
+    folder: Path,
+    run: RunConfig,
+    role: Permission,
+    ttl: int | None,
+    name: str,
+    now: int,
+    *,
+    uses: int | None = None,
+) -> Invite:
+    """A new invite, valid for `ttl` seconds (None: for ever) and for so many peers (None: for any number).
+    Raises ConfigError if no bootstrap was here."""
     with _edited(folder) as book:
+        organizer = _organizer(folder, book)
         if not book.addresses:
             raise ConfigError(
                 f"the book in {folder} has no address to invite to; start the bootstrap of {run.run_id} once"
             )
-        return _issue(organizer, book, run, role, None if ttl is None else now + ttl, name, now)
+        expires = None if ttl is None else now + ttl
+        return _issue(organizer, book, run, role, expires, name, now, uses=uses)
 
 
 def revoke(folder: Path, serials: Sequence[int]) -> Book:
     """Take these invites back. Raises ConfigError if there is no such invite, or no room for more."""
-    organizer = _organizer(folder)
     with _edited(folder) as book:
-        _revoke(organizer, book, serials)
+        _revoke(_organizer(folder, book), book, serials)
         return book
+
+
+def rotate(folder: Path, run: RunConfig, kept: Collection[PeerId], ends: int, now: int) -> Book:
+    """A new key for the organizer: invites by the old one lead in nobody who is not in yet, and those who are
+    in stay until `ends`, or for as long as they may if they are `kept`. Raises ConfigError."""
+    with _edited(folder) as book:
+        old = _organizer(folder, book)
+        if not book.addresses:
+            raise ConfigError(
+                f"the book in {folder} has no address; start the bootstrap of {run.run_id} once"
+            )
+        if book.succession is not None and book.succession.ends > now:
+            raise ConfigError(
+                f"the key was replaced a moment ago, and invites by the one before hold for another "
+                f"{book.succession.ends - now} s; wait for that, or those who follow get lost"
+            )
+        new = load_or_create(folder / NEXT)
+        revision = _next(book.succession)
+        book.succession = gate.succeed(old, new, run.run_id, revision, ends)
+        book.kept = sorted(kept)
+        _renew(new, book, run.run_id)
+        if book.public:
+            _issue(new, book, run, "train", None, LINK, now)
+    with _locked(folder):
+        _succeeded(folder, book)
+    return book
+
+
+def redeem(folder: Path, grant: Grant, who: PeerId) -> Redeemed:
+    """What the bearer of this grant, which the organizer has signed, is given; the use is counted, once for
+    each peer. Raises ConfigError if there is none left, or nothing to give."""
+    with _edited(folder) as book:
+        organizer = _organizer(folder, book)
+        issued = next((each for each in book.invites if each.grant.serial == grant.serial), None)
+        which = f"invite number {grant.serial}"
+        if issued is None or issued.revoked:
+            raise ConfigError(f"{which} is not, or no longer, in the organizer's book")
+        if grant.organizer != organizer.peer_id:
+            if who not in book.kept:
+                raise ConfigError(f"{which} is by a key that the organizer has replaced")
+        elif grant.uses is None:
+            raise ConfigError(f"{which} is good as it is")
+        elif who not in issued.used_by:
+            if len(issued.used_by) >= grant.uses:
+                raise ConfigError(f"{which} was for {grant.uses} peers, and so many have come by it")
+            issued.used_by.append(who)
+        return redeemed(organizer, grant, who)
 
 
 def kick(folder: Path, who: PeerId, until: int | None, reason: str, now: int) -> Sequence[Kick]:
@@ -191,13 +262,22 @@ def parse_ttl(text: str) -> int | None:
 # -- inside --------------------------------------------------------------------------------------------------
 
 
-def _organizer(folder: Path) -> Identity:
+def _organizer(folder: Path, book: Book) -> Identity:
+    """The organizer's key. Raises ConfigError if there is none."""
     path = folder / ORGANIZER
     if not path.exists():
         raise ConfigError(
             f"there is no organizer's key {path}; start `p2ptrain bootstrap` with this run file and data "
             "folder once, and it will make one"
         )
+    return _succeeded(folder, book)
+
+
+def _succeeded(folder: Path, book: Book) -> Identity:
+    """The organizer's key, made if there is none; that of the book, if it was just being replaced."""
+    path, draft = folder / ORGANIZER, folder / NEXT
+    if book.succession and draft.exists() and load_or_create(draft).peer_id == book.succession.successor:
+        draft.replace(path)
     return load_or_create(path)
 
 
@@ -205,10 +285,12 @@ def _organizer(folder: Path) -> Identity:
 def _edited(folder: Path) -> Iterator[Book]:
     """The book, to be changed; written whole, or not at all, and by one process at a time."""
     path = folder / BOOK
-    with (folder / ORGANIZER).open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(folder):
         book = read(folder)
+        before = book.model_dump_json()
         yield book
+        if book.model_dump_json() == before:
+            return
         draft = path.with_suffix(".draft")
         try:
             # Readable by its owner only: whoever has a line may come in by it.
@@ -223,6 +305,20 @@ def _edited(folder: Path) -> Iterator[Book]:
             ) from error
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        lock = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is no bootstrap's data folder ({error.strerror}); start `p2ptrain bootstrap` with "
+            "this run file and data folder once"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _issue(
     organizer: Identity,
     book: Book,
@@ -231,6 +327,8 @@ def _issue(
     expires: int | None,
     name: str,
     now: int,
+    *,
+    uses: int | None = None,
 ) -> Invite:
     invite = issue(
         organizer,
@@ -242,6 +340,7 @@ def _issue(
         issued=now,
         expires=expires,
         name=name,
+        uses=uses,
     )
     book.invites.append(Issued(line=encode(invite)))
     return invite
@@ -265,8 +364,8 @@ def _revoke(organizer: Identity, book: Book, serials: Sequence[int]) -> None:
 
 
 def _put_out(folder: Path, who: PeerId, kick: Kick | None, now: int) -> Sequence[Kick]:
-    organizer = _organizer(folder)
     with _edited(folder) as book:
+        organizer = _organizer(folder, book)
         if not book.run_id:
             raise ConfigError(f"the book in {folder} names no run yet; start its bootstrap once")
         before = book.kicks.kicks if book.kicks else ()
@@ -285,7 +384,8 @@ def _put_out(folder: Path, who: PeerId, kick: Kick | None, now: int) -> Sequence
 
 def _renew(organizer: Identity, book: Book, run_id: str) -> None:
     """Decree the same for this run."""
-    book.run_id = run_id
+    if run_id != book.run_id:  # whose key was replaced for another run, leads in nobody here anyway
+        book.run_id, book.succession, book.kept = run_id, None, []
     if book.revocations is not None:
         book.revocations = gate.revoke(organizer, run_id, _next(book.revocations), book.revocations.serials)
     if book.kicks is not None:

@@ -52,6 +52,7 @@ from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_
 from p2ptrain.telemetry.trackers import Tracking, open_tracker
 from p2ptrain.trainer import Peer, train
 from peers import doctor
+from peers.admission import admit, stay_admitted
 from peers.daemon import ControlServer, Daemon, state
 from peers.engines import build_engine
 from peers.panel import Below
@@ -125,6 +126,7 @@ async def volunteer(
         addresses = len(invite.addresses)
         logger.info("looking for the swarm of %s, by %d addresses", invite.run_id, addresses)
         async with ControlServer(folder, invite.run_id, daemon.answer), swarm:
+            await admit(swarm, invite, folder)
             logger.info("the swarm is found; asking for the run file")
             run = await fetch_run(swarm, invite)
             if own_run is not None and (differing := difference(own_run, run)):
@@ -201,8 +203,16 @@ async def volunteer(
                 port=config.metrics_port,
                 answered=metrics.answered_http,
             )
+            staying = stay_admitted(swarm, invite, folder)
             lag = watch_event_loop(metrics.event_loop_lag_seconds.observe)
-            async with pages, peer, _beside(lag), _beside(daemon.keep_time()), _panel(daemon):
+            async with (
+                pages,
+                peer,
+                _beside(lag),
+                _beside(daemon.keep_time()),
+                _beside(staying),
+                _panel(daemon),
+            ):
                 peer.metrics_port = pages.port
                 logger.info(
                     "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder

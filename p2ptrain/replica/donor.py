@@ -27,6 +27,7 @@ from p2ptrain.records import (
     Lineage,
     PeerId,
     Piece,
+    Redeem,
     Refusal,
     Reply,
     Request,
@@ -113,6 +114,8 @@ class Donor:
                 return await self._manifest(request), b""
             case GetPiece():
                 return await self._piece(request)
+            case Redeem():
+                return Refusal(reason="invites are redeemed at the organizer's bootstrap"), b""
 
     # -- what the trainer tells ------------------------------------------------------------------------------
 

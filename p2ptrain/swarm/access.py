@@ -13,7 +13,7 @@ are the secret by which a peer proves that the grant is its own, and addresses t
 signed, so that an invite can be given other ones when its bootstrap is gone: each names the peer id which the
 connection must prove, and whoever answers there must show a pass by the same organizer.
 
-Not covered: how often an invite is used. Whoever has the line has the invite, and may pass it on.
+Not covered: whoever has the line has the invite, and may pass it on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from p2ptrain.errors import InviteError
 from p2ptrain.events import clean
-from p2ptrain.records import Grant, Pass, PeerId, Permission, Record, Signature
+from p2ptrain.records import Grant, Pass, PeerId, Permission, Record, Redeemed, Signature
 from p2ptrain.swarm.identity import Identity, of_seed, verify
 from p2ptrain.swarm.validator import MAX_CLOCK_SKEW_SECONDS
 
@@ -92,6 +92,7 @@ def issue(
     issued: int,
     expires: int | None,
     name: str = "",
+    uses: int | None = None,
 ) -> Invite:
     """A new invite, signed with the organizer's key and nothing else: no server has to know of it."""
     seed = secrets.token_bytes(32)
@@ -105,9 +106,22 @@ def issue(
         name=name,
         issued=issued,
         expires=expires,
+        uses=uses,
     )
     signature = organizer.sign(_charter(grant)).hex()
     return Invite(grant=grant, signature=signature, secret=seed.hex(), addresses=tuple(addresses))
+
+
+def redeemed(organizer: Identity, grant: Grant, peer: PeerId) -> Redeemed:
+    """What that grant allows, to this peer alone, and signed with the organizer's key of now."""
+    own = grant.model_copy(update={"organizer": organizer.peer_id, "key": peer, "uses": None})
+    return Redeemed(grant=own, signature=organizer.sign(_charter(own)).hex())
+
+
+def pass_of(own: Redeemed, identity: Identity) -> Pass:
+    """What the peer that this was given to shows."""
+    proof = identity.sign(_claim(own.signature, identity.peer_id))
+    return Pass(grant=own.grant, signature=own.signature, proof=proof.hex())
 
 
 # -- checked by everybody ------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ from p2ptrain.records import (
     Pass,
     PeerId,
     Piece,
+    Redeem,
+    Redeemed,
     Refusal,
     Reply,
     Request,
@@ -58,7 +60,8 @@ Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
 
 ASKING = "0" * 64
-"""The fingerprint of who knows none: it may ask what the run is, and nothing else."""
+"""The fingerprint of who knows none: it may ask what the run is, redeem an invite, and nothing else."""
+ANY_RUN = (GetRun, Redeem)
 
 OPEN_SECONDS = 10.0
 """A dial through relays takes a few seconds."""
@@ -331,6 +334,11 @@ class Lanes:
                 self.blame(peer, Refused(flaw))
                 self._lose(peer)
 
+    def renew(self, peer: PeerId, shown: Pass) -> None:
+        """The peer has shown this meanwhile, and it holds."""
+        if peer in self._shown:
+            self._shown[peer] = shown
+
     def close(self) -> None:
         """Open and tell nothing any more."""
         self._closed = True
@@ -402,7 +410,7 @@ class Lanes:
 
     async def _ask(self, to: PeerId, request: Request, seconds: float, max_bytes: int) -> tuple[Reply, bytes]:
         question = pack(request)
-        any_run = isinstance(request, GetRun)
+        any_run = isinstance(request, ANY_RUN)
         reader, writer = await self._open(to, "request", seconds, first=question, any_run=any_run)
         self._sent["request"] += len(question)
         try:
@@ -412,7 +420,7 @@ class Lanes:
         match reply:
             case Refusal():
                 raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
-            case Piece() | EntryReply() | Lineage() | Manifest() | Later():
+            case Piece() | EntryReply() | Lineage() | Manifest() | Later() | Redeemed():
                 return reply, payload
             case _:
                 raise BadMessage(f"a {reply.kind} in answer to {request.kind}")
@@ -460,7 +468,7 @@ class Lanes:
             raise BadMessage(f"a {request.kind} where a request was due")
         reply: Reply
         payload: Buffer = b""
-        if not (isinstance(request, GetRun) or self._same_run(peer, hello, "request")):
+        if not (isinstance(request, ANY_RUN) or self._same_run(peer, hello, "request")):
             reply = Refusal(reason="we do not train the same run")
         elif self.gate and hello.access and not permits(role := hello.access.grant.role, request):
             reply = Refusal(reason=f"an invite for role {role!r} does not allow {request.kind}")

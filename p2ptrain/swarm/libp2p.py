@@ -70,17 +70,21 @@ from p2ptrain.records import (
     Dialled,
     Kick,
     Message,
+    Pass,
     PeerId,
     Presence,
+    Redeem,
+    Redeemed,
     Reply,
     Request,
+    RoundRecord,
     SignedRecord,
 )
 from p2ptrain.swarm import reach
-from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.access import Invite, pass_of
 from p2ptrain.swarm.crew import Crew
 from p2ptrain.swarm.frames import pack, read_frame
-from p2ptrain.swarm.gate import Gate
+from p2ptrain.swarm.gate import Gate, permits
 from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
@@ -165,6 +169,7 @@ class Libp2pSwarm:
         *,
         data_port: int | None = None,
         invite: Invite | None = None,
+        redeems: bool = False,
         relay_for: int = 0,
         throttle: Throttle | None = None,
         max_payload_bytes: int = 32 * 2**20,
@@ -176,6 +181,7 @@ class Libp2pSwarm:
         - `initial_peers`, `listen`, `announce`: multiaddresses. If initial peers are given, one must answer.
         - `data_port`: to take chunks on over TLS; 0 for any, None for neither taking nor sending them so.
         - `invite`: what we show to others; they must show one by the same organizer. Without it all may come.
+        - `redeems`: let in those who can but ask for a grant of their own, which `serve`'s handler gives.
         - `relay_for`: how many hidden peers we pass traffic on for; we must be reachable ourselves.
         - `throttle`: what we may send and receive per second.
         - `max_payload_bytes`: of the largest chunk that is taken from another peer.
@@ -210,7 +216,9 @@ class Libp2pSwarm:
                 on_event=on_event,
                 throttle=self.throttle,
             )
-        self.gate = Gate(invite.shown_by(self.peer_id), self.peer_id) if invite else None
+        self.gate: Gate | None = None
+        if invite is not None:
+            self.gate = Gate(invite.shown_by(self.peer_id), self.peer_id, redeems=redeems)
         self._lanes = Lanes(
             self.peer_id,
             fingerprint,
@@ -260,6 +268,7 @@ class Libp2pSwarm:
             supervision = self._crew.spawn(self._supervise())
             self._crew.spawn(self._keep_up())
             if self.gate is not None:
+                await self._hear(self.gate)
                 self._crew.spawn(self._guard(self.gate))
             stack.callback(self._lanes.close)
             stack.callback(supervision.cancel)
@@ -274,6 +283,20 @@ class Libp2pSwarm:
     def adopt(self, fingerprint: str) -> None:
         """What run we train, once we know: from now on we may meet those who train it too."""
         self._lanes.fingerprint = fingerprint
+
+    async def redeem(self, bootstrap: PeerId, *, timeout_seconds: float) -> Pass:
+        """Have the organizer's bootstrap give us a grant of our own, and show that from now on. Raises
+        PeerFault."""
+        assert self.gate is not None
+        question = Redeem(access=self.gate.own)
+        answer, _ = await self.request(bootstrap, question, timeout_seconds=timeout_seconds, max_bytes=0)
+        if not isinstance(answer, Redeemed):
+            raise BadMessage(f"a {answer.kind} in answer to {question.kind}")
+        own = pass_of(answer, self._identity)
+        if flaw := self.gate.flaw(self.peer_id, own):
+            raise BadMessage(f"peer {short(bootstrap)} gave us a pass that does not hold: {flaw}")
+        self.gate.own = own
+        return own
 
     # -- port.Swarm ------------------------------------------------------------------------------------------
 
@@ -306,7 +329,7 @@ class Libp2pSwarm:
             )
         if self._tls is not None and isinstance(record, Presence):
             record = record.model_copy(update={"direct": self._tls.where(_hosts(self._addresses))})
-        if isinstance(record, Presence) and self.gate is not None:
+        if isinstance(record, Presence | RoundRecord) and self.gate is not None:
             record = record.model_copy(update={"access": self.gate.own})
         key, expires = self._keys[record.kind], time.time() + ttl_seconds
         sealed = seal(self._identity, key.to_bytes(), record.model_dump_json().encode(), expires)
@@ -339,19 +362,25 @@ class Libp2pSwarm:
                 self.faults["bad_record"] += 1
             elif isinstance(record, Presence) and self._lanes.fingerprint not in (ASKING, record.fingerprint):
                 self.faults["foreign_record"] += 1
-            elif isinstance(record, Presence) and self._is_uninvited(record):
+            elif isinstance(record, Presence | RoundRecord) and self._is_uninvited(record):
                 self.faults["uninvited_record"] += 1
             elif expires > time.time():
                 records.append(record)
+                if isinstance(record, Presence) and record.access is not None:
+                    self._lanes.renew(record.peer, record.access)
                 if self._tls is not None and isinstance(record, Presence):
                     self._tls.meet(record.peer, record.direct)
         return records
 
-    def _is_uninvited(self, record: Presence) -> bool:
+    def _is_uninvited(self, record: Presence | RoundRecord) -> bool:
+        """Nor may somebody who is invited pass for what the invite does not allow."""
         if self.gate is None:
             return False
         any_run = self._lanes.fingerprint == ASKING
-        return bool(self.gate.flaw(record.peer, record.access, any_run=any_run))
+        if record.access is None or self.gate.flaw(record.peer, record.access, any_run=any_run):
+            return True
+        trains = isinstance(record, RoundRecord) or record.role == "train"
+        return trains and not permits(record.access.grant.role, None)
 
     # -- for metrics and invites -----------------------------------------------------------------------------
 
@@ -722,23 +751,32 @@ class Libp2pSwarm:
         said: dict[str, tuple[int, float]] = {}
         told: set[Kick] = set()
         while True:
-            for kind in DECREES:
-                found = [each for each in await self.lookup(kind) if isinstance(each, Decree)]
-                genuine = [each for each in found if gate.learn(each) and each.peer != self.peer_id]
-                if (newest := gate.decrees.get(kind)) is not None:
-                    keepers = sum(each.revision == newest.revision for each in genuine)
-                    revision, at = said.get(kind, (-1, 0.0))
-                    due = newest.revision > revision or time.monotonic() > at + DECREE_SECONDS / 3
-                    if keepers < KEEPERS and due:
-                        said[kind] = newest.revision, time.monotonic()
-                        ours = SIGNED.validate_python(newest.model_copy(update={"peer": self.peer_id}))
-                        await self.publish(ours, ttl_seconds=DECREE_SECONDS)
+            for kind, keepers in (await self._hear(gate)).items():
+                newest = gate.decrees[kind]
+                revision, at = said.get(kind, (-1, 0.0))
+                due = newest.revision > revision or time.monotonic() > at + DECREE_SECONDS / 3
+                if keepers < KEEPERS and due:
+                    said[kind] = newest.revision, time.monotonic()
+                    ours = SIGNED.validate_python(newest.model_copy(update={"peer": self.peer_id}))
+                    await self.publish(ours, ttl_seconds=DECREE_SECONDS)
             for kick in set(gate.kicks) - told:
                 seconds = None if kick.until is None else max(kick.until - time.time(), 0.0)
                 self._on_event(PeerKicked(peer=kick.who, seconds=seconds, reason=kick.reason))
             told = set(gate.kicks)
             self._lanes.review()
             await asyncio.sleep(REVIEW_SECONDS)
+
+    async def _hear(self, gate: Gate) -> dict[str, int]:
+        """Heed what the organizer has decreed; of each kind that there is, how many others keep the
+        newest."""
+        lists = await asyncio.gather(*map(self.lookup, DECREES))
+        keepers = {}
+        for kind, found in zip(DECREES, lists, strict=True):
+            genuine = [each for each in found if isinstance(each, Decree) and gate.learn(each)]
+            if (newest := gate.decrees.get(kind)) is not None:
+                others = [each for each in genuine if each.peer != self.peer_id]
+                keepers[kind] = sum(each.revision == newest.revision for each in others)
+        return keepers
 
     async def _look_at(self, node: _Node) -> None:
         with contextlib.suppress(OSError, EOFError):  # it just died; `_supervise` sees to it

@@ -314,6 +314,40 @@ def test_private_run_lets_in_by_invite_only_until_it_is_revoked_or_expires(
     assert json.dumps(rows).count(encode(watcher)) == 1
 
 
+def test_invite_for_one_peer_lets_in_one_and_who_is_there_stays_when_all_invites_are_rotated(
+    people: Crew, tmp_path: Path
+) -> None:
+    run = run_file(tmp_path, "few", 100_000)
+    people.bootstrap(run, "/ip4/127.0.0.1/tcp/0", "--private", data_dir="organizer")
+    there = ("--data-dir", str(tmp_path / "organizer"))
+    creating = people.start("invite", "create", str(run), "--uses", "1", *there, "--json")
+    assert creating.end() == 0, creating
+    line = str(creating.result()["invite"])
+
+    def rounds() -> int:
+        return peer.journal(tmp_path / "peer").count("round_committed")
+
+    peer = people.join(line, "peer")
+    until(rounds, lambda: f"a round: {peer}")
+    assert "was for 1 peers" in sentence(people.join(line, "second"), 2)
+
+    until(lambda: any(each.role == "train" for each in present.read(tmp_path / "organizer")), "it is seen")
+    rotating = people.start("invite", "rotate", str(run), "--grace", "8s", *there, "--json")
+    assert rotating.end() == 0, rotating
+    told = rotating.result()
+    assert isinstance(told["kept"], list)
+    assert len(told["kept"]) == 1
+    until(lambda: peer.said("it stays"), lambda: f"it follows the organizer: {peer}")
+    until(lambda: time.time() > int(str(told["ends"])) + 2, "the old key has ended")
+    before = rounds()
+    until(lambda: rounds() > before + 2, lambda: f"it goes on: {peer}")
+    peer.interrupt()
+    assert peer.end() == 0, peer
+    again = people.join(line, "peer")
+    until(lambda: rounds() > before + 20, lambda: f"it comes back by the old line: {again}")
+    assert "replaced" in sentence(people.join(line, "third"), 2)
+
+
 def test_bearer_of_an_invite_to_another_organizers_run_is_told_so(people: Crew, tmp_path: Path) -> None:
     _, theirs = people.bootstrap(run_file(tmp_path, "same", 10))
     _, ours = people.bootstrap(run_file(tmp_path, "same", 10))

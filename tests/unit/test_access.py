@@ -246,6 +246,7 @@ CHANGES: dict[str, Any] = {
     "name": "another",
     "issued": 1,
     "expires": NOW,
+    "uses": 3,
 }
 
 

@@ -110,7 +110,7 @@ ROOMS = {
     # roles: they wire
     "peers": Room(
         LOWER | names("p2ptrain.adapters p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
-        names("psutil pydantic rich torch typer uvloop"),
+        names("psutil pydantic rich segno torch typer uvloop"),
     ),
     "peers.top": Room(WORDS | {"peers"}, names("rich textual")),
 }

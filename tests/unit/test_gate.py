@@ -24,10 +24,13 @@ from p2ptrain.records import (
     Kick,
     Pass,
     Presence,
+    Redeem,
     Request,
+    Succession,
 )
+from p2ptrain.swarm.access import pass_of, redeemed
 from p2ptrain.swarm.frames import pack
-from p2ptrain.swarm.gate import Gate, kick, permits, revoke
+from p2ptrain.swarm.gate import Gate, kick, permits, revoke, succeed
 from p2ptrain.swarm.identity import SIGNATURE_BYTES, of_seed
 from p2ptrain.swarm.validator import MAX_RECORD_BYTES
 
@@ -103,6 +106,7 @@ def test_pass_is_void_when_any_byte_of_it_was_changed() -> None:
     changes: dict[str, Any] = {
         "run_id": "another", "run_digest": "1" * 64, "organizer": STRANGER.peer_id, "key": STRANGER.peer_id,
         "role": "serve", "serial": 2, "name": "x", "issued": 1, "expires": NOW + 9,
+        "uses": 3,
     }  # fmt: skip
     assert changes.keys() == Grant.model_fields.keys()
     for field, value in changes.items():
@@ -199,6 +203,91 @@ def test_kicks_are_not_heeded_when_they_are_forged_or_of_another_run_and_do_not_
     assert (ours.revoked, [each.who for each in ours.kicks]) == ((7,), [BOB])
 
 
+# -- invites for a few peers, and another key ----------------------------------------------------------------
+
+BEARER = of_seed(b"\2" * 32)
+"""Bob, with his key."""
+SUCCESSOR = of_seed(b"p" * 32)
+ENDS = NOW + 600
+
+
+def test_invite_for_a_few_peers_is_good_for_asking_the_bootstrap_and_its_grant_for_one_peer_alone() -> None:
+    limited = bobs(uses=2)
+    assert judged(limited).endswith("is for 2 peers, and the bootstrap has not counted this one")
+    bootstrap = Gate(invite(serial=0).shown_by(ALICE), ALICE, Clock(), redeems=True)
+    assert not bootstrap.flaw(BOB, limited)
+    own = pass_of(redeemed(ORGANIZER, limited.grant, BOB), BEARER)
+    assert not judged(own)
+    assert gate().flaw(EVE, own) == "the invite shown was given to another peer"
+    stolen = pass_of(redeemed(ORGANIZER, limited.grant, BOB), of_seed(b"\3" * 32))
+    assert gate().flaw(EVE, stolen) == "the invite shown was given to another peer"
+    forged = limited.model_copy(update={"grant": limited.grant.model_copy(update={"uses": None})})
+    assert "not as its organizer signed it" in judged(forged)
+    revoked = gate()
+    revoked.learn(revoke(ORGANIZER, RUN_ID, 1, [1]))
+    assert "revoked" in revoked.flaw(BOB, own)
+
+
+def successor_decreed(**changes: Any) -> Succession:
+    return succeed(ORGANIZER, SUCCESSOR, RUN_ID, 1, ENDS).model_copy(update=changes)
+
+
+def test_peer_follows_the_organizer_to_another_key_and_bears_with_those_who_have_not_for_a_while() -> None:
+    clock = Clock()
+    ours = Gate(invite().shown_by(ALICE), ALICE, clock)
+    new, old = bobs(organizer=SUCCESSOR), bobs(serial=7)
+    assert ours.flaw(BOB, new)
+    assert ours.learn(successor_decreed())
+    assert (ours.flaw(BOB, new), ours.flaw(BOB, old), ours.own_flaw()) == ("", "", "")
+    assert ours.has_to_redeem
+    clock.now = ENDS
+    assert "by a key of the organizer's that ended at 2027-01-15 08:10:00 UTC" in ours.flaw(BOB, old)
+    assert ours.own_flaw()
+    ours.own = invite(organizer=SUCCESSOR).shown_by(ALICE)
+    assert (ours.flaw(BOB, new), ours.own_flaw(), ours.has_to_redeem) == ("", "", False)
+
+
+def test_newcomer_by_the_new_key_bears_with_the_old_one_only_if_the_new_one_says_so() -> None:
+    ours = gate(organizer=SUCCESSOR)
+    claimed = successor_decreed(accepted="0" * 128)
+    assert not ours.learn(claimed)
+    assert ours.flaw(BOB, bobs())
+    assert ours.learn(successor_decreed())
+    assert not ours.flaw(BOB, bobs())
+    assert not ours.has_to_redeem
+
+
+def test_succession_is_not_followed_when_it_is_forged_of_another_run_or_by_a_key_that_was_replaced() -> None:
+    ours = gate()
+    for forged in (
+        successor_decreed(signature="0" * 128),
+        successor_decreed(ends=ENDS + 1),
+        successor_decreed(successor=STRANGER.peer_id),
+        succeed(STRANGER, SUCCESSOR, RUN_ID, 1, ENDS),
+        succeed(ORGANIZER, SUCCESSOR, "another", 1, ENDS),
+    ):
+        assert not ours.learn(forged)
+    assert ours.learn(successor_decreed())
+    assert not ours.learn(succeed(ORGANIZER, STRANGER, RUN_ID, 2, ENDS))
+    assert ours.organizer == SUCCESSOR.peer_id
+    third = of_seed(b"q" * 32)
+    assert ours.learn(succeed(SUCCESSOR, third, RUN_ID, 2, ENDS))
+    assert ours.organizer == third.peer_id
+    assert "by organizer" in ours.flaw(BOB, bobs())
+
+
+def test_decrees_by_the_old_key_hold_until_the_new_one_says_something_else_and_no_new_ones_are_heeded() -> (
+    None
+):
+    ours = gate()
+    ours.learn(revoke(ORGANIZER, RUN_ID, 8, [7]))
+    ours.learn(successor_decreed())
+    assert not ours.learn(revoke(ORGANIZER, RUN_ID, 99, []))
+    assert ours.revoked == (7,)
+    assert ours.learn(revoke(SUCCESSOR, RUN_ID, 2, [7, 9]))
+    assert ours.revoked == (7, 9)
+
+
 # -- roles and bounds ----------------------------------------------------------------------------------------
 
 
@@ -212,6 +301,7 @@ def test_kicks_are_not_heeded_when_they_are_forged_or_of_another_run_and_do_not_
         (GetManifest(), {"train", "serve", "watch"}),
         (GetLineage(step=1), {"train", "serve", "watch"}),
         (GetRun(), {"train", "serve", "watch"}),
+        (Redeem(access=bobs()), {"train", "serve", "watch"}),
     ],
 )
 def test_role_may_do_what_it_says_and_no_more(wish: Request | None, roles: set[str]) -> None:
@@ -220,7 +310,12 @@ def test_role_may_do_what_it_says_and_no_more(wish: Request | None, roles: set[s
 
 def test_largest_pass_fits_into_a_greeting_and_a_presence_record_and_all_revocations_into_one() -> None:
     largest = invite(
-        run_id="r" * 63, name="\U0001f469" * 64, serial=2**31 - 1, issued=2**40 - 1, expires=2**40 - 1
+        run_id="r" * 63,
+        name="\U0001f469" * 64,
+        serial=2**31 - 1,
+        issued=2**40 - 1,
+        expires=2**40 - 1,
+        uses=2**31 - 1,
     )
     shown = largest.shown_by(ALICE)
     assert len(pack(Hello(protocol=2**53 - 1, fingerprint="0" * 64, access=shown))) < MAX_HELLO_BYTES / 2
@@ -234,5 +329,6 @@ def test_largest_pass_fits_into_a_greeting_and_a_presence_record_and_all_revocat
     for everything in (
         revoke(ORGANIZER, RUN_ID, 2**53 - 1, range(2**31 - MAX_REVOKED, 2**31)),
         kick(ORGANIZER, RUN_ID, 2**53 - 1, [longest] * MAX_KICKED),
+        succeed(ORGANIZER, SUCCESSOR, RUN_ID, 2**53 - 1, 2**40 - 1),
     ):
         assert len(everything.model_dump_json().encode()) < room

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,21 @@ from p2ptrain.swarm.access import decode
 from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.identity import load_or_create, of_seed
 from peers import cli, invites, present
-from peers.invites import BOOK, ORGANIZER, Book, create, kick, lift, open_book, parse_ttl, read, revoke
+from peers.invites import (
+    BOOK,
+    NEXT,
+    ORGANIZER,
+    Book,
+    create,
+    kick,
+    lift,
+    open_book,
+    parse_ttl,
+    read,
+    redeem,
+    revoke,
+    rotate,
+)
 from peers.present import Seen
 
 RUN = RunConfig(run_id="lab")
@@ -162,6 +177,60 @@ def test_decrees_are_signed_anew_when_the_folder_serves_a_run_of_another_name(tm
     assert (tuple(gate.revoked), [each.who for each in gate.kicks]) == ((1,), [BERT])
 
 
+def test_invite_for_a_few_peers_is_redeemed_by_so_many_and_by_each_as_often_as_it_likes(
+    tmp_path: Path,
+) -> None:
+    opened(tmp_path)
+    limited = create(tmp_path, RUN, "train", None, "", NOW, uses=1)
+    for _ in range(2):
+        own = redeem(tmp_path, limited.grant, BERT)
+        assert (own.grant.key, own.grant.uses, own.grant.serial) == (BERT, None, limited.grant.serial)
+    with pytest.raises(ConfigError, match="was for 1 peers, and so many have come by it"):
+        redeem(tmp_path, limited.grant, CARL)
+    with pytest.raises(ConfigError, match="good as it is"):
+        redeem(tmp_path, decode(read(tmp_path).invites[0].line).grant, CARL)
+    revoke(tmp_path, [limited.grant.serial])
+    with pytest.raises(ConfigError, match="no longer, in the organizer's book"):
+        redeem(tmp_path, limited.grant, BERT)
+
+
+def test_rotation_ends_all_invites_and_keeps_whom_it_is_told_to(tmp_path: Path) -> None:
+    opened(tmp_path)
+    before = decode(read(tmp_path).invites[0].line)
+    kick(tmp_path, CARL, None, "", NOW)
+    old = load_or_create(tmp_path / ORGANIZER).peer_id
+    book = rotate(tmp_path, RUN, [BERT], NOW + 60, NOW)
+    new = load_or_create(tmp_path / ORGANIZER).peer_id
+    assert new != old
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BOOK, "invites.lock", ORGANIZER]
+    link = book.link(RUN)
+    assert link is not None
+    assert (link.grant.organizer, link.grant.serial, book.holds(before.grant)) == (new, 2, False)
+    gate = Gate(before.shown_by(BERT), BERT, lambda: NOW)
+    assert all(gate.learn(decree) for decree in book.decrees)
+    assert (gate.organizer, [each.who for each in gate.kicks]) == (new, [CARL])
+    assert redeem(tmp_path, before.grant, BERT).grant.organizer == new
+    with pytest.raises(ConfigError, match="a key that the organizer has replaced"):
+        redeem(tmp_path, before.grant, CARL)
+    assert opened(tmp_path).link(RUN) == link
+    with pytest.raises(ConfigError, match="hold for another 60 s"):
+        rotate(tmp_path, RUN, [], NOW + 60, NOW)
+    assert create(tmp_path, RUN, "train", None, "", NOW).grant.organizer == new
+
+
+def test_rotation_is_ended_by_the_next_command_when_its_process_died_before_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(invites, "_succeeded", lambda folder, book: load_or_create(folder / ORGANIZER))
+        book = rotate(tmp_path, RUN, [], NOW + 60, NOW)
+    assert book.succession is not None
+    assert (tmp_path / NEXT).exists()
+    assert create(tmp_path, RUN, "train", None, "", NOW).grant.organizer == book.succession.successor
+    assert not (tmp_path / NEXT).exists()
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30s", 30), ("5m", 300), ("24h", 86_400), ("7d", 604_800), ("never", None)]
 )
@@ -232,6 +301,42 @@ def test_command_kicks_whom_the_end_of_an_id_names_and_lets_it_come_back(
     assert [each["who"] for each in result(capsys)["kicks"]] == [CARL]
     assert command("run", "kick", "nobody", *where) == ConfigError.exit_code
     assert f"but …{BERT[-8:]} bert" in capsys.readouterr().err
+
+
+def test_command_rotates_keeps_who_is_there_and_prints_the_new_link(
+    tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    now = int(time.time())
+    there = [
+        Seen(peer=peer, name="", role=role, invite=1, at=at)
+        for peer, role, at in ((BERT, "train", now), (CARL, "train", now - 3600), (NOBODY, "bootstrap", now))
+    ]
+    present.write(tmp_path, there)
+    where = (run_toml, "--data-dir", str(tmp_path))
+    assert command("invite", "rotate", *where, "--grace", "1s", "--json") == 0
+    told = result(capsys)
+    assert (told["kept"], told["organizer"]) == ([BERT], load_or_create(tmp_path / ORGANIZER).peer_id)
+    assert decode(told["invite"]).grant.organizer == told["organizer"]
+    assert command("invite", "list", *where) == 0
+    assert "1 (link), role train, for ever: of the organizer's old key" in capsys.readouterr().out
+    for words in (("--keep", BERT, "--nobody"), ("--grace", "soon"), ("--keep", "unknown")):
+        assert command("invite", "rotate", *where, *words) == ConfigError.exit_code
+
+
+def test_command_shows_a_qr_code_and_how_often_an_invite_was_used(
+    tmp_path: Path, run_toml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path)
+    where = (run_toml, "--data-dir", str(tmp_path))
+    assert command("invite", "create", *where, "--uses", "3", "--qr") == 0
+    shown = capsys.readouterr().out
+    assert ", for 3 peers" in shown
+    picture = [line for line in shown.splitlines() if set("█▀▄") & set(line)]
+    assert len(picture) > 50
+    redeem(tmp_path, decode(read(tmp_path).invites[-1].line).grant, BERT)
+    assert command("invite", "list", *where) == 0
+    assert "for 3 peers, used by 1: valid" in capsys.readouterr().out
 
 
 def test_command_says_which_runs_there_are_when_none_is_named(
