@@ -417,6 +417,23 @@ class Redeemed(Record):
     """Of the grant, by the organizer."""
 
 
+class GetMetrics(Record):
+    """How are you, in Prometheus text? The payload is the page that you serve on your own machine."""
+
+    kind: Literal["get_metrics"] = "get_metrics"
+
+
+class GetEvents(Record):
+    """What happened to you since? The payload is as `telemetry.feed` has it."""
+
+    kind: Literal["get_events"] = "get_events"
+    life: Annotated[str, Field(max_length=32)] = ""
+    """Which of your lives `after` counts the events of."""
+    after: Count = 0
+    wait_seconds: Annotated[float, Field(ge=0, le=30)] = 0.0
+    """Answer once there is something, or after this time."""
+
+
 class Piece(Record):
     """The payload beside this is what was asked for."""
 
@@ -514,7 +531,9 @@ class Dialled(Record):
     """Why it failed, or was not tried."""
 
 
-Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem
+Watching = GetMetrics | GetEvents
+"""What those ask who take no part; they need not know the model's fingerprint."""
+Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Watching
 Reply = Piece | EntryReply | Lineage | Manifest | Later | Redeemed | Refusal
 Wire = Annotated[
     Message | Chunk | Averaged | Request | Reply | Hello | Greeting | DialBack | Dialled,

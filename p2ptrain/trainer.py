@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,7 @@ from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
-from p2ptrain.records import PeerId, Presence, RoundRecord
+from p2ptrain.records import PeerId, Presence, Reply, Request, RoundRecord, Watching
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, sent_in_round
@@ -52,7 +52,7 @@ from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.replica.transfer import CatchUp
-from p2ptrain.swarm.port import Swarm
+from p2ptrain.swarm.port import Buffer, Swarm
 from p2ptrain.tasks import Task
 
 SEE_OFF_SECONDS = 0.05
@@ -140,6 +140,8 @@ class Peer:
         self.heldout: dict[str, float] = {}
         self.batch_took: Callable[[float], object] = lambda seconds: None
         """Told how long each micro-batch took."""
+        self.watched: Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]] | None = None
+        """Answers those who watch; without it they are refused."""
         self.catching_up: Progress | None = None
         """How far the catch-up under way is; None while there is none, and before it has begun to receive."""
         self._caught_up_told = 0.0
@@ -180,7 +182,7 @@ class Peer:
             self._codec,
             AGGREGATIONS[run.aggregation],
             run.chunk_values,
-            self.donor.answer,
+            self._answer,
             self._spawn,
             self._noted,
             work,
@@ -240,6 +242,11 @@ class Peer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _answer(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
+        if self.watched is not None and isinstance(request, Watching):
+            return await self.watched(sender, request)
+        return await self.donor.answer(sender, request)
 
     # -- the lines of the loop -------------------------------------------------------------------------------
 

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2ptrain.errors import P2PTrainError
-from peers import adapters_cli, config_cli, control_cli, identity_cli, invite_cli, run_cli, service_cli
+from peers import (
+    adapters_cli,
+    config_cli,
+    control_cli,
+    identity_cli,
+    invite_cli,
+    monitor_cli,
+    run_cli,
+    service_cli,
+)
 
 if TYPE_CHECKING:  # the verbs import it when they run
     from p2ptrain.config import PeerConfig
@@ -491,6 +500,9 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
     )
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
+
+
+monitor_cli.add_to(app, _run)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from p2ptrain.config import Limits
 from p2ptrain.errors import ConfigError, P2PTrainError, PortBusy
 from p2ptrain.protocol.member import Stage
 from p2ptrain.swarm.libp2p import Libp2pSwarm
+from p2ptrain.telemetry.feed import STATUS
 from p2ptrain.telemetry.metrics import PeerState
 from p2ptrain.trainer import Peer
 from peers.control import LOCK, MAX_PATH_BYTES, MAX_REQUEST_BYTES, SOCKET, link_name, running_folder
@@ -277,6 +278,19 @@ class Daemon:
             "deadlines": standing.deadlines,
             "metrics_port": peer.metrics_port,
         }
+
+    def told(self) -> dict[str, Any]:
+        """How the peer stands, as whoever watches the run may know; see `telemetry.feed.STATUS`."""
+        status = self._status()
+        links = status.get("links", {})
+        common = {name: status[name] for name in STATUS if name in status}
+        more = {
+            "pauses": [pause["because"] for pause in status["pauses"]],
+            "direct": links.get("direct", 0),
+            "relay": links.get("relay", 0),
+            "device": self._peer.config.device if self._peer is not None else "",
+        }
+        return common | more
 
 
 def state(peer: Peer) -> PeerState:

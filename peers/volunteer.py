@@ -46,6 +46,7 @@ from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.swarm.throttle import Throttle
 from p2ptrain.tasks import build_task
+from p2ptrain.telemetry.feed import Feed
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
@@ -157,7 +158,7 @@ async def volunteer(
                 run.run_id,
                 print_,
                 clip_norm=run.optimizer.clip_norm,
-                sample_tokens=getattr(run.task, "context", 0),
+                sample_tokens=run.task.tokens_per_sample,
                 about={"device": config.device, "reduces": str(config.reduces).lower()},
             )
             stack.enter_context(_counted_logs(metrics))
@@ -184,6 +185,9 @@ async def volunteer(
             )
             await daemon.look()  # a machine that shall not train does not begin to
             daemon.attach(peer, swarm)
+            feed = Feed(daemon.told, metrics.page)
+            observers.append(feed.observe)
+            peer.watched = feed.answer
             metrics.read_state = lambda: state(peer)
             metrics.connected_peers.set_function(swarm.connected_peers)
             metrics.hidden.set_function(lambda: swarm.reach.hidden)

@@ -19,8 +19,10 @@ from typing import Any
 from p2ptrain.records import (
     EntryReply,
     GetEntry,
+    GetEvents,
     GetLineage,
     GetManifest,
+    GetMetrics,
     GetPiece,
     GetRun,
     Later,
@@ -116,6 +118,8 @@ class Donor:
                 return await self._piece(request)
             case Redeem():
                 return Refusal(reason="invites are redeemed at the organizer's bootstrap"), b""
+            case GetMetrics() | GetEvents():
+                return Refusal(reason="this peer is not to be watched"), b""
 
     # -- what the trainer tells ------------------------------------------------------------------------------
 

@@ -27,8 +27,10 @@ from p2ptrain.events import short
 from p2ptrain.records import (
     Decree,
     GetEntry,
+    GetEvents,
     GetLineage,
     GetManifest,
+    GetMetrics,
     GetPiece,
     GetRun,
     Kick,
@@ -171,7 +173,7 @@ def permits(role: Permission, request: Request | None) -> bool:
             return role != "watch"
         case GetEntry():
             return role != "watch" or not request.with_payload
-        case GetRun() | GetLineage() | GetManifest() | Redeem():
+        case GetRun() | GetLineage() | GetManifest() | Redeem() | GetMetrics() | GetEvents():
             return True
         case _:
             assert_never(request)

@@ -34,6 +34,8 @@ from p2ptrain.records import (
     Averaged,
     Chunk,
     EntryReply,
+    GetEvents,
+    GetMetrics,
     GetRun,
     Greeting,
     Hello,
@@ -49,6 +51,7 @@ from p2ptrain.records import (
     Refusal,
     Reply,
     Request,
+    Watching,
     Wire,
 )
 from p2ptrain.swarm.frames import pack, read_frame
@@ -60,8 +63,8 @@ Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
 
 ASKING = "0" * 64
-"""The fingerprint of who knows none: it may ask what the run is, redeem an invite, and nothing else."""
-ANY_RUN = (GetRun, Redeem)
+"""The fingerprint of who knows none: it may ask what the run is, redeem an invite, watch, and nothing else."""
+ANY_RUN = (GetRun, Redeem, GetMetrics, GetEvents)
 
 OPEN_SECONDS = 10.0
 """A dial through relays takes a few seconds."""
@@ -468,7 +471,9 @@ class Lanes:
             raise BadMessage(f"a {request.kind} where a request was due")
         reply: Reply
         payload: Buffer = b""
-        if not (isinstance(request, ANY_RUN) or self._same_run(peer, hello, "request")):
+        if isinstance(request, Watching) and (flaw := self._unwatched(peer, hello)):
+            reply = Refusal(reason=clean(flaw, 300))
+        elif not (isinstance(request, ANY_RUN) or self._same_run(peer, hello, "request")):
             reply = Refusal(reason="we do not train the same run")
         elif self.gate and hello.access and not permits(role := hello.access.grant.role, request):
             reply = Refusal(reason=f"an invite for role {role!r} does not allow {request.kind}")
@@ -562,6 +567,13 @@ class Lanes:
         if flaw:
             self.blame(peer, Refused(flaw))
         return flaw
+
+    def _unwatched(self, peer: PeerId, hello: Hello) -> str:
+        """Why that peer is not told how we are; empty if it is. It need not train, but its invite must be to
+        this run."""
+        if hello.protocol != PROTOCOL_VERSION:
+            return f"it speaks protocol {hello.protocol} and we {PROTOCOL_VERSION}; upgrade the older side"
+        return self.gate.flaw(peer, hello.access) if self.gate else ""
 
     def _fits(self, peer: PeerId, hello: Hello) -> bool:
         return not self.why_apart(peer, hello, in_rounds=False)

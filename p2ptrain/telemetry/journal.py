@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -56,8 +56,10 @@ class Journal:
 
     def write(self, event: Event) -> None:
         """Append the event, or count it as lost; never raises for want of disk."""
-        moment = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
-        record = {"time": moment.replace("+00:00", "Z"), **event.to_dict()}
+        self.append({"time": shown_moment(self._clock()), **event.to_dict()})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """The same for a record of another kind: strict JSON."""
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             self._append(line)
@@ -98,6 +100,11 @@ class Journal:
         self._size = _whole_lines(self._file)
         os.truncate(self._file.fileno(), self._size)
         return self._file
+
+
+def shown_moment(seconds: float) -> str:
+    """Unix time as ISO-8601 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def older(path: Path) -> Path:

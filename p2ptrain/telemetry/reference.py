@@ -12,6 +12,7 @@ from pathlib import Path
 from prometheus_client import Metric
 
 from p2ptrain.telemetry.metrics import Metrics
+from p2ptrain.telemetry.swarm_metrics import SwarmMetrics
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -20,7 +21,10 @@ PREFIX = "p2ptrain_"
 
 def families() -> Mapping[str, Iterable[Metric]]:
     """Whose page → what is on it."""
-    return {"Of each peer": Metrics("run", "0" * 64).registry.collect()}
+    return {
+        "Of each peer": Metrics("run", "0" * 64).registry.collect(),
+        "Of the swarm, by the monitor": SwarmMetrics().registry.collect(),
+    }
 
 
 def table(found: Iterable[Metric]) -> list[str]:

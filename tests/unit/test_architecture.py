@@ -113,6 +113,11 @@ ROOMS = {
         names("psutil pydantic rich segno torch typer uvloop"),
     ),
     "peers.top": Room(WORDS | {"peers"}, names("rich textual")),
+    # the web page is served here and nowhere else
+    "peers.monitor_pages": Room(
+        WORDS | names("p2ptrain.telemetry.health peers.watching"), names("aiohttp segno")
+    ),
+    "peers.watching": Room(WORDS | names("p2ptrain.telemetry.feed"), frozenset(), PURE),
 }
 
 UNLOADING = names("pickle marshal shelve dill cloudpickle joblib")
@@ -313,6 +318,10 @@ def test_hivemind_is_imported_by_one_module_only() -> None:
         "peers.config_cli",
         "peers.control_cli",
         "peers.pauses",
+        "peers.monitor",
+        "peers.monitor_cli",
+        "peers.monitor_pages",
+        "peers.watching",
     ],
 )
 def test_role_that_trains_nothing_imports_no_module_that_trains(role: str) -> None:

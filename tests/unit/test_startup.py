@@ -15,7 +15,7 @@ checks messages takes longer than all the rest."""
 SHOW_HELP = """
 import sys
 from peers import cli
-for words in ([], ["config"], ["identity"], ["service"], ["demo"], ["chaos"]):
+for words in ([], ["config"], ["identity"], ["service"], ["demo"], ["chaos"], ["monitor"]):
     sys.argv = ["p2ptrain", *words, "--help"]
     try:
         cli.main()

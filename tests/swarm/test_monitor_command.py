@@ -1,0 +1,145 @@
+"""`p2ptrain monitor` beside a swarm of real processes: it sees all of it, and takes no part."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.swarm.processes import Crew, Process, crew, run_file, until
+
+pytestmark = pytest.mark.swarm
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read().decode()
+    except OSError:
+        return 0, ""
+
+
+@dataclass
+class Scene:
+    people: Crew
+    peers: list[Process]
+    run: Path
+    train: str
+    watch: str
+    folder: Path
+    monitor: Process
+    url: str
+
+    def state(self) -> dict[str, Any]:
+        status, text = get(f"{self.url}api/v1/state")
+        return json.loads(text) if status == 200 else {}
+
+    def start(self) -> None:
+        self.monitor = self.people.start(
+            "monitor",
+            self.watch,
+            *("--port", self.url.rsplit(":", 1)[1].rstrip("/"), "--data-dir", str(self.folder / "monitor")),
+            *("--file-sd", str(self.folder / "peers.json")),
+        )
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("monitor")
+    with crew(folder) as people:
+        run = run_file(folder, "watched", 100_000, batch=64)
+        _, train = people.bootstrap(run, data_dir="bootstrap")
+        inviting = people.start(
+            *(
+                "invite",
+                "create",
+                str(run),
+                "--role",
+                "watch",
+                "--data-dir",
+                str(folder / "bootstrap"),
+                "--json",
+            )
+        )
+        assert inviting.end() == 0
+        peers = [people.join(train, f"peer-{number}") for number in range(2)]
+        url = f"http://127.0.0.1:{free_port()}/"
+        scene = Scene(people, peers, run, train, inviting.result()["invite"], folder, peers[0], url)
+        scene.start()
+        until(lambda: len(scene.state().get("rounds", ())) > 3, lambda: f"rounds: {scene.monitor}")
+        yield scene
+
+
+def test_monitor_sees_peers_and_rounds_and_is_in_none(scene: Scene) -> None:
+    def trainers() -> list[dict[str, Any]]:
+        return [peer for peer in scene.state()["peers"].values() if peer["role"] == "train"]
+
+    until(
+        lambda: sum(peer["samples"] > 0 for peer in trainers()) == 2, lambda: f"two that gave: {trainers()}"
+    )
+    state = scene.state()
+    assert state["run"]["id"] == "watched"
+    assert {len({part[1] for part in state["parts"]}), max(row[3] for row in state["rounds"])} == {2}
+    assert {peer["role"] for peer in state["peers"].values()} == {"train", "bootstrap"}
+    assert state["invite"] == "", "an invite to watch lets nobody train"
+
+
+def test_peers_metrics_come_through_the_link_to_whom_service_discovery_names(scene: Scene) -> None:
+    def targets() -> list[dict[str, Any]]:
+        return list(json.loads(get(f"{scene.url}api/v1/sd")[1]))
+
+    until(lambda: len(targets()) == 2, lambda: f"two targets: {targets()}")
+    for target in targets():
+        (address,) = target["targets"]
+        assert f"http://{address}/" == scene.url
+        status, page = get(f"http://{address}{target['labels']['__metrics_path__']}")
+        assert status == 200
+        assert "p2ptrain_run_info{" in page
+        assert "p2ptrain_global_step " in page
+    assert json.loads((scene.folder / "peers.json").read_text()) == targets()
+    assert get(f"{scene.url}peers/nobody/metrics")[0] == 404
+    assert "p2ptrain_swarm_rounds_total " in get(f"{scene.url}metrics")[1]
+    assert get(scene.url, Host="evil.example")[0] == 403
+    assert get(f"{scene.url}readyz")[0] == 200
+
+
+def test_history_is_there_when_the_monitor_was_killed_and_started_again(scene: Scene) -> None:
+    history = scene.folder / "monitor" / "history.jsonl"
+    until(lambda: history.read_text().count('"kind":"round"') > 3, "some rounds on disk")
+    before = scene.state()["rounds"][0]
+    scene.monitor.kill()
+    with history.open("a") as torn:
+        torn.write('{"kind":"round","row":[1,')
+    scene.start()
+    until(lambda: scene.state().get("rounds"), lambda: f"the page again: {scene.monitor}")
+    assert scene.state()["rounds"][0] == before
+
+
+def test_what_is_seen_is_printed_once_with_json(scene: Scene) -> None:
+    looking = scene.people.start("monitor", scene.watch, "--json")
+    assert looking.end(60) == 0, str(looking)
+    seen = looking.result()
+    assert seen["run"]["training"] == 2
+    assert sum(peer["answered"] for peer in seen["peers"].values()) == 2
+
+
+def test_monitor_ends_cleanly_on_ctrl_c(scene: Scene) -> None:
+    scene.monitor.interrupt()
+    assert scene.monitor.end() == 0, str(scene.monitor)
+    assert "Traceback" not in str(scene.monitor)
+    assert '"kind":"totals"' in (scene.folder / "monitor" / "history.jsonl").read_text().splitlines()[-1]
