@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import configparser
 import json
+import os
 import re
 import socket
 import subprocess
@@ -21,11 +22,13 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from event_examples import ONE_OF_EACH
 from external_tools import run_tool
+from typer.main import get_command
 
 from p2ptrain.config import load_peer, load_run
 from p2ptrain.errors import LocalFault, PeerFault
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.metrics import Metrics
+from peers.cli import app
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -67,12 +70,20 @@ def image_health_check() -> list[str]:
     return command
 
 
-async def run_check(command: list[str], port: int, checked_port: int) -> int:
+async def run_check(command: list[str], port: int, checked_port: int | None = None) -> int:
     """Exit status of a container's health check, sent to another port and with the Python at hand."""
     assert command[:2] == ["python", "-c"]
-    assert str(checked_port) in command[2]
-    script = command[2].replace(str(checked_port), str(port))
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
+    script = command[2]
+    if checked_port is not None:
+        assert str(checked_port) in script
+        script = script.replace(str(checked_port), str(port))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        script,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "P2PTRAIN_HEALTH_PORT": str(port)},
+    )
     return await process.wait()
 
 
@@ -114,7 +125,24 @@ def test_image_is_not_root_when_run() -> None:
 @pytest.mark.parametrize(("failed", "status"), [([], 0), (["state not caught up"], 1)])
 async def test_health_check_follows_readiness_when_run(failed: list[str], status: int) -> None:
     async with HealthServer(lambda: b"", lambda: failed) as server:
-        assert await run_check(image_health_check(), server.port, PEER.metrics_port) == status
+        assert await run_check(image_health_check(), server.port) == status
+
+
+def test_instructions_keep_to_the_rules_of_good_images() -> None:
+    """What hadolint would say, where it applies."""
+    found = list(dockerfile())
+    assert not any(name in {"ADD", "MAINTAINER"} for name, _ in found)
+    assert not any(re.search(r"\bsudo\b|apt-get|curl |wget ", arguments) for _, arguments in found)
+    assert all(
+        ":" in arguments.split()[0] and ":latest" not in arguments
+        for name, arguments in found
+        if name == "FROM"
+    )
+    assert all("--no-cache-dir" in arguments for name, arguments in found if "pip install" in arguments)
+    assert all(json.loads(last(name)) for name in ("ENTRYPOINT", "CMD")), "in exec form"
+    assert [name for name, _ in found].count("HEALTHCHECK") == 1
+    images = [service["image"] for service in SERVICES.values()]
+    assert all(image == "p2ptrain" or re.fullmatch(r"[a-z/]+:v?[0-9][0-9.]+", image) for image in images)
 
 
 # -- the containers ------------------------------------------------------------------------------------------
@@ -122,7 +150,38 @@ async def test_health_check_follows_readiness_when_run(failed: list[str], status
 
 def test_services_have_one_profile_each_when_listed() -> None:
     profiles = {name: service["profiles"] for name, service in SERVICES.items()}
-    assert profiles == {"bootstrap": ["bootstrap"], "peer": ["peer"], "prometheus": ["monitoring"]}
+    assert profiles == {
+        "bootstrap": ["bootstrap"],
+        "peer": ["peer", "three"],
+        "peer-2": ["three"],
+        "peer-3": ["three"],
+        "monitor": ["monitoring"],
+        "prometheus": ["monitoring"],
+        "grafana": ["monitoring"],
+    }
+
+
+def test_services_use_only_keys_that_compose_knows() -> None:
+    known = {
+        *("build", "cap_drop", "command", "environment", "healthcheck", "image", "network_mode", "profiles"),
+        *("read_only", "restart", "security_opt", "stop_grace_period", "tmpfs", "volumes"),
+    }
+    for name, service in SERVICES.items():
+        assert set(service) <= known, name
+        assert all(isinstance(value, str) for value in service.get("environment", {}).values()), name
+    assert set(COMPOSE) == {"name", "x-hardened", "x-p2ptrain", "services", "volumes"}
+    mounted = {mount.split(":")[0] for service in SERVICES.values() for mount in service["volumes"]}
+    assert {each for each in mounted if not each.startswith((".", "$"))} == set(COMPOSE["volumes"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, service in SERVICES.items() if service["image"] == "p2ptrain"]
+)
+def test_command_of_a_service_is_one_that_p2ptrain_has(name: str) -> None:
+    verb, *words = SERVICES[name]["command"]
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    known = {option for each in command.params for option in each.opts}
+    assert {word for word in words if word.startswith("--")} <= known
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -136,7 +195,7 @@ def test_service_can_do_little_harm_when_taken_over(name: str) -> None:
     assert service["tmpfs"] == ["/tmp"]
 
 
-@pytest.mark.parametrize("name", ["bootstrap", "peer"])
+@pytest.mark.parametrize("name", ["bootstrap", "peer", "peer-2", "peer-3", "monitor"])
 def test_service_finishes_its_round_when_stopped(name: str) -> None:
     assert SERVICES[name]["stop_grace_period"] == "2m"
     assert last("STOPSIGNAL") == "SIGINT"
@@ -147,14 +206,15 @@ def test_mounts_exist_and_are_read_only_when_they_are_ours(name: str) -> None:
     for mount in SERVICES[name]["volumes"]:
         source, *rest = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", mount).split(":")
         if source.startswith("."):
-            assert (DOCKER / source).is_file(), source
+            assert (DOCKER / source).exists(), source
             assert rest[-1] == "ro"
         else:
             assert source in COMPOSE["volumes"]
 
 
 def test_commands_name_mounted_files_when_run() -> None:
-    for name, word in (("bootstrap", "bootstrap"), ("peer", "join")):
+    peers = ("peer", "peer-2", "peer-3")
+    for name, word in (("bootstrap", "bootstrap"), *((peer, "join") for peer in peers)):
         command = SERVICES[name]["command"]
         mounted = {mount.split(":")[-2] for mount in SERVICES[name]["volumes"] if mount.endswith(":ro")}
         assert command[0] == word
@@ -175,8 +235,20 @@ def test_state_is_on_the_volume_when_written() -> None:
 
 
 def test_ports_agree_when_read_from_every_file() -> None:
-    (job,) = PROMETHEUS["scrape_configs"]
-    assert job["static_configs"] == [{"targets": [f"{PEER.metrics_host}:{PEER.metrics_port}"]}]
+    swarm, peers = PROMETHEUS["scrape_configs"]
+    monitor = SERVICES["monitor"]
+    port = monitor["command"][monitor["command"].index("--port") + 1]
+    assert monitor["environment"] == {"P2PTRAIN_HEALTH_PORT": port}
+    assert swarm["static_configs"] == [{"targets": [f"127.0.0.1:{port}"]}]
+    assert peers["http_sd_configs"][0]["url"] == f"http://127.0.0.1:{port}/api/v1/sd"
+    assert f"P2PTRAIN_HEALTH_PORT={PEER.metrics_port}" in last("ENV")
+    taken = [PEER.metrics_port, int(port)]
+    for name in ("peer-2", "peer-3"):
+        config = load_peer(DOCKER / f"{name}.toml")
+        assert SERVICES[name]["environment"] == {"P2PTRAIN_HEALTH_PORT": str(config.metrics_port)}
+        assert config.data_dir == "/data"
+        assert config.metrics_port not in taken
+        taken.append(config.metrics_port)
     mounted = [mount.split(":")[0] for mount in SERVICES["prometheus"]["volumes"]]
     assert "./prometheus.yml" in mounted
     bootstrap_port = SERVICES["bootstrap"]["command"][-1].rsplit("/", 1)[1]
@@ -206,7 +278,7 @@ def test_scrape_config_passes_promtool_when_checked() -> None:
 
 
 def test_scrape_limits_let_our_own_page_pass_when_it_is_full() -> None:
-    (job,) = PROMETHEUS["scrape_configs"]
+    _, job = PROMETHEUS["scrape_configs"]
     metrics = Metrics("r" * 63, "f" * 64)
     for event in ONE_OF_EACH:
         metrics.observe(event)
@@ -264,3 +336,30 @@ def test_unit_ends_only_our_process_when_stopped() -> None:
         "--peer",
         "%E/p2ptrain/peer.toml",
     ]
+
+
+@pytest.mark.parametrize("role", ["bootstrap", "monitor"])
+def test_hardened_unit_passes_systemd_analyze(role: str, tmp_path: Path) -> None:
+    unit = DOCKER / f"p2ptrain-{role}.service"
+    checked = run_tool(
+        "systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit), debian_package="systemd"
+    )
+    assert checked.returncode == 0, checked.stdout.splitlines()[-1]
+    program = tmp_path / "p2ptrain"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    copy = tmp_path / unit.name
+    copy.write_text(unit.read_text().replace("/usr/local/bin/p2ptrain", str(program)))
+    checked = run_tool("systemd-analyze", "verify", str(copy), debian_package="systemd")
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("role", ["bootstrap", "monitor"])
+def test_hardened_unit_runs_a_command_that_p2ptrain_has(role: str) -> None:
+    (line,) = re.findall(r"^ExecStart=(.*)$", (DOCKER / f"p2ptrain-{role}.service").read_text(), flags=re.M)
+    program, verb, *words = line.split()
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    assert (program, verb) == ("/usr/local/bin/p2ptrain", role)
+    assert {word for word in words if word.startswith("--")} <= {
+        o for each in command.params for o in each.opts
+    }
