@@ -1,7 +1,7 @@
 // The page: what the monitor tells, put where it is to be seen. Texts are strangers' and only ever set as text.
 
 import { Charts } from "/charts.js";
-import { Story, clock, now, short, span } from "/story.js";
+import { Story, clock, count, now, short, span } from "/story.js";
 import { Timeline } from "/timeline.js";
 
 const $ = (id) => document.getElementById(id);
@@ -17,8 +17,12 @@ const PHASES = { training: ["▶", ""], waiting: ["⏳", "warn"], paused: ["⏸"
 let back = null; // the step that is looked back at; null: live
 let drawn = false;
 
+const shown = new WeakMap(); // what a node says; to ask the node itself takes longer
+
 function set(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  if (shown.get(node) === text) return;
+  shown.set(node, text);
+  node.textContent = text;
 }
 
 function make(tag, name, text) {
@@ -56,13 +60,13 @@ function redraw() {
 function figures(row, place) {
   const run = story.run;
   const step = back === null ? run.step : row?.[0];
-  document.title = `${run.id || "p2ptrain"}${step ? ` · step ${step.toLocaleString("en")}` : ""}`;
+  document.title = `${run.id || "p2ptrain"}${step ? ` · step ${count(step)}` : ""}`;
   set($("run-name"), run.id || "p2ptrain");
   const [sign, tone] = PHASES[run.phase] ?? ["…", "quiet"];
   set($("phase"), back === null ? `${sign} ${run.phase ?? "connecting"}${run.why ? `: ${run.why}` : ""}` : "◀ looking back");
   $("phase").className = `badge ${back === null ? tone : "warn"}`;
-  set($("step"), step == null ? "–" : step.toLocaleString("en"));
-  set($("of"), run.total_steps ? `of ${run.total_steps.toLocaleString("en")}` : "");
+  set($("step"), step == null ? "–" : count(step));
+  set($("of"), run.total_steps ? `of ${count(run.total_steps)}` : "");
   const share = run.total_steps ? Math.min(100, (100 * (step ?? 0)) / run.total_steps) : 0;
   $("progress").firstElementChild.style.width = `${share}%`;
   $("progress").setAttribute("aria-valuenow", share.toFixed(0));
@@ -160,9 +164,9 @@ function peers() {
     row.bar.hidden = peer.role !== "train";
     row.part.style.width = `${share}%`;
     set(row.figure, peer.role === "train" ? `${share.toFixed(share < 10 ? 1 : 0)} % · ${short(peer.samples)}` : "");
-    const [step, count, speed, traffic, reach, version] = row.cells;
-    set(step, peer.role === "train" ? peer.step.toLocaleString("en") : "");
-    set(count, peer.role === "train" ? peer.rounds.toLocaleString("en") : "");
+    const [step, given, speed, traffic, reach, version] = row.cells;
+    set(step, peer.role === "train" ? count(peer.step) : "");
+    set(given, peer.role === "train" ? count(peer.rounds) : "");
     set(speed, away || peer.speed == null ? "" : short(peer.speed));
     set(traffic, away || peer.up == null ? "" : `${bits(peer.up)} · ${bits(peer.down)}`);
     set(reach, away || peer.hidden == null ? "" : `${peer.hidden ? "behind NAT" : "reachable"}${peer.relay ? `, ${peer.relay} by relay` : ""}`);
@@ -184,7 +188,7 @@ const bits = (bytes) => `${short(+((bytes * 8) / 1e6).toPrecision(2))} Mbit/s`;
 function sample(row) {
   const found = back === null ? story.samples.at(-1) : story.samples.findLast((each) => each.time <= (row?.[1] ?? 0) + 1);
   set($("sample"), found ? found.text.trim() || "(blanks)" : "nothing yet");
-  set($("sample-note"), found ? `at step ${found.step.toLocaleString("en")}, ${clock(found.time)}` : "");
+  set($("sample-note"), found ? `at step ${count(found.step)}, ${clock(found.time)}` : "");
 }
 
 function log(row) {

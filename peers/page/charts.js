@@ -3,6 +3,8 @@
 import uPlot from "/uPlot.esm.js";
 import { short } from "/story.js";
 
+const MOST_POINTS = 1200;
+
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function smoothed(values, weight = 0.1) {
@@ -82,8 +84,7 @@ export class Charts {
     this.speed = new Chart(speedPlace, "Tokens per second over the run; the figures above say how fast it is now", [
       ["tokens/s", "train", () => ({ width: 2, fill: `${color("train")}22` })],
     ]);
-    this.rates = [];
-    this.ratesUpTo = -1;
+    this.rates = new Map();
   }
 
   restyle(byTime = this.loss.byTime) {
@@ -93,47 +94,57 @@ export class Charts {
     }
   }
 
-  // The story up to that place in its rounds.
+  // The story up to that place in its rounds. Of a long one a point stands for several rounds.
   show(story, place) {
-    const rounds = place === story.rounds.length - 1 ? story.rounds : story.rounds.slice(0, place + 1);
-    const column = this.loss.byTime ? 1 : 0;
-    const xs = rounds.map((row) => row[column]);
-    const losses = rounds.map((row) => row[4]);
-    const end = rounds.at(-1)?.[1] ?? Infinity;
-    const evaluations = story.evaluations.filter((row) => row[1] <= end + 1);
-    const zlib = evaluations.at(-1)?.[4];
-    const line = zlib ? xs.map(() => zlib * Math.LN2) : xs.map(() => null);
-    const main = [xs, losses, smoothed(losses), xs.map(() => null), line];
-    this.loss.show(evaluations.length ? this.#joined(main, evaluations, column, zlib) : main);
-
-    const tokens = story.run.sample_tokens || 1;
-    const first = rounds[0]?.[0];
-    if (first !== this.ratesFrom || story.rates !== this.rates) { this.rates = story.rates = []; this.ratesFrom = first; }
-    for (let each = Math.max(0, Math.min(this.rates.length, rounds.length) - 64); each < rounds.length; each++) {
-      const rate = story.rate(each);
-      this.rates[each] = rate == null ? null : rate * tokens;
+    const column = this.loss.byTime ? 1 : 0, tokens = story.run.sample_tokens || 1;
+    const stride = Math.max(1, Math.ceil((place + 1) / MOST_POINTS));
+    const points = [];
+    for (let from = 0; from <= place; from += stride) {
+      const to = Math.min(from + stride, place + 1);
+      let sum = 0, known = 0;
+      for (let each = from; each < to; each++) {
+        const loss = story.rounds[each][4];
+        if (loss != null) { sum += loss; known += 1; }
+      }
+      points.push([story.rounds[to - 1][column], known ? sum / known : null, to - 1]);
     }
-    this.speed.show([xs, this.rates.slice(0, xs.length)]);
+    const end = story.rounds[place]?.[1] ?? Infinity;
+    const evaluations = story.evaluations.filter((row) => row[1] <= end + 1);
+    const zlib = evaluations.at(-1)?.[4] ? evaluations.at(-1)[4] * Math.LN2 : null;
+    this.loss.show(this.#joined(points, evaluations, column, zlib));
+
+    if (this.known !== story.rounds[0]?.[0]) this.rates.clear();
+    this.known = story.rounds[0]?.[0];
+    const xs = points.map((point) => point[0]);
+    this.speed.show([xs, points.map(([, , last]) => this.#rate(story, last, place) * tokens || null)]);
   }
 
-  // Evaluations lie between rounds: the columns with a row for each of them, too.
-  #joined([xs, losses, means, , line], evaluations, column, zlib) {
-    const out = [[], [], [], [], []];
+  // Samples per second there; the newest ones may still change.
+  #rate(story, at, last) {
+    const step = story.rounds[at][0];
+    let rate = this.rates.get(step);
+    if (rate === undefined) {
+      rate = story.rate(at);
+      if (at < last - 64) this.rates.set(step, rate);
+    }
+    return rate;
+  }
+
+  // Columns of rounds and of evaluations, which lie between them.
+  #joined(points, evaluations, column, zlib) {
+    const out = [[], [], [], [], []], means = smoothed(points.map((point) => point[1]));
     let next = 0;
-    const put = (...values) => values.forEach((value, place) => out[place].push(value));
-    for (let each = 0; each < xs.length; each++) {
-      while (next < evaluations.length && evaluations[next][column] < xs[each]) {
-        const row = evaluations[next++];
-        put(row[column], null, null, row[2], zlib ? zlib * Math.LN2 : null);
+    const put = (x, loss, mean, heldout) => {
+      out[0].push(x); out[1].push(loss); out[2].push(mean); out[3].push(heldout); out[4].push(zlib);
+    };
+    points.forEach(([x, loss], each) => {
+      for (; next < evaluations.length && evaluations[next][column] < x; next++) {
+        put(evaluations[next][column], null, null, evaluations[next][2]);
       }
-      if (next < evaluations.length && evaluations[next][column] === xs[each]) {
-        put(xs[each], losses[each], means[each], evaluations[next++][2], line[each]);
-      } else put(xs[each], losses[each], means[each], null, line[each]);
-    }
-    while (next < evaluations.length) {
-      const row = evaluations[next++];
-      put(row[column], null, null, row[2], zlib ? zlib * Math.LN2 : null);
-    }
+      const same = next < evaluations.length && evaluations[next][column] === x;
+      put(x, loss, means[each], same ? evaluations[next++][2] : null);
+    });
+    for (; next < evaluations.length; next++) put(evaluations[next][column], null, null, evaluations[next][2]);
     return out;
   }
 }

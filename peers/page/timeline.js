@@ -1,6 +1,6 @@
 // What each peer did in the last rounds: a row for each, a bar for each round. Failures are marked, not only red.
 
-import { short, span } from "/story.js";
+import { clock, count, short, span } from "/story.js";
 
 const ROW = 22, TOP = 4, AXIS = 20, FEW_ROWS = 16, ROUNDS = 40;
 const PARTS = [["compute", 3], ["wait", 4], ["reduce", 5], ["apply", 6]];
@@ -9,6 +9,7 @@ export class Timeline {
   constructor(canvas, detail, more) {
     Object.assign(this, { canvas, detail, more, chosen: null, all: false, hits: [] });
     this.words = {};
+    this.names = {};
     new ResizeObserver(() => this.redraw()).observe(canvas.parentElement);
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("keydown", (event) => this.#key(event));
@@ -35,10 +36,14 @@ export class Timeline {
     const known = [...story.parts.keys()].filter((step) => step <= this.until).sort((a, b) => a - b);
     const steps = known.slice(-ROUNDS);
     const parts = steps.flatMap((step) => [...story.parts.get(step).values()]);
-    const began = Math.min(...parts.map((part) => part[2]));
-    const ended = Math.max(...parts.map((part) => part[2] + part[3] + part[4] + part[5] + part[6]));
+    let began = Infinity, ended = -Infinity;
+    for (const part of parts) {
+      began = Math.min(began, part[2]);
+      ended = Math.max(ended, part[2] + part[3] + part[4] + part[5] + part[6]);
+    }
     const aborts = story.aborts.filter((row) => row[0] >= began && row[0] <= ended + 60);
     const peers = this.#peers(parts, aborts);
+    if (Object.keys(this.names).length > 2000) this.names = {};
     const rows = this.all ? peers : peers.slice(0, FEW_ROWS);
     this.more.hidden = peers.length <= FEW_ROWS;
     this.more.textContent = this.all ? "Show fewer peers" : `Show all ${peers.length} peers`;
@@ -74,11 +79,11 @@ export class Timeline {
       pen.fillRect(names, y + ROW - 1, width - names, 1);
     });
     const place = new Map(rows.map((peer, row) => [peer, row]));
+    const drawn = parts.filter((part) => place.has(part[1]));
     for (const [name, column] of PARTS) {
       pen.fillStyle = this.#color(name);
-      for (const part of parts) {
+      for (const part of drawn) {
         const row = place.get(part[1]);
-        if (row === undefined) continue;
         let from = part[2];
         for (let before = 3; before < column; before++) from += part[before];
         const left = x(from), right = x(from + part[column]);
@@ -86,9 +91,9 @@ export class Timeline {
         pen.fillRect(left, TOP + row * ROW + thin, Math.max(right - left - 0.4, 0.3), ROW - 2 * thin - 1);
       }
     }
-    for (const part of parts) {
+    for (const part of drawn) {
       const row = place.get(part[1]);
-      if (row !== undefined) this.hits.push([x(part[2]), x(part[2] + part[3] + part[4] + part[5] + part[6]), row, part[0]]);
+      this.hits.push([x(part[2]), x(part[2] + part[3] + part[4] + part[5] + part[6]), row, part[0]]);
     }
     for (const [at, step, peer, cause, took] of aborts) {
       const row = place.get(peer);
@@ -114,6 +119,11 @@ export class Timeline {
   }
 
   #clipped(pen, text, width) {
+    const key = `${width} ${text}`;
+    return (this.names[key] ??= this.#cut(pen, text, width));
+  }
+
+  #cut(pen, text, width) {
     let shown = text;
     while (shown.length > 1 && pen.measureText(shown).width > width) shown = `${shown.slice(0, -2)}…`;
     return shown;
@@ -126,7 +136,7 @@ export class Timeline {
     pen.fillStyle = this.#color("soft");
     for (let at = Math.ceil(began / tick) * tick; at <= began + seconds; at += tick) {
       pen.fillRect(x(at), y, 1, 4);
-      const text = new Date(at * 1000).toLocaleTimeString("en-GB") + (tick < 1 ? `.${Math.round((at % 1) * 10)}` : "");
+      const text = clock(at) + (tick < 1 ? `.${Math.round((at % 1) * 10)}` : "");
       if (x(at) + pen.measureText(text).width < width) pen.fillText(text, x(at) + 3, y + 11);
     }
   }
@@ -169,7 +179,7 @@ export class Timeline {
       const parts = [...(this.story.parts.get(this.chosen)?.values() ?? [])];
       const slow = parts.reduce((worst, part) => (!worst || part[3] > worst[3] ? part : worst), null);
       const failed = this.story.aborts.filter((each) => each[1] === this.chosen);
-      text = `Step ${this.chosen.toLocaleString("en")}`;
+      text = `Step ${count(this.chosen)}`;
       if (row) text += `: ${short(row[2])} samples of ${row[3]} peers, averaged in ${span(row[5])}`;
       if (parts.length) {
         const mean = (column) => parts.reduce((sum, part) => sum + part[column], 0) / parts.length;

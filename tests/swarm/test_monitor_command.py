@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +19,8 @@ import pytest
 from tests.swarm.processes import Crew, Process, crew, run_file, until
 
 pytestmark = pytest.mark.swarm
+
+DOCKER = Path(__file__).parents[2] / "docker"
 
 
 def free_port() -> int:
@@ -63,6 +68,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("monitor")
     with crew(folder) as people:
         run = run_file(folder, "watched", 100_000, batch=64)
+        run.write_text(f"min_peers = 2\n{run.read_text()}")
         _, train = people.bootstrap(run, data_dir="bootstrap")
         inviting = people.start(
             *(
@@ -136,6 +142,62 @@ def test_what_is_seen_is_printed_once_with_json(scene: Scene) -> None:
     seen = looking.result()
     assert seen["run"]["training"] == 2
     assert sum(peer["answered"] for peer in seen["peers"].values()) == 2
+
+
+@pytest.fixture
+def prometheus(scene: Scene, tmp_path: Path) -> Iterator[str]:
+    """Debian's, with the configuration and the alerts that ship, but for ports and times."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.fail("this test needs prometheus; install it with: apt-get install prometheus")
+    config = (DOCKER / "prometheus.yml").read_text().replace("127.0.0.1:9411", scene.url.split("/")[2])
+    (tmp_path / "prometheus.yml").write_text(re.sub(r"interval: \d+s", "interval: 1s", config))
+    (tmp_path / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 0s", (DOCKER / "alerts.yml").read_text()))
+    address = f"127.0.0.1:{free_port()}"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                program,
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield f"http://{address}/api/v1"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_prometheus_scrapes_all_peers_and_an_alert_fires_and_resolves(scene: Scene, prometheus: str) -> None:
+    def asked(path: str) -> Any:
+        status, text = get(f"{prometheus}/{path}")
+        return json.loads(text)["data"] if status == 200 else {}
+
+    def healthy() -> bool:
+        targets = asked("targets").get("activeTargets", [])
+        return [each["health"] for each in targets] == ["up"] * 3
+
+    def firing() -> list[str]:
+        alerts = asked("alerts").get("alerts", [])
+        return [each["labels"]["alertname"] for each in alerts if each["state"] == "firing"]
+
+    def order(verb: str) -> None:
+        process = scene.people.start(verb, "--data-dir", str(scene.folder / "peer-0"))
+        assert process.end() == 0, str(process)
+
+    until(healthy, lambda: f"the swarm and two peers to be scraped: {asked('targets')}")
+    steps = asked("query?query=p2ptrain_global_step")["result"]
+    assert {each["metric"]["run"] for each in steps} == {"watched"}
+    assert len({each["metric"]["instance"] for each in steps}) == 2
+    assert "TooFewPeers" not in firing()
+    order("pause")
+    until(lambda: "TooFewPeers" in firing(), lambda: f"the alert: {firing()}")
+    order("resume")
+    until(lambda: "TooFewPeers" not in firing(), lambda: f"its end: {firing()}")
 
 
 def test_monitor_ends_cleanly_on_ctrl_c(scene: Scene) -> None:
