@@ -63,7 +63,7 @@ Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
 
 ASKING = "0" * 64
-"""The fingerprint of who knows none: it may ask what the run is, redeem an invite, watch, and nothing else."""
+"""The fingerprint of who knows none: it may ask what the run is, redeem an invite and watch; no more."""
 ANY_RUN = (GetRun, Redeem, GetMetrics, GetEvents)
 
 OPEN_SECONDS = 10.0
