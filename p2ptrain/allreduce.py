@@ -47,9 +47,11 @@ from p2ptrain.protocol.round import (
     Waiting,
 )
 from p2ptrain.protocol.spans import chunk_ranges
+from p2ptrain.protocol.terms import most_samples
 from p2ptrain.records import (
     Averaged,
     Ballot,
+    Call,
     Chunk,
     EntryHeader,
     Freeze,
@@ -58,6 +60,7 @@ from p2ptrain.records import (
     Position,
     Reply,
     Request,
+    Terms,
 )
 from p2ptrain.replica.log import Entry
 from p2ptrain.swarm.port import Buffer, Swarm
@@ -596,6 +599,8 @@ class Rounds:
         self.attempt: Attempt | None = None
         self.outcome: Outcome | None = None
         """How the last attempt, or the wait for one, ended; the trainer takes it and sets None."""
+        self.lawful: Callable[[Terms], bool] = lambda terms: True
+        """Whether the organizer has signed these."""
         self._swarm = swarm
         self._codec = codec
         self._owed = Owed(codec)
@@ -685,6 +690,10 @@ class Rounds:
     # -- Handler ---------------------------------------------------------------------------------------------
 
     def on_message(self, sender: PeerId, message: Message) -> None:
+        if isinstance(message, Call) and message.terms is not None and not self.lawful(message.terms):
+            detail = "it calls to a round under terms that the organizer has not signed"
+            self._note(Distrusted(sender, detail))
+            return
         self._carry_out(self.member.received(sender, message, self._now()))
 
     def on_link(self, peer: PeerId, up: bool) -> None:
@@ -757,7 +766,7 @@ class Rounds:
             self._codec,
             self._aggregation,
             self._chunk_values,
-            self.member.rules.most_samples,
+            most_samples(self.member.rules, self.member.terms, freeze.terms),
             math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0,
             self._owed,
             self._spawn,

@@ -71,6 +71,7 @@ class PauseReason(StrEnum):
     ACTIVITY = "activity"
     OTHER_CPU = "other_cpu"
     TEMPERATURE = "temperature"
+    ORGANIZER = "organizer"
 
 
 class CatchUpBy(StrEnum):
@@ -106,6 +107,7 @@ _PAUSED_BECAUSE = {
     PauseReason.ACTIVITY: "somebody uses the machine",
     PauseReason.OTHER_CPU: "other programs need the processors",
     PauseReason.TEMPERATURE: "the processor is too hot",
+    PauseReason.ORGANIZER: "the organizer has paused the run",
 }
 
 _FAULT_WAS = {
@@ -586,6 +588,32 @@ class PeerKicked(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TermsHeard(_Happened):
+    """The organizer has changed something in the run, and this peer has heard of it."""
+
+    event: ClassVar[str] = "terms_heard"
+    revision: int
+    says: tuple[str, ...]
+    """All that is other than in the run file."""
+
+    def sentence(self) -> str:
+        return f"the organizer says (revision {self.revision}): {clean('; '.join(self.says), 1000)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsApplied(_Happened):
+    """The state is one under changed terms now, as on every other peer that is there. Who has caught up tells
+    it of where it has come to."""
+
+    event: ClassVar[str] = "terms_applied"
+    step: int
+    changes: tuple[str, ...]
+
+    def sentence(self) -> str:
+        return f"step {self.step}: as the organizer says, {clean(', '.join(self.changes), 1000)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CarrierChanged(_Happened):
     """Chunks to and from a peer go another way from now on."""
 
@@ -680,6 +708,8 @@ Event = (
     | PeerFaulted
     | PeerBenched
     | PeerKicked
+    | TermsHeard
+    | TermsApplied
     | CarrierChanged
     | PeerStoodOut
     | ReachChanged

@@ -48,6 +48,9 @@ MAX_REVOKED = 256
 """So that all fit into one DHT record."""
 MAX_KICKED = 24
 """So that these do, too."""
+MAX_REASON = 80
+MAX_CHANGES = 16
+"""To the run file, at one time; they travel in every entry."""
 
 
 class Record(BaseModel):
@@ -82,6 +85,47 @@ class Ballot(Record):
         return (self.number, self.leader) <= (other.number, other.leader)
 
 
+# -- what the organizer says to all -------------------------------------------------------------------------
+
+
+class Decree(Record):
+    """What the organizer says to all: signed with the organizer's key, for one run, passed on by any peer.
+
+    `gate.signed` makes one. Of each kind the one of the highest revision holds, and says all there is to say.
+    """
+
+    kind: str
+    peer: Id
+    """Who passes it on."""
+    revision: Count
+    signature: Signature
+    """Of the kind, the run's id and all that is said here but by `peer`."""
+
+
+LiveKey = Literal["optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm", "target_batch_size"]
+"""Keys of the run file that may change while the run goes on: nothing in a replica depends on their past."""
+
+
+class Change(Record):
+    """One key of the run file that has another value from a step on."""
+
+    step: Step
+    key: LiveKey
+    value: Annotated[float, Field(ge=0, le=1e9)]
+
+
+class Terms(Decree):
+    """What the organizer has changed in the run since it began; see `protocol.terms`."""
+
+    kind: Literal["terms"] = "terms"
+    changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES)] = ()
+    stop: Step | None = None
+    """The run is over at this step; None: as the run file says."""
+    paused: Annotated[str, Field(max_length=MAX_REASON, pattern=r"^[ !#-\[\]-~]*$")] | None = None
+    """Nobody shall train from `paused_from` on, and why; None: all shall."""
+    paused_from: Step = 0
+
+
 class EntryHeader(Record):
     """What a committed round produced, except the averaged bytes themselves, which `digest` binds.
 
@@ -103,6 +147,8 @@ class EntryHeader(Record):
     alone."""
     digest: Digest
     """SHA-256 over the digests of the entry's encoded chunks, in order."""
+    terms: Terms | None = None
+    """Under which it is applied; None: as the run file says."""
 
     @property
     def total_samples(self) -> int:
@@ -157,6 +203,8 @@ class Freeze(Record):
     """A finishing member waits for its micro-batch no longer than this."""
     deadline_seconds: Seconds
     """After this time (from arrival) an attempt that still misses chunks has failed."""
+    terms: Terms | None = None
+    """Under which the entry will be applied."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Freeze:
@@ -188,6 +236,7 @@ class Call(Record):
     """Finish the micro-batch in flight first; else bring what is there now."""
     cutoff_seconds: Seconds
     deadline_seconds: Seconds
+    terms: Terms | None = None
 
 
 class Done(Record):
@@ -590,20 +639,6 @@ class RoundRecord(Record):
     """Put there by the carrier."""
 
 
-class Decree(Record):
-    """What the organizer says to all: signed with the organizer's key, for one run, passed on by any peer.
-
-    `gate.signed` makes one. Of each kind the one of the highest revision holds, and says all there is to say.
-    """
-
-    kind: str
-    peer: Id
-    """Who passes it on."""
-    revision: Count
-    signature: Signature
-    """Of the kind, the run's id and all that is said here but by `peer`."""
-
-
 class Revocations(Decree):
     """The invites that the organizer has taken back."""
 
@@ -640,10 +675,10 @@ class Succession(Decree):
     """Of the same as `signature`, by the successor."""
 
 
-DECREES = ("succession", "revocations", "kicks")
+DECREES = ("succession", "revocations", "kicks", "terms")
 """Their kinds."""
 
 SignedRecord = Annotated[
-    Presence | RoundRecord | Revocations | Kicks | Succession, Field(discriminator="kind")
+    Presence | RoundRecord | Revocations | Kicks | Succession | Terms, Field(discriminator="kind")
 ]
 SIGNED: TypeAdapter[SignedRecord] = TypeAdapter(SignedRecord)

@@ -42,7 +42,8 @@ from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
-from p2ptrain.records import PeerId, Presence, Reply, Request, RoundRecord, Watching
+from p2ptrain.protocol.terms import due, in_force, in_words, revision, total_steps
+from p2ptrain.records import Change, PeerId, Presence, Reply, Request, RoundRecord, Terms, Watching
 from p2ptrain.replica.checkpoint import save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, sent_in_round
@@ -79,10 +80,15 @@ def fitting_batch_size(size: int, brought: int, most: int) -> int:
     return min(2 * size if brought >= 4 * size else size, most)
 
 
+def _changes_of(replica: Replica) -> list[Change]:
+    last = replica.last
+    return [] if last is None else due(last.terms, last.step)
+
+
 async def train(peer: Peer, run: RunConfig) -> None:
     """Accumulate a large batch, average it with the swarm, take one synchronized step; repeat."""
     await peer.arrive()  # start from the swarm's state, never from our own guess
-    while peer.replica.position.step < run.total_steps and not peer.leaving:
+    while peer.replica.position.step < peer.ends_at(run) and not peer.leaving:
         if peer.stands_aside:
             await peer.pause()  # without this peer, the others go on at once
             continue
@@ -135,6 +141,8 @@ class Peer:
         self.rounds_joined = 0
         self.samples_given = 0
         self.state_digest: str | None = None
+        self._changes = _changes_of(replica)
+        """By the organizer, that the last entry was applied under."""
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -268,6 +276,24 @@ class Peer:
         self._spawn(self._keep_present())
         self._start_step((), settled=False)
 
+    def heed(self, terms: Terms) -> None:
+        """Go by what the organizer says from now on, if it is newer than what was said before. Terms that
+        make no valid run are heeded by nobody."""
+        member = self.rounds.member
+        if revision(terms) <= revision(member.terms):
+            return
+        try:
+            for change in terms.changes:
+                in_force(self.run, terms, change.step)
+        except ValueError:
+            return
+        member.terms = terms
+        self._observe(events.TermsHeard(revision=terms.revision, says=tuple(in_words(terms))))
+
+    def ends_at(self, run: RunConfig) -> int:
+        """The step at which the run is over, as far as this peer has heard."""
+        return total_steps(run, self.rounds.member.next_terms)
+
     @property
     def samples_now(self) -> int:
         """What this peer has computed for the step under way."""
@@ -305,7 +331,7 @@ class Peer:
             if patience is not None and patience <= 0:
                 break
             if self._batch is None:
-                if self.paused or self._accumulator.samples >= self.run.target_batch_size:
+                if self.paused or self._accumulator.samples >= self.rounds.member.target_batch_size:
                     # Paused, or the whole batch by itself: more would make a step of another size.
                     await self.rounds.changed(self.run.heartbeat_seconds)
                     continue
@@ -339,7 +365,7 @@ class Peer:
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
-        rate = learning_rate(self.run, header.step)
+        rate = learning_rate(in_force(self.run, header.terms, header.step), header.step)
         await self._compute(self._apply_now, committed)
         self._observe(
             events.RoundCommitted(
@@ -493,6 +519,10 @@ class Peer:
         )
         return path
 
+    def save_soon(self) -> None:
+        """A checkpoint, beside whatever else this peer does."""
+        self._spawn(self._save_beside())
+
     async def _save_beside(self) -> None:
         """The same while training goes on. On a disk too slow for the interval, checkpoints are left out."""
         if not self._saving.locked():
@@ -504,7 +534,7 @@ class Peer:
         """Micro-batches for the next step, until the round ends: at most as many samples as are in it, or a
         slow network would make the steps larger than the run asks for. What is still computed when the round
         ends is taken by whichever step comes next."""
-        most = min(most, self.run.target_batch_size)
+        most = min(most, self.rounds.member.target_batch_size)
         while not joining.done():
             if self._batch is None:
                 if self.paused or ahead.samples + self._batch_size > most:
@@ -646,12 +676,21 @@ class Peer:
         self._drawn, self._compute_seconds = 0, 0.0
         self._in_time = settled
         self._step_began = self._now()
+        self._tell_changes()
         self.state_digest = None
         self.donor.arrived()  # before the next micro-batch, so that a snapshot of this step is packed first
         self._digesting = self._spawn(self._digest())
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
         if self._accumulator.samples:
             self._report()
+
+    def _tell_changes(self) -> None:
+        before, self._changes = self._changes, _changes_of(self.replica)
+        last = self.replica.last
+        new = [each for each in self._changes if each not in before]
+        if last is not None and new:
+            said = tuple(f"{each.key} = {each.value:g}" for each in new)
+            self._observe(events.TermsApplied(step=last.step, changes=said))
 
     async def _digest(self) -> None:
         """Beside the next micro-batch, which only reads what is hashed."""

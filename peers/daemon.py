@@ -134,6 +134,8 @@ class Daemon:
         """From now on there is a peer to ask about; what was asked of it before holds."""
         self._peer, self._swarm = peer, swarm
         peer.paused = bool(self._pauses)
+        if swarm.gate is not None:
+            peer.rounds.lawful = swarm.gate.lawful
 
     def observe(self, event: events.Event) -> None:
         """Take note of what happened."""
@@ -147,9 +149,22 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._set(self._pauses.at(time.time()))
+            self._heed_organizer()
             if time.monotonic() - looked >= LOOK_SECONDS:
                 await self.look()
                 looked = time.monotonic()
+
+    def _heed_organizer(self) -> None:
+        peer, gate = self._peer, self._swarm.gate if self._swarm is not None else None
+        if peer is None or gate is None or (terms := gate.terms) is None:
+            return
+        peer.heed(terms)
+        organizer = events.PauseReason.ORGANIZER
+        if terms.paused is None or peer.replica.position.step < terms.paused_from:
+            self._set(self._pauses.remove(organizer))
+        elif not self._pauses.has(organizer):
+            self._set(self._pauses.add(organizer, time.time()))
+            peer.save_soon()
 
     async def look(self) -> None:
         """Pause or go on, as the machine's limits say now."""
@@ -211,13 +226,19 @@ class Daemon:
         return [
             {
                 "reason": pause.reason.value,
-                "because": events.paused_because(pause.reason),
+                "because": self._because(pause.reason),
                 "resumes": resumes_when(pause.reason, self._limits),
                 "since": pause.since,
                 "until": None if math.isinf(pause.until) else pause.until,
             }
             for pause in self._pauses.holding
         ]
+
+    def _because(self, reason: events.PauseReason) -> str:
+        gate = self._swarm.gate if self._swarm is not None else None
+        said = gate.terms.paused if gate is not None and gate.terms is not None else None
+        by_organizer = reason is events.PauseReason.ORGANIZER and said
+        return events.paused_because(reason) + (f" ({said})" if by_organizer else "")
 
     def _moved(self) -> tuple[int, int]:
         """Bytes sent and received, over all lanes."""

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.config import RunConfig, canonical_json, run_digest
 from p2ptrain.errors import ConfigError, StorageError
 from p2ptrain.events import clean
+from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import (
     MAX_KICKED,
     MAX_REVOKED,
@@ -32,6 +33,7 @@ from p2ptrain.records import (
     Redeemed,
     Revocations,
     Succession,
+    Terms,
 )
 from p2ptrain.swarm import gate
 from p2ptrain.swarm.access import Invite, decode, encode, issue, redeemed
@@ -77,14 +79,18 @@ class Book(BaseModel):
     revocations: Revocations | None = None
     kicks: Kicks | None = None
     succession: Succession | None = None
+    terms: Terms | None = None
     """As the organizer has signed them."""
     kept: list[str] = []
     """Peers that follow the organizer to its present key."""
+    run_json: str = ""
+    """The run file, as canonical JSON; empty until a bootstrap has been started with it."""
 
     @property
     def decrees(self) -> list[Decree]:
         """What the swarm is to know."""
-        return [each for each in (self.succession, self.revocations, self.kicks) if each is not None]
+        said = (self.succession, self.revocations, self.kicks, self.terms)
+        return [each for each in said if each is not None]
 
     def holds(self, grant: Grant) -> bool:
         """Whether it is by the organizer's present key."""
@@ -114,6 +120,7 @@ def open_book(folder: Path, run: RunConfig, addresses: Sequence[str], public: bo
         book.addresses = list(addresses)
         if book.run_id != run.run_id:
             _renew(organizer, book, run.run_id)
+        book.run_json = canonical_json(run)
         link = book.link(run)
         if link is not None and not book.public:
             _revoke(organizer, book, [link.grant.serial])
@@ -232,6 +239,30 @@ def kick(folder: Path, who: PeerId, until: int | None, reason: str, now: int) ->
 def lift(folder: Path, who: PeerId, now: int) -> Sequence[Kick]:
     """Let a peer come back; all who are out still. Raises ConfigError if it was not out."""
     return _put_out(folder, who, None, now)
+
+
+def decree(folder: Path, change: Callable[[RunConfig, Terms], Terms], *, dry: bool = False) -> Terms:
+    """Change the run's terms and sign them; `dry`: only say what they would be. Raises ConfigError, also for
+    terms under which the run would not be valid."""
+    with _edited(folder) as book:
+        organizer = _organizer(folder, book)
+        if not book.run_json:
+            raise ConfigError(f"the book in {folder} names no run yet; start its bootstrap once")
+        run = RunConfig.model_validate_json(book.run_json)
+        before = book.terms or Terms(peer=organizer.peer_id, revision=0, signature=gate.UNSIGNED)
+        draft = change(run, before).model_copy(update={"revision": _next(book.terms)})
+        after = gate.signed(organizer, book.run_id, draft)
+        try:
+            Terms.model_validate_json(after.model_dump_json())
+            for each in after.changes:
+                in_force(run, after, each.step)
+        except ValueError as error:
+            raise ConfigError(
+                f"the run would not be valid: {_first_reason(error)}; nothing was changed"
+            ) from None
+        if not dry:
+            book.terms = after
+        return after
 
 
 def read(folder: Path) -> Book:
@@ -386,10 +417,22 @@ def _renew(organizer: Identity, book: Book, run_id: str) -> None:
     """Decree the same for this run."""
     if run_id != book.run_id:  # whose key was replaced for another run, leads in nobody here anyway
         book.run_id, book.succession, book.kept = run_id, None, []
+        book.terms = None  # they name steps of the run that was
     if book.revocations is not None:
         book.revocations = gate.revoke(organizer, run_id, _next(book.revocations), book.revocations.serials)
     if book.kicks is not None:
         book.kicks = gate.kick(organizer, run_id, _next(book.kicks), book.kicks.kicks)
+    if book.terms is not None:
+        terms = book.terms.model_copy(update={"revision": _next(book.terms)})
+        book.terms = gate.signed(organizer, run_id, terms)
+
+
+def _first_reason(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg']}".removeprefix(": ")
+    return str(error)
 
 
 def _next(before: Decree | None) -> int:

@@ -86,6 +86,8 @@ def resumes_when(reason: PauseReason, limits: Limits) -> str:
     match reason:
         case PauseReason.USER:
             return "with `p2ptrain resume`"
+        case PauseReason.ORGANIZER:
+            return "when the organizer says so"
         case PauseReason.SCHEDULE:
             return "when the schedule opens"
         case PauseReason.BATTERY:

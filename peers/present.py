@@ -35,6 +35,8 @@ class Seen(BaseModel):
     """Number of the invite it showed."""
     at: int
     """When, in seconds since 1970."""
+    step: int | None = None
+    """Where it stood then, if it trains."""
 
 
 class _File(BaseModel):
@@ -49,9 +51,19 @@ def merged(before: Sequence[Seen], there: Iterable[Presence], now: int) -> list[
     for record in there:
         invite = record.access.grant.serial if record.access else None
         latest[record.peer] = Seen(
-            peer=record.peer, name=record.name, role=record.role, invite=invite, at=now
+            peer=record.peer,
+            name=record.name,
+            role=record.role,
+            invite=invite,
+            at=now,
+            step=record.position.step if record.position else None,
         )
     return sorted(latest.values(), key=lambda each: (-each.at, each.peer))[:MAX_SEEN]
+
+
+def latest_step(seen: Iterable[Seen]) -> int | None:
+    """The furthest that anybody was seen at; None if nobody trained."""
+    return max((each.step for each in seen if each.step is not None), default=None)
 
 
 def read(folder: Path) -> list[Seen]:

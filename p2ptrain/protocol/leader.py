@@ -25,6 +25,7 @@ from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.roster import call_for
 from p2ptrain.protocol.round import Distrusted, Effect, Rules, Send, Waiting
 from p2ptrain.protocol.spans import levels, share_out, shares
+from p2ptrain.protocol.terms import most_samples
 from p2ptrain.records import (
     Abort,
     Answer,
@@ -40,6 +41,7 @@ from p2ptrain.records import (
     Position,
     Report,
     Resync,
+    Terms,
 )
 
 
@@ -91,10 +93,13 @@ class Leader:
         deadlines: Deadlines,
         *,
         expected: Iterable[PeerId],
+        terms: Terms | None = None,
     ) -> None:
-        """`last` is the entry that led to `position`: under a majority's rule its roster has the say."""
+        """`last` is the entry that led to `position`: under a majority's rule its roster has the say.
+        `terms`: what its entry shall be applied under; the rules are those of this step already."""
         self.me = me
         self.rules = rules
+        self.terms = terms
         self.position = position
         self.last = last
         self.electorate = frozenset(last.roster if last is not None and rules.quorum == "majority" else ())
@@ -106,6 +111,7 @@ class Leader:
         self.newcomers: set[PeerId] = set()
         self.dropped: set[PeerId] = set()
         self.digests: dict[PeerId, str] = {}
+        self._most_samples = most_samples(rules, terms)
         self._deadlines = deadlines
         self._hold_until = float("-inf")
         self._reason = ""
@@ -219,7 +225,7 @@ class Leader:
         """A member says how far it is."""
         if sender in self.dropped:
             return []  # out until the next step, however often it knocks
-        if report.samples + report.in_flight > self.rules.most_samples:
+        if report.samples + report.in_flight > self._most_samples:
             return self._distrust(sender, report, now)
         if self.phase is Phase.REDUCING and self.attempt:
             freeze = self.attempt.freeze
@@ -242,7 +248,7 @@ class Leader:
         """A claim that would fill the batch at once, and own the average."""
         reason = (
             f"it reports {report.samples} samples and {report.in_flight} in flight; "
-            f"a peer brings at most {self.rules.most_samples} to a step"
+            f"a peer brings at most {self._most_samples} to a step"
         )
         self.dropped.add(sender)
         self.reports.pop(sender, None)
@@ -342,6 +348,7 @@ class Leader:
             finishing=full.finishing,
             cutoff_seconds=full.cutoff_seconds,
             deadline_seconds=deadline_seconds,
+            terms=self.terms,
         )
         incarnations = {peer: self.reports[peer].report.incarnation for peer in roster}
         calls = {

@@ -32,8 +32,11 @@ def genesis(run_fingerprint: str, state_digest: str) -> Position:
 
 
 def canonical(header: EntryHeader) -> bytes:
-    """The header's bytes as the lineage hashes them: sorted keys, no spaces, shortest round-trip floats."""
-    return json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+    """The header's bytes as the lineage hashes them: sorted keys, no spaces, shortest round-trip floats. Of
+    its terms all counts but who had passed them on."""
+    without = {"terms"} if header.terms is None else {"terms": {"peer"}}
+    plain = header.model_dump(mode="json", exclude=without)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
 
 def advance(position: Position, header: EntryHeader) -> Position:

@@ -37,6 +37,7 @@ from p2ptrain.protocol.round import (
     Send,
     TookOver,
 )
+from p2ptrain.protocol.terms import newest, revision, rules_at
 from p2ptrain.records import (
     Abort,
     Answer,
@@ -53,6 +54,7 @@ from p2ptrain.records import (
     Position,
     Report,
     Resync,
+    Terms,
     Withdraw,
 )
 
@@ -92,6 +94,8 @@ class Member:
         self.me = me
         self.rules = rules
         self.reduces = reduces
+        self.terms: Terms | None = None
+        """The newest that this peer has heard of, whatever those of the last entry are."""
         self._most_rate = most_rate
         self._process = incarnation
         self._arrivals = 0
@@ -130,6 +134,17 @@ class Member:
     def incarnation(self) -> str:
         """Another one after each start and each catch-up: what was held before, this peer has dropped."""
         return f"{self._process}.{self._arrivals}"
+
+    @property
+    def next_terms(self) -> Terms | None:
+        """Under which the next entry would be applied, if this peer led it."""
+        return newest(self.terms, self.last.terms if self.last is not None else None)
+
+    @property
+    def target_batch_size(self) -> int:
+        """Of the step under way, as far as this peer has heard."""
+        step = self.position.step if self.position is not None else 0
+        return rules_at(self.rules, self.next_terms, step).target_batch_size
 
     def waits(self) -> tuple[float, float]:
         """Seconds of silence and of a reduction after which this peer gives up at present."""
@@ -449,7 +464,7 @@ class Member:
         if (call.step, call.parent) != (mine.step, mine.lineage) or call.ballot.leader != sender:
             return self._reply(sender)
         freeze = freeze_of(self.me, call, self.last, self.rules.values)
-        if freeze is None:
+        if freeze is None or revision(call.terms) < revision(self.last.terms if self.last else None):
             return []
         if self.ballot is not None and (freeze.ballot < self.ballot or self.ballot.leader != sender):
             return [Send(sender, self.answer())]
@@ -591,7 +606,9 @@ class Member:
             self.leader.welcome(peer, now)
 
     def _new_leader(self, expected: Iterable[PeerId]) -> Leader:
-        return Leader(self.me, self.rules, self._here(), self.last, self.deadlines, expected=expected)
+        position, terms = self._here(), self.next_terms
+        rules = rules_at(self.rules, terms, position.step)
+        return Leader(self.me, rules, position, self.last, self.deadlines, expected=expected, terms=terms)
 
     def _first_alive(self) -> PeerId:
         return next((peer for peer in self.order if peer not in self.lost), self.me)

@@ -120,6 +120,7 @@ class Reduction:
             spans=self.freeze.spans,
             squared_norms=tuple(norm or 0.0 for norm in self._norms),
             digest=digest,
+            terms=self.freeze.terms,
         )
 
     def suspects(self) -> list[PeerId]:

@@ -39,6 +39,7 @@ def call_for(member: PeerId, freeze: Freeze, levels: str, incarnation: str, last
         finishing=member in freeze.finishing,
         cutoff_seconds=freeze.cutoff_seconds,
         deadline_seconds=freeze.deadline_seconds,
+        terms=freeze.terms,
     )
 
 
@@ -64,4 +65,5 @@ def freeze_of(member: PeerId, call: Call, last: EntryHeader | None, values: int)
         finishing=(member,) if call.finishing else (),
         cutoff_seconds=call.cutoff_seconds,
         deadline_seconds=call.deadline_seconds,
+        terms=call.terms,
     )

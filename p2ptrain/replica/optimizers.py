@@ -37,6 +37,9 @@ Ranges = Sequence[tuple[int, int]]
 class FlatOptimizer(Protocol):
     """Turns an averaged gradient into new parameters."""
 
+    weight_decay: float
+    """May be set between two steps."""
+
     def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
         """Move `parameters` (float32 [numel]) in place against `gradient` (float32 [numel], unchanged)."""
         ...
@@ -82,13 +85,14 @@ class SGD:
 
     def __init__(self, config: OptimizerConfig, numel: int, decayed: Ranges) -> None:
         self._config = config
+        self.weight_decay = config.weight_decay
         self._decayed = decayed
         self._velocity = torch.zeros(numel)
         self._scratch = torch.empty(min(numel, BLOCK_VALUES))
 
     def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
         momentum, rate = (_scalar(value, parameters) for value in (self._config.momentum, lr))
-        _decay(parameters, self._decayed, lr * self._config.weight_decay)
+        _decay(parameters, self._decayed, lr * self.weight_decay)
         for theta, g, velocity in _blocks(parameters, gradient, self._velocity):
             scratch = self._scratch[: len(theta)]
             velocity.mul_(momentum).add_(g)
@@ -114,6 +118,7 @@ class AdamW:
 
     def __init__(self, config: OptimizerConfig, numel: int, decayed: Ranges) -> None:
         self._config = config
+        self.weight_decay = config.weight_decay
         self._decayed = decayed
         self._mean = torch.zeros(numel)
         self._square_mean = torch.zeros(numel)
@@ -137,7 +142,7 @@ class AdamW:
                 lr / (1.0 - self._beta1_power),
             )
         )
-        _decay(parameters, self._decayed, lr * config.weight_decay)
+        _decay(parameters, self._decayed, lr * self.weight_decay)
         for theta, g, mean, square_mean in _blocks(parameters, gradient, self._mean, self._square_mean):
             scratch = self._scratch[: len(theta)]
             mean.mul_(beta1).add_(torch.mul(g, rest1, out=scratch))

@@ -21,6 +21,7 @@ from p2ptrain.config import RunConfig
 from p2ptrain.errors import BadMessage, LocalFault
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.lineage import advance, genesis
+from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import EntryHeader, Position
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
 from p2ptrain.replica.optimizers import build_optimizer, clip_factor
@@ -128,14 +129,16 @@ class Replica:
         """
         header = entry.header
         position = advance(self.position, header)
+        run = self._run_of(header)
         ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
         for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
             self._codec.decode(chunk, self._mean[start:stop])
-        factor = clip_factor(header.squared_norms, self.run.optimizer.clip_norm)
+        factor = clip_factor(header.squared_norms, run.optimizer.clip_norm)
         if factor < 1.0:
             self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
 
-        self._optimizer.step(self.parameters, self._mean, learning_rate(self.run, header.step))
+        self._optimizer.weight_decay = run.optimizer.weight_decay
+        self._optimizer.step(self.parameters, self._mean, learning_rate(run, header.step))
         self._update_copy()
         self.position, self.last, self.state_digest = position, header, None
 
@@ -166,6 +169,13 @@ class Replica:
         self._optimizer.load(theirs.optimizer, theirs.scalars)
         self._update_copy()
         self.position, self.last, self.state_digest = snapshot.position, snapshot.last, snapshot.state_digest
+
+    def _run_of(self, header: EntryHeader) -> RunConfig:
+        """The run as it stands for that entry."""
+        try:
+            return in_force(self.run, header.terms, header.step)
+        except ValueError as error:
+            raise BadMessage(f"the terms of entry {header.step} make no valid run") from error
 
     def _update_copy(self) -> None:
         if self._copy is not None:

@@ -42,6 +42,7 @@ from p2ptrain.records import (
     Request,
     Revocations,
     Succession,
+    Terms,
 )
 from p2ptrain.swarm.access import as_date, ended, is_borne_by, is_signed
 from p2ptrain.swarm.identity import SIGNATURE_BYTES, Identity, verify
@@ -100,6 +101,18 @@ class Gate:
         """Whether what this peer shows is good for no more than a grant of its own."""
         grant = self.own.grant
         return grant.uses is not None or grant.organizer != self.organizer
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the organizer has changed in the run."""
+        found = self.decrees.get("terms")
+        return found if isinstance(found, Terms) else None
+
+    def lawful(self, terms: Terms) -> bool:
+        """Whether the organizer has signed these, with the present key or one before."""
+        grant, succession = self.own.grant, self.succession
+        keys = {grant.organizer, self.organizer} | ({succession.predecessor} if succession else set())
+        return any(_is_decreed(terms, key, grant.run_id) for key in keys)
 
     def flaw(self, peer: PeerId, shown: Pass | None, *, any_run: bool = False) -> str:
         """Why this peer, showing this, is not let in, as a sentence without its end; empty if it is.

@@ -73,6 +73,8 @@ from p2ptrain.events import (
     RoundCommitted,
     SamplesWasted,
     StateHashed,
+    TermsApplied,
+    TermsHeard,
     WaitingChanged,
     WasteCause,
     clean,
@@ -319,6 +321,7 @@ class Metrics:
             "peer_faults_total", "Things that peers did wrong and this one survived.", cause=FaultCause
         )
         self._benched = counter("peer_benches_total", "Times that a peer was left out for what it had done.")
+        self._terms = gauge("terms_revision", "Of the organizer's changes to the run, as heard of.")
         self._kicked = counter("peer_kicks_total", "Times that the organizer put a peer out.")
         self._carrier_changes = counter(
             "carrier_changes_total", "Times that a peer's chunks began to go this way.", carrier=Carrier
@@ -478,8 +481,12 @@ class Metrics:
                 self._set_paused(event.reasons)
             case Resumed():
                 self._set_paused(())
+            case TermsHeard():
+                self._terms.set(event.revision)
             case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp() | ReachChanged():
                 pass  # nothing to count: these are for the journal
+            case TermsApplied():
+                pass  # the learning rate has a metric of its own
             case _:
                 assert_never(event)
 

@@ -23,6 +23,7 @@ from p2ptrain.events import CatchUpBy, WasteCause
 from p2ptrain.gradients.accumulator import Accumulator, Sent
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Stage
+from p2ptrain.records import Change, PeerId, Terms
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
@@ -691,3 +692,50 @@ def test_steps_stay_of_their_size_when_the_network_is_slower_than_computing() ->
         assert sum(header.total_samples for header in headers) <= 1.25 * 24 * len(headers)
 
     play(story, small_run(delay=1))
+
+
+# -- the organizer changes something -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["anna", "bert", "carl"])
+def test_change_of_a_setting_takes_effect_at_one_step_whoever_has_heard_of_it(who: str) -> None:
+    """One peer knows of it in time, and one only later; all go by the entries. A late peer that replays them,
+    and one that begins from a snapshot, end with the same bits."""
+
+    async def story(training: Training) -> None:
+        step = training.peers[who].step + 6
+        change = Change(step=step, key="optimizer.lr", value=0.003)
+        said = Terms(peer=PeerId("organizer"), revision=1, signature="0" * 128, changes=(change,))
+        for name, when in ((who, step - 6), (next(name for name in PACES if name != who), step + 4)):
+            life = training.peers[name]
+            await training.until(lambda life=life, when=when: life.step >= when)
+            assert life.peer is not None
+            life.peer.heed(said)
+        dora = start(training, "dora")
+        await agree(training, step + 20)
+        [first] = {life.of(events.TermsApplied)[0].step for life in training.lives if life is not dora}
+        assert step <= first < step + 6  # the first leader that had heard of it
+        for life in training.lives:
+            rates = {each.step: each.learning_rate for each in life.of(events.RoundCommitted)}
+            assert all(rate == 0.003 for at, rate in rates.items() if at >= first), life.name
+            assert all(rate != 0.003 for at, rate in rates.items() if at < first), life.name
+
+    play(story)
+
+
+def test_step_takes_the_batch_that_the_organizer_asks_for_and_the_run_ends_when_told() -> None:
+    async def story(training: Training) -> None:
+        step = max(life.step for life in training.peers.values()) + 4
+        change = Change(step=step, key="target_batch_size", value=72)
+        said = Terms(
+            peer=PeerId("organizer"), revision=1, signature="0" * 128, changes=(change,), stop=step + 10
+        )
+        for life in training.peers.values():
+            assert life.peer is not None
+            life.peer.heed(said)
+        await training.until(lambda: all(life.step == step + 10 for life in training.lives))
+        sizes = {each.step: each.samples for each in training.peers["anna"].of(events.RoundCommitted)}
+        assert all(size >= 72 for at, size in sizes.items() if at >= step)
+        assert all(size < 72 for at, size in sizes.items() if at < step)
+
+    play(story)

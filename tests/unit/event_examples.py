@@ -37,6 +37,8 @@ from p2ptrain.events import (
     RoundCommitted,
     SamplesWasted,
     StateHashed,
+    TermsApplied,
+    TermsHeard,
     WaitingChanged,
     WasteCause,
 )
@@ -108,6 +110,8 @@ ONE_OF_EACH: tuple[Event, ...] = (
     PeerFaulted(peer=BERT, cause=FaultCause.BAD_MESSAGE, detail="chunk 3 has 12 bytes, not 131076"),
     PeerBenched(peer=BERT, offences=3, seconds=120.0),
     PeerKicked(peer=BERT, seconds=3600.0, reason="it stalls"),
+    TermsHeard(revision=3, says=("optimizer.lr = 0.0002 from step 500", "the run is over at step 9,000")),
+    TermsApplied(step=500, changes=("optimizer.lr = 0.0002",)),
     CarrierChanged(peer=BERT, carrier=Carrier.LIBP2P, reason="192.0.2.7 port 4433: no answer within 5 s"),
     STOOD_OUT,
     ReachChanged(reachable=False, address="/ip4/203.0.113.7/tcp/31337", relays=1),
