@@ -508,7 +508,7 @@ monitor_cli.add_to(app, _run)
 def main() -> None:
     """Entry point: a mistake, or a fault of a peer or the network, is one sentence and its exit code."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="p2ptrain")
     except (P2PTrainError, BaseExceptionGroup) as error:
         fault = _fault_in(error)
         if fault is None:

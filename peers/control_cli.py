@@ -21,7 +21,7 @@ from p2ptrain.errors import ConfigError, StorageError
 from peers import control
 from peers.durations import parse_seconds
 
-RunId = Annotated[str, typer.Argument(metavar="[RUN]", help="Name of its run, where several peers run here.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="Name of its run, where several peers run here.")]
 PeerFile = Annotated[Path | None, typer.Option(help="The peer file that it was started with.")]
 DataDir = Annotated[str, typer.Option(help="Its data folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

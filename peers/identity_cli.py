@@ -18,7 +18,7 @@ from peers.places import made, user_data
 app = typer.Typer(name="identity", help="Show, keep and restore a peer's key.", no_args_is_help=True)
 
 KEY = "identity.key"
-Run = Annotated[str, typer.Argument(metavar="[RUN]", help="The run's name, where there are several here.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's name, where there are several here.")]
 DataDir = Annotated[str, typer.Option(help="The peer's data folder, if it was given one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -50,7 +50,7 @@ def export(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="What `identity export` wrote.")],
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="The run that the peer is for.")] = "",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run that the peer is for.")] = "",
     data_dir: DataDir = "",
 ) -> None:
     """Let the peer of this machine be the one whose key is in FILE."""
