@@ -18,6 +18,7 @@ from p2ptrain.protocol.round import Rules
 from p2ptrain.protocol.terms import due, in_force, in_words, most_samples, newest, rules_at, total_steps
 from p2ptrain.records import Change, PeerId, Terms
 from p2ptrain.replica.log import Entry
+from p2ptrain.swarm.access import decode
 from p2ptrain.swarm.gate import UNSIGNED, Gate, signed
 from peers import invites, present
 from peers.cli import app
@@ -251,3 +252,21 @@ def test_changes_that_are_past_and_replaced_make_room(opened: Path) -> None:
     said = held(opened)
     assert said is not None
     assert [each.step for each in said.changes] == [116, 200]
+
+
+def test_terms_are_signed_anew_by_the_organizers_next_key_and_count_as_before(opened: Path) -> None:
+    run(opened, "set", "optimizer.lr=0.1", "--at-step", "200")
+    before = held(opened)
+    book = invites.rotate(opened, RunConfig(), [], ends=10, now=0)
+    after = book.terms
+    assert before is not None
+    assert after is not None
+    assert (after.revision, after.changes) == (2, before.changes)
+    link = book.link(RunConfig())
+    assert link is not None
+    newcomer = Gate(decode(link.line).shown_by(ME), ME)
+    assert newcomer.lawful(after)
+    assert not newcomer.lawful(before)  # until it hears of the succession
+    assert book.succession is not None
+    newcomer.learn(book.succession)
+    assert newcomer.lawful(before)

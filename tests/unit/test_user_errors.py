@@ -10,8 +10,9 @@ from __future__ import annotations
 import fcntl
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from organizer import NOBODY, NOW, invite
@@ -78,8 +79,8 @@ def running(folder: Path) -> None:
     HELD.append(lock)
 
 
-HELD: list[object] = []
-"""What keeps locks until the process ends."""
+HELD: list[IO[bytes]] = []
+"""What keeps locks until its test ends."""
 
 RUN_FILE = text("run.toml", commented_toml(RunConfig()))
 WIDTH = text("r.toml", "[task]\nwidth = 100\nheads = 3")
@@ -145,7 +146,7 @@ MISTAKES: list[tuple[str, Prepare, int, str, str]] = [
     ("plan run.toml --peers 500", RUN_FILE, 2, "--peers .500.", "max_peers"),
     # the organizer
     ("invite create run.toml --ttl soon", RUN_FILE, 2, "--ttl 'soon'", "24h or 7d"),
-    ("invite create run.toml", RUN_FILE, 2, "no organizer's key", "p2ptrain bootstrap"),
+    ("invite create run.toml", RUN_FILE, 2, "no bootstrap's data folder", "p2ptrain bootstrap"),
     ("invite revoke run.toml 9 --data-dir host", host(RUN_FILE), 2, "no invite number 9", "invite list"),
     ("invite list run.toml --data-dir host", broken_book, 6, "damaged", "put back"),
     ("run show", nothing, 2, "0 runs have been opened", "--data-dir"),
@@ -183,10 +184,13 @@ MISTAKES: list[tuple[str, Prepare, int, str, str]] = [
 
 
 @pytest.fixture(autouse=True)
-def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    yield
+    while HELD:
+        HELD.pop().close()
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
