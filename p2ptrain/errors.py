@@ -102,3 +102,11 @@ class Refused(PeerFault):
 
 class Uninvited(Refused):
     """A peer does not let us in, because of the invite that we show; the message carries its reason."""
+
+
+class OtherVersion(Refused):
+    """A peer speaks another version of the protocol; `theirs` says which."""
+
+    def __init__(self, message: str, theirs: int) -> None:
+        super().__init__(message)
+        self.theirs = theirs

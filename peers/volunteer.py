@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from p2ptrain import PROTOCOL_VERSION, events
+from p2ptrain import PROTOCOL_VERSION, __version__, events
 from p2ptrain.config import (
     PeerConfig,
     RunConfig,
@@ -35,7 +35,7 @@ from p2ptrain.config import (
     parse_run,
     run_digest,
 )
-from p2ptrain.errors import IncompatibleRun, InviteError, PeerFault, Uninvited, Unreachable
+from p2ptrain.errors import IncompatibleRun, InviteError, OtherVersion, PeerFault, Uninvited, Unreachable
 from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
@@ -266,6 +266,8 @@ async def fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
             reasons.append(
                 f"{events.short(peer)} trains a run with digest {digest[:8]}, not {invite.run_digest[:8]}"
             )
+        except OtherVersion as fault:
+            raise IncompatibleRun(f"{fault}; {upgrade(fault.theirs)}") from None
         except PeerFault as fault:
             uninvited = fault if isinstance(fault, Uninvited) else uninvited
             reasons.append(f"{events.short(peer)}: {fault}")
@@ -275,6 +277,13 @@ async def fetch_run(swarm: Libp2pSwarm, invite: Invite) -> RunConfig:
         f"none of the invite's peers gave the run file of {invite.run_id} ({'; '.join(reasons)}); "
         "check that the bootstrap is running, or ask the organizer for a new invite"
     )
+
+
+def upgrade(theirs: int) -> str:
+    """What to do where the others speak this other version of the protocol."""
+    if theirs > PROTOCOL_VERSION:
+        return f"this p2ptrain ({__version__}) is too old: pip install --upgrade p2ptrain"
+    return f"this p2ptrain ({__version__}) is too new for them; ask the organizer which version to install"
 
 
 async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, print_: str) -> None:
@@ -288,7 +297,7 @@ async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, print_: str
         return
     other = strangers[0]
     if other.protocol != PROTOCOL_VERSION:
-        why = f"protocol: {PROTOCOL_VERSION} here, {other.protocol} there; upgrade the older side"
+        why = f"protocol: {PROTOCOL_VERSION} here, {other.protocol} there; {upgrade(other.protocol)}"
     else:
         why = "the shapes of the model's parameters; use the same version of p2ptrain"
         with contextlib.suppress(PeerFault):

@@ -25,7 +25,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal, Protocol
 
 from p2ptrain import PROTOCOL_VERSION
-from p2ptrain.errors import BadMessage, P2PTrainError, PeerFault, Refused, Uninvited, Unreachable
+from p2ptrain.errors import (
+    BadMessage,
+    OtherVersion,
+    P2PTrainError,
+    PeerFault,
+    Refused,
+    Uninvited,
+    Unreachable,
+)
 from p2ptrain.events import FaultCause, PeerFaulted, clean, short
 from p2ptrain.protocol.estimate import Estimate, clamp
 from p2ptrain.records import (
@@ -401,6 +409,9 @@ class Lanes:
                 case Hello():
                     if flaw := self._uninvited(to, answer):
                         raise Refused(f"peer {short(to)} is not one of the invited: {flaw}")
+                    if any_run and answer.protocol != PROTOCOL_VERSION:
+                        said = f"peer {short(to)} speaks protocol {answer.protocol}, not {PROTOCOL_VERSION}"
+                        raise OtherVersion(said, answer.protocol)
                     if not (any_run or self._same_run(to, answer, kind)):
                         raise Refused(f"peer {short(to)} does not train this run")
                 case _:
