@@ -48,6 +48,7 @@ MAX_REVOKED = 256
 """So that all fit into one DHT record."""
 MAX_KICKED = 24
 """So that these do, too."""
+MAX_PROBE_BYTES = 4 * 2**20
 MAX_REASON = 80
 MAX_CHANGES = 16
 """To the run file, at one time; they travel in every entry."""
@@ -483,6 +484,22 @@ class GetEvents(Record):
     """Answer once there is something, or after this time."""
 
 
+class Probe(Record):
+    """How fast is the way between us? Send so many bytes of nothing; or, `back`, ask me for them, and tell
+    how long that took."""
+
+    kind: Literal["probe"] = "probe"
+    size_bytes: Annotated[int, Field(ge=1, le=MAX_PROBE_BYTES)]
+    back: bool = False
+
+
+class Probed(Record):
+    """They took so long to come."""
+
+    kind: Literal["probed"] = "probed"
+    seconds: Seconds
+
+
 class Piece(Record):
     """The payload beside this is what was asked for."""
 
@@ -582,8 +599,8 @@ class Dialled(Record):
 
 Watching = GetMetrics | GetEvents
 """What those ask who take no part; they need not know the model's fingerprint."""
-Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Watching
-Reply = Piece | EntryReply | Lineage | Manifest | Later | Redeemed | Refusal
+Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Probe | Watching
+Reply = Piece | EntryReply | Lineage | Manifest | Later | Redeemed | Probed | Refusal
 Wire = Annotated[
     Message | Chunk | Averaged | Request | Reply | Hello | Greeting | DialBack | Dialled,
     Field(discriminator="kind"),

@@ -23,14 +23,12 @@ from p2ptrain.config import RunConfig, canonical_json, run_digest
 from p2ptrain.errors import P2PTrainError, StorageError
 from p2ptrain.events import clean, short
 from p2ptrain.records import (
-    Averaged,
-    Chunk,
     GetRun,
-    Message,
     Pass,
     PeerId,
     Piece,
     Presence,
+    Probe,
     Redeem,
     Refusal,
     Reply,
@@ -43,6 +41,7 @@ from p2ptrain.swarm.port import Buffer
 from peers import invites, present
 from peers.places import made
 from peers.signals import Stop
+from peers.speed import Prober
 
 logger = logging.getLogger("p2ptrain")
 
@@ -56,34 +55,28 @@ BOOK_SECONDS = 2.0
 """Between two looks at what the organizer has decreed."""
 
 
-class _RunFile:
-    """Answers what a bootstrap peer is asked: what run is this, and may I come by this invite?"""
+class _RunFile(Prober):
+    """Answers what a bootstrap peer is asked: what run is this, may I come by this invite, and how fast is
+    the way here?"""
 
-    def __init__(self, run: RunConfig, redeem: Callable[[PeerId, Pass], Reply]) -> None:
+    def __init__(self, swarm: Libp2pSwarm, run: RunConfig, redeem: Callable[[PeerId, Pass], Reply]) -> None:
+        super().__init__(swarm)
         self._redeem = redeem
         self._run_json = canonical_json(run).encode()
         self.open = asyncio.Event()
         """Whether newcomers may come in; those who ask before wait."""
 
-    def on_message(self, sender: PeerId, message: Message) -> None:
-        """No part in any round."""
-
-    async def on_chunk(self, sender: PeerId, header: Chunk | Averaged, payload: Buffer) -> None:
-        """No part in any round."""
-
-    def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
-        return None
-
-    def on_link(self, peer: PeerId, up: bool) -> None:
-        """Peers come and go."""
-
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
-        if isinstance(request, GetRun):
-            await self.open.wait()
-            return Piece(), self._run_json
-        if isinstance(request, Redeem):
-            return self._redeem(sender, request.access), b""
-        return Refusal(reason="this is a bootstrap peer: it holds no state"), b""
+        match request:
+            case GetRun():
+                await self.open.wait()
+                return Piece(), self._run_json
+            case Redeem():
+                return self._redeem(sender, request.access), b""
+            case Probe():
+                return await self.answer(sender, request)
+            case _:
+                return Refusal(reason="this is a bootstrap peer: it holds no state"), b""
 
 
 async def bootstrap(
@@ -113,7 +106,7 @@ async def bootstrap(
     )
     with Stop() as stop:
         async with swarm:
-            run_file = _RunFile(run, partial(_redeem, swarm, folder))
+            run_file = _RunFile(swarm, run, partial(_redeem, swarm, folder))
             swarm.serve(run_file)
             addresses = _entrances(swarm.visible_addresses())
             book = invites.open_book(folder, run, addresses, public, int(time.time()))

@@ -3,18 +3,20 @@
 Each check is a function of what was measured, and comes to one `Check`. `examine` measures: this machine
 first, then, by an invite, the way into the swarm, from a peer of a new identity that leaves again. `join`
 makes the quick ones of these: `look_over` before it begins, and `look_at_needs` once it knows the run.
-Not covered: how fast this machine would be.
+With an invite it measures how fast this machine and its link are, and whether that makes the round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import math
 import os
 import resource
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -26,10 +28,14 @@ import psutil  # type: ignore[import-untyped]
 from p2ptrain import PROTOCOL_VERSION, __version__
 from p2ptrain.config import PeerConfig, RunConfig, check_together
 from p2ptrain.errors import LocalFault, P2PTrainError, PortBusy, StorageError, Unreachable
+from p2ptrain.events import duration
+from p2ptrain.protocol.forecast import Forecast, Links, forecast
+from p2ptrain.records import PeerId, Presence
 from p2ptrain.swarm import p2pd, reach
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.validator import MAX_CLOCK_SKEW_SECONDS
 from peers.places import user_data
+from peers.speed import Prober, measure
 
 if TYPE_CHECKING:
     from p2ptrain.swarm.libp2p import Libp2pSwarm
@@ -266,6 +272,39 @@ def reachable(reach_: reach.Reach, relays: int, listen: str) -> Check:
     )
 
 
+def speed(
+    figures: Forecast,
+    links: Links,
+    sample_seconds: float,
+    step_seconds: float | None,
+    most_seconds: float,
+) -> Check:
+    """Whether this machine would make the round: bring a sample within a step, and send its gradient before
+    an attempt is given up. `step_seconds`: what a step takes the swarm now; None if nobody trains."""
+    wait = figures.transfer_seconds + figures.latency_seconds
+    pace = "unknown, as nobody trains now" if step_seconds is None else duration(step_seconds)
+    shown = (
+        f"{1 / sample_seconds:,.1f} samples/s, {_megabits(links.uplink)} up, {_megabits(links.downlink)} "
+        f"down; a round takes you {duration(wait)}, a step of the swarm is {pace}. You would make the round: "
+    )
+    late = step_seconds is not None and sample_seconds > step_seconds
+    if not late and wait <= most_seconds:
+        return fine("speed", "yes", f"{shown}yes")
+    if late:
+        why, remedy = (
+            "a single sample takes longer than a step",
+            "give it more threads, or find a smaller run",
+        )
+    else:
+        why = f"an attempt is given up after {duration(most_seconds)}"
+        remedy = "find a faster link, or a run with a codec that sends less"
+    return Check("speed", Verdict.NOTE, "no", f"{shown}no, {why}", remedy)
+
+
+def _megabits(bytes_per_second: float) -> str:
+    return f"{bytes_per_second * 8 / 1e6:,.1f} Mbit/s"
+
+
 def fault(name: str, error: P2PTrainError, remedy: str) -> Check:
     return Check(name, Verdict.BAD, type(error).__name__, str(error), remedy, error.exit_code)
 
@@ -293,7 +332,7 @@ async def examine(
         return checks  # what follows would only say that it cannot be imported
     parameters = None
     if invite is not None:
-        doing("asking the swarm, which takes up to 20 s")
+        doing("asking the swarm and measuring the way there, which takes up to 20 s")
         try:
             async with asyncio.timeout(NETWORK_SECONDS):
                 parameters = await _ask_swarm(invite, config, add)
@@ -391,6 +430,7 @@ async def _ask_swarm(invite: Invite, config: PeerConfig, add: Callable[[Check], 
                 add(fault("swarm", problem, _way_in(problem)))
             return None
         try:
+            swarm.serve(Prober(swarm))
             others = swarm.connected_peers()
             add(fine("swarm", "ok", f"run {invite.run_id} answers; {others} peers connected"))
             if (skew := swarm.clock_skew_seconds) is not None:
@@ -415,16 +455,61 @@ async def _ask_run(
     try:
         run = await fetch_run(swarm, invite)
         check_together(run, config)
-        parameters = _parameters(run, config)
+        began, before = time.monotonic(), await _furthest(swarm)
+        parameters, sample_seconds = await asyncio.to_thread(_try_out, run, config)
     except P2PTrainError as problem:
         add(fault("run", problem, "see the sentence above"))
         return None
     add(fine("run", "ok", f"{run.run_id}: {parameters:,} parameters, protocol {PROTOCOL_VERSION}"))
+    try:
+        bootstrap = PeerId(invite.addresses[0].rsplit("/p2p/", 1)[1])
+        up, down, rtt = await measure(swarm, bootstrap)
+    except P2PTrainError as problem:
+        add(Check("speed", Verdict.NOTE, "unknown", f"the link could not be measured: {problem}"))
+        return parameters
+    seconds, after = time.monotonic() - began, await _furthest(swarm)
+    most = config.limits.bytes_per_second or math.inf
+    links = Links(min(up, most), min(down, most), rtt)
+    steps = after[1] - before[1]
+    figures = _figures(run, parameters, max(after[0], 1) + 1, sample_seconds, links)
+    step_seconds = seconds / steps if steps > 0 else None
+    add(speed(figures, links, sample_seconds, step_seconds, run.attempt_most_seconds))
     return parameters
 
 
-def _parameters(run: RunConfig, config: PeerConfig) -> int:
-    from p2ptrain.tasks import build_task
+async def _furthest(swarm: Libp2pSwarm) -> tuple[int, int]:
+    """How many train, and the step that they are at."""
+    records = [each for each in await swarm.lookup("presence") if isinstance(each, Presence)]
+    steps = [each.position.step for each in records if each.role == "train" and each.position is not None]
+    return len(steps), max(steps, default=0)
 
-    model = build_task(run, config).build_model(run.seed)
-    return sum(parameter.numel() for parameter in model.parameters())
+
+def _try_out(run: RunConfig, config: PeerConfig) -> tuple[int, float]:
+    """Parameters of the run's model, and the seconds that one sample takes here, on the CPU."""
+    import torch
+
+    from p2ptrain.tasks import build_task
+    from peers.plan import MEASURED_AT_ONCE, samples_per_second
+
+    torch.set_num_threads(config.threads)
+    task = build_task(run, config)
+    model = task.build_model(run.seed)
+    pace = samples_per_second(task, model, min(MEASURED_AT_ONCE, run.target_batch_size))
+    return sum(parameter.numel() for parameter in model.parameters()), 1 / pace
+
+
+def _figures(run: RunConfig, parameters: int, peers: int, sample_seconds: float, links: Links) -> Forecast:
+    from p2ptrain.gradients.codecs import codec_named
+    from p2ptrain.replica.joining import MAX_DONORS, UPLOAD_SHARE
+
+    return forecast(
+        peers=peers,
+        batch_size=run.target_batch_size,
+        sample_seconds=sample_seconds,
+        encoded_bytes=codec_named(run.codec).encoded_bytes(parameters),
+        state_bytes=parameters * STATE_BYTES,
+        most_donors=MAX_DONORS,
+        donor_share=UPLOAD_SHARE,
+        links=links,
+        delay=run.delay,
+    )

@@ -66,7 +66,7 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
     chunks = chunk_ranges(0, replica.numel, run.chunk_values)
     encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)
     at_once = min(MEASURED_AT_ONCE, run.target_batch_size)
-    pace = tokens_per_second / run.task.tokens_per_sample or _samples_per_second(task, replica.model, at_once)
+    pace = tokens_per_second / run.task.tokens_per_sample or samples_per_second(task, replica.model, at_once)
     figures = forecast(
         peers=peers,
         batch_size=run.target_batch_size,
@@ -117,7 +117,8 @@ def _advice(figures: Forecast, run: RunConfig) -> str:
     return words
 
 
-def _samples_per_second(task: Task, model: nn.Module, count: int) -> float:
+def samples_per_second(task: Task, model: nn.Module, count: int) -> float:
+    """Computed on this machine in `MEASURE_SECONDS`, so many at once."""
     done, began = -count, 0.0  # the first is to warm up
     while not began or time.perf_counter() - began < MEASURE_SECONDS:
         task.loss_sum(model, task.batch(0, "plan", max(done, 0), count)).backward()  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ from p2ptrain.records import (
     Lineage,
     PeerId,
     Piece,
+    Probe,
     Redeem,
     Refusal,
     Reply,
@@ -116,6 +117,8 @@ class Donor:
                 return await self._manifest(request), b""
             case GetPiece():
                 return await self._piece(request)
+            case Probe():
+                return Refusal(reason="the bootstrap answers that: my link is for rounds"), b""
             case Redeem():
                 return Refusal(reason="invites are redeemed at the organizer's bootstrap"), b""
             case GetMetrics() | GetEvents():

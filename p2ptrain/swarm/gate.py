@@ -38,6 +38,7 @@ from p2ptrain.records import (
     Pass,
     PeerId,
     Permission,
+    Probe,
     Redeem,
     Request,
     Revocations,
@@ -186,7 +187,7 @@ def permits(role: Permission, request: Request | None) -> bool:
             return role != "watch"
         case GetEntry():
             return role != "watch" or not request.with_payload
-        case GetRun() | GetLineage() | GetManifest() | Redeem() | GetMetrics() | GetEvents():
+        case GetRun() | GetLineage() | GetManifest() | Redeem() | Probe() | GetMetrics() | GetEvents():
             return True
         case _:
             assert_never(request)

@@ -54,6 +54,8 @@ from p2ptrain.records import (
     Pass,
     PeerId,
     Piece,
+    Probe,
+    Probed,
     Redeem,
     Redeemed,
     Refusal,
@@ -71,8 +73,9 @@ Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
 
 ASKING = "0" * 64
-"""The fingerprint of who knows none: it may ask what the run is, redeem an invite and watch; no more."""
-ANY_RUN = (GetRun, Redeem, GetMetrics, GetEvents)
+"""The fingerprint of who knows none: it may ask what the run is, redeem an invite, measure the way there
+and watch; no more."""
+ANY_RUN = (GetRun, Redeem, Probe, GetMetrics, GetEvents)
 
 OPEN_SECONDS = 10.0
 """A dial through relays takes a few seconds."""
@@ -434,7 +437,7 @@ class Lanes:
         match reply:
             case Refusal():
                 raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
-            case Piece() | EntryReply() | Lineage() | Manifest() | Later() | Redeemed():
+            case Piece() | EntryReply() | Lineage() | Manifest() | Later() | Redeemed() | Probed():
                 return reply, payload
             case _:
                 raise BadMessage(f"a {reply.kind} in answer to {request.kind}")

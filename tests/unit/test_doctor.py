@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from p2ptrain.config import PeerConfig
+from p2ptrain.config import PeerConfig, RunConfig
 from p2ptrain.errors import LocalFault, StorageError, Unreachable
+from p2ptrain.protocol.forecast import Links
 from p2ptrain.swarm.reach import Reach
 from peers import doctor
 from peers.doctor import Check, Verdict
@@ -137,3 +138,24 @@ def test_quick_look_asks_nobody_and_finds_what_a_larger_model_needs() -> None:
     ]
     too_large = doctor.look_at_needs(config, 10**12)
     assert {check.verdict for check in too_large} == {Verdict.BAD}
+
+
+@pytest.mark.parametrize(
+    ("sample_seconds", "step_seconds", "uplink", "finding", "word"),
+    [
+        (0.1, 1.0, 1e6, "yes", "make the round: yes"),
+        (0.1, None, 1e6, "yes", "nobody trains now"),
+        (2.0, 1.0, 1e6, "no", "no, a single sample takes longer than a step"),
+        (0.1, 1.0, 1e3, "no", "no, an attempt is given up after"),
+    ],
+)
+def test_speed_says_whether_this_machine_would_make_the_round(
+    sample_seconds: float, step_seconds: float | None, uplink: float, finding: str, word: str
+) -> None:
+    links = Links(uplink, 1e7, 0.05)
+    figures = doctor._figures(RunConfig(), 10**6, 2, sample_seconds, links)
+    check = doctor.speed(figures, links, sample_seconds, step_seconds, most_seconds=60.0)
+    assert check.finding == finding
+    assert word in check.detail
+    assert bool(check.remedy) == (finding == "no")
+    assert check.exit_code == 0  # slow is no reason to keep somebody out
