@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2ptrain.errors import ConfigError
-from p2ptrain.events import clean, short
 from peers.durations import parse_seconds
 from peers.places import user_data
 
@@ -63,6 +62,7 @@ def create(
     With --uses the bootstrap counts: it must run when a peer comes by it for the first time.
     """
     from p2ptrain.config import load_run
+    from p2ptrain.events import clean
     from p2ptrain.swarm.access import encode
     from peers import invites
 
@@ -162,6 +162,7 @@ def rotate(
     whoever has the old key can do it too, so be the first.
     """
     from p2ptrain.config import load_run
+    from p2ptrain.events import clean, short
     from p2ptrain.records import PeerId
     from peers import invites, present
 
@@ -216,6 +217,8 @@ def _facts(grant: Grant) -> dict[str, Any]:
 
 
 def _described(grant: Grant) -> str:
+    from p2ptrain.events import clean
+
     name = f" ({clean(grant.name, 64)})" if grant.name else ""
     until = "for ever" if grant.expires is None else f"until {_date(grant.expires)}"
     uses = f", for {grant.uses} peers" if grant.uses else ""

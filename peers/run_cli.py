@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from p2ptrain.errors import ConfigError
-from p2ptrain.events import clean, short
 from peers.durations import parse_seconds
 from peers.places import user_data
 
@@ -66,6 +65,7 @@ def kick(
     An id costs nothing: who has the line of an invite can come again under another one, until the invite is
     revoked.
     """
+    from p2ptrain.events import clean, short
     from peers import invites, present
 
     if (seconds := parse_seconds(for_)) is None:
@@ -168,6 +168,7 @@ def pause(
     as_json: Json = False,
 ) -> None:
     """Have nobody train until `resume`; peers save a checkpoint, stay connected and show why."""
+    from p2ptrain.events import clean
     from p2ptrain.records import MAX_REASON
 
     if (
@@ -216,6 +217,7 @@ def stop(
 
 def _setting(text: str) -> tuple[LiveKey, float]:
     """`optimizer.lr=2e-4` → its key and value. Raises ConfigError."""
+    from p2ptrain.events import clean
     from p2ptrain.records import LiveKey
 
     key, equals, value = text.partition("=")

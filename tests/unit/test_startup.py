@@ -9,6 +9,7 @@ import pytest
 
 HEAVY = ("torch", "hivemind", "numpy", "aiohttp")
 SLOW = (*HEAVY, "cryptography", "p2ptrain.config", "p2ptrain.records")
+HELP = (*SLOW, "p2ptrain.events")
 """What the verbs for a running peer do without, as do all helps: they answer within 0.3 s. Building what
 checks messages takes longer than all the rest."""
 
@@ -41,7 +42,7 @@ from peers import chronicle, control_cli
 
 @pytest.mark.parametrize(
     ("program", "heavy"),
-    [(SHOW_HELP, SLOW), (ASK, SLOW), ("import peers.demo", HEAVY), ("import peers.chaos", HEAVY)],
+    [(SHOW_HELP, HELP), (ASK, SLOW), ("import peers.demo", HEAVY), ("import peers.chaos", HEAVY)],
     ids=["when_help_is_shown", "when_a_peer_is_asked", "when_the_demo_watches", "when_chaos_watches"],
 )
 def test_nothing_heavy_is_loaded(program: str, heavy: tuple[str, ...]) -> None:
