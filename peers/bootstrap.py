@@ -14,13 +14,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.config import RunConfig, canonical_json, run_digest
-from p2ptrain.errors import P2PTrainError, StorageError
+from p2ptrain.errors import IncompatibleRun, P2PTrainError, StorageError
 from p2ptrain.events import clean, short
 from p2ptrain.records import (
     GetRun,
@@ -50,6 +51,8 @@ PRESENCE_SECONDS = 10.0
 SETTLE_SECONDS = 6.0
 """After a restart: by then the peers have found back, and a newcomer that had come before them would have
 found nobody and begun a log of its own."""
+MAX_ADDRESSES = 8
+"""In an invite."""
 LOOK_SECONDS = 0.5
 BOOK_SECONDS = 2.0
 """Between two looks at what the organizer has decreed."""
@@ -88,10 +91,11 @@ async def bootstrap(
     ready: Callable[[str | None], None],
     *,
     relay_for: int,
+    entrances: Sequence[str] = (),
 ) -> dict[str, object]:
     """Serve the run until a signal comes; `ready` is given the invite once peers can enter, None if the run
     is not `public` (None: as at the last start, at first True). `relay_for`: so many hidden peers meet
-    here."""
+    here; `entrances`: other bootstraps' addresses, which invites name as well."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
     swarm = Libp2pSwarm(
@@ -108,34 +112,86 @@ async def bootstrap(
         async with swarm:
             run_file = _RunFile(swarm, run, partial(_redeem, swarm, folder))
             swarm.serve(run_file)
-            addresses = _entrances(swarm.visible_addresses())
+            own = _entrances(swarm.visible_addresses())
+            addresses = [*own[: MAX_ADDRESSES - len(entrances)], *entrances]
             book = invites.open_book(folder, run, addresses, public, int(time.time()))
             link = book.link(run)
             invite = link.line if link else None
             _heed(swarm, book, folder, run)
             ready(invite)
             patience = SETTLE_SECONDS if restarted else 0.0
-            beside = [
-                asyncio.create_task(_keep_present(swarm, run), name="presence"),
-                asyncio.create_task(_keep_seeing(swarm, folder), name="present"),
-                asyncio.create_task(_let_in(swarm, run_file, patience), name="door"),
-                asyncio.create_task(_keep_reading(swarm, folder, run), name="book"),
-            ]
-            try:
-                await stop.first()
-            finally:
-                for task in beside:
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await task
+            await _serve(
+                stop,
+                _keep_present(swarm, run),
+                _keep_seeing(swarm, folder),
+                _let_in(swarm, run_file, patience),
+                _keep_reading(swarm, folder, run),
+            )
             logger.info("leaving (%s); the swarm goes on without its bootstrap", stop.reason)
             return {"run_id": run.run_id, "peer": swarm.peer_id, "invite": invite}
+
+
+async def second(
+    run: RunConfig,
+    listen: str,
+    announce: tuple[str, ...],
+    folder: Path,
+    invite: Invite,
+    ready: Callable[[list[str]], None],
+    *,
+    relay_for: int,
+) -> dict[str, object]:
+    """Be another way into a run that a bootstrap has opened: with its run file and an invite, and no key of
+    the organizer's. `ready` is given this one's addresses. Raises IncompatibleRun for another run's file."""
+    if (digest := run_digest(run)) != invite.run_digest:
+        raise IncompatibleRun(
+            f"the run file has digest {digest[:8]}, and the invite leads to {invite.run_id} with digest "
+            f"{invite.run_digest[:8]}; take the run file that its bootstrap has"
+        )
+    swarm = Libp2pSwarm(
+        made(folder) / "bootstrap.key",
+        run.run_id,
+        initial_peers=invite.addresses,
+        listen=(listen,),
+        announce=announce,
+        invite=invite,
+        relay_for=relay_for,
+        on_event=lambda event: logger.log(event.level, event.sentence()),
+    )
+    with Stop() as stop:
+        async with swarm:
+            run_file = _RunFile(swarm, run, _only_at_the_first)
+            run_file.open.set()
+            swarm.serve(run_file)
+            addresses = _entrances(swarm.visible_addresses())
+            ready(addresses)
+            await _serve(stop, _keep_present(swarm, run))
+            logger.info("leaving (%s)", stop.reason)
+            return {"run_id": run.run_id, "peer": swarm.peer_id, "addresses": addresses}
+
+
+async def _serve(stop: Stop, *work: Coroutine[Any, Any, None]) -> None:
+    """All of this, until a signal comes."""
+    beside = [asyncio.create_task(each) for each in work]
+    try:
+        await stop.first()
+    finally:
+        for task in beside:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _only_at_the_first(sender: PeerId, access: Pass) -> Reply:
+    return Refusal(reason="invites for so many peers are redeemed at the organizer's own bootstrap")
 
 
 def _entrances(addresses: list[str]) -> list[str]:
     """At most 8 addresses for the invite, those that others can reach first: loopback is for this machine
     only."""
-    return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1")))[:8]
+    return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1")))[
+        :MAX_ADDRESSES
+    ]
 
 
 async def _keep_present(swarm: Libp2pSwarm, run: RunConfig) -> None:
@@ -213,8 +269,19 @@ async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: floa
     run_file.open.set()
 
 
-def print_invite(invite: str | None, as_json: bool, say: Callable[[str], None]) -> None:
-    """What the organizer hands on."""
+def print_entrances(addresses: list[str], as_json: bool, say: Callable[[str], None]) -> None:
+    """What the organizer's own bootstrap is started with, to name this one in its invites."""
+    if as_json:
+        say(json.dumps({"event": "ready", "addresses": addresses}))
+        return
+    say("To have invites lead here, too, start the first bootstrap with these options:\n")
+    say("    " + " ".join(f"--entrance {address}" for address in addresses) + "\n")
+
+
+def print_invite(
+    invite: str | None, as_json: bool, say: Callable[[str], None], picture: Callable[[str], str] | None = None
+) -> None:
+    """What the organizer hands on; `picture` draws it as a QR code."""
     if as_json:
         say(json.dumps({"event": "ready", "invite": invite}))
         return
@@ -223,3 +290,5 @@ def print_invite(invite: str | None, as_json: bool, say: Callable[[str], None]) 
         return
     say("To let somebody in, send this command:\n")
     say(f"    p2ptrain join {invite}\n")
+    if picture is not None:
+        say(picture(invite))

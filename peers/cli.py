@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Coroutine
@@ -145,16 +146,53 @@ def bootstrap(
         int,
         typer.Option(min=0, max=128, help="Pass traffic on between so many peers behind NAT; 0: none."),
     ] = 64,
+    entrance: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a second bootstrap, for invites to name; may be repeated."),
+    ] = None,
+    beside: Annotated[
+        str, typer.Option(metavar="INVITE", help="Be a second bootstrap, beside the one that made INVITE.")
+    ] = "",
+    qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code as well.")] = False,
     data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap's and the organizer's key.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Open a run for others: keep an address, hand out the run file, print the invite."""
+    """Open a run for others: keep an address, hand out the run file, print the invite.
+
+    With --beside, be another way into it, on another machine, for when the first one is gone.
+    """
     from p2ptrain.config import load_run
+    from p2ptrain.errors import ConfigError
+    from p2ptrain.swarm.access import ENTRANCE, check, decode
+    from peers.invite_cli import qr_code
     from peers.places import user_data
 
     run = load_run(run_file)
     folder = Path(data_dir) if data_dir else user_data() / run.run_id
+    if wrong := [each for each in entrance or () if not re.fullmatch(ENTRANCE, each)]:
+        raise ConfigError(
+            f"--entrance {wrong[0]!r}: expected an address such as /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW…, "
+            "as a second bootstrap prints it"
+        )
     from peers import bootstrap as role
+
+    if beside:
+        check(invite := decode(beside), time.time())
+        folder = folder if data_dir else folder / "second"
+        addresses = tuple(announce or ())
+        other = role.second(
+            run,
+            listen,
+            addresses,
+            folder,
+            invite,
+            lambda found: role.print_entrances(found, as_json, _say),
+            relay_for=relay_for,
+        )
+        told = _run(other)
+        if as_json:
+            typer.echo(json.dumps(told))
+        return
 
     summary = _run(
         role.bootstrap(
@@ -163,8 +201,9 @@ def bootstrap(
             tuple(announce or ()),
             folder,
             public,
-            lambda invite: role.print_invite(invite, as_json, _say),
+            lambda line: role.print_invite(line, as_json, _say, qr_code if qr else None),
             relay_for=relay_for,
+            entrances=tuple(entrance or ())[:4],
         )
     )
     if as_json:

@@ -39,9 +39,9 @@ MAX_INVITE_CHARACTERS = 16 * 1024
 """Of an invite without its white space. Version 2 needs at most a third; later versions shall fit as well."""
 
 _SEGMENTS = r"(/[A-Za-z0-9.:%_-]+)"
-PeerAddress = Annotated[
-    str, Field(pattern=rf"^{_SEGMENTS}+/p2p/[1-9A-HJ-NP-Za-km-z]{{32,64}}{_SEGMENTS}*$", max_length=256)
-]
+ENTRANCE = rf"^{_SEGMENTS}+/p2p/[1-9A-HJ-NP-Za-km-z]{{32,64}}{_SEGMENTS}*$"
+"""An address with the id of who is there."""
+PeerAddress = Annotated[str, Field(pattern=ENTRANCE, max_length=256)]
 ASK = "ask the organizer for another one"
 
 

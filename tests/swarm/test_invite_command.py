@@ -355,3 +355,18 @@ def test_bearer_of_an_invite_to_another_organizers_run_is_told_so(people: Crew, 
     said = sentence(people.join(encode(misled), "peer"), 2)
     assert "is by organizer" in said
     assert "ask the organizer for another one" in said
+
+
+def test_second_bootstrap_lets_newcomers_in_when_the_first_is_gone(people: Crew, tmp_path: Path) -> None:
+    run = run_file(tmp_path, "twice", 1_000_000)
+    first, invite = people.bootstrap(run, data_dir="first")
+    words = ("--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(tmp_path / "second"), "--json")
+    second = people.start("bootstrap", str(run), "--beside", invite, *words)
+    until(lambda: second.said('"ready"'), lambda: f"its addresses: {second}")
+    [entrance] = json.loads(second.output.read_text().splitlines()[0])["addresses"]
+    first.interrupt()
+    assert first.end() == 0, first
+    both = encode(decode(invite).model_copy(update={"addresses": (*decode(invite).addresses, entrance)}))
+    anna = people.join(both, "anna", "--until-step", "3")
+    assert anna.end() == 0, anna
+    assert anna.result()["rounds"] >= 3

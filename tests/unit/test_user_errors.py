@@ -129,6 +129,9 @@ MISTAKES: list[tuple[str, Prepare, int, str, str]] = [
     # the run file
     ("bootstrap gone.toml", nothing, 2, "cannot read gone.toml", "No such file"),
     ("bootstrap r.toml", text("r.toml", "run_id = 'A B'"), 2, "run_id", "text like"),
+    ("bootstrap run.toml --entrance here", RUN_FILE, 2, "--entrance 'here'", "/ip4/203.0.113.7"),
+    ("bootstrap run.toml --beside hello", RUN_FILE, 2, "hello", "invite|p2ptrain:"),
+    (f"bootstrap r.toml --beside {INVITE}", text("r.toml", "seed = 5"), 3, "digest", "run file that its"),
     ("config check gone.toml", nothing, 2, "cannot read gone.toml", "No such file"),
     ("config check r.toml", text("r.toml", BAD_PEERS), 2, "min_peers .9. must be at most", "raise max_peers"),
     ("config check r.toml", text("r.toml", "silence_seconds = 1.0"), 2, "at least 3 times", "raise silence"),
