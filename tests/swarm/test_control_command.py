@@ -153,13 +153,13 @@ def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Cre
     assert ask("resume")["pauses"] == []
     until(lambda: ask("status")["step"] > stood, "its next step")
 
+    assert "another peer runs with the data folder" in told(again, 8)  # while this one does
     assert ask("finish")["state"] == "leaving"
     assert anna.end() == 0, anna
     assert anna.result()["samples"] > 0
     people.start("leave", "--data-dir", str(tmp_path / "bert"))
     assert bert.end() == 0, bert
     assert "no peer runs" in told(elsewhere, 9)
-    assert "another peer runs with the data folder" in told(again, 8)
     story = told(people.start("logs", "--data-dir", folder, "-n", "1000"))
     for words in ("paused, for 1 h 0 min: you asked", "training again, after", "leaving (p2ptrain finish)"):
         assert words in story
