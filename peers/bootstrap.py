@@ -39,6 +39,7 @@ from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
+from p2ptrain.telemetry.logs import tell
 from peers import invites, present
 from peers.places import made
 from peers.signals import Stop
@@ -106,7 +107,7 @@ async def bootstrap(
         invite=_own_invite(folder, run, load_or_create(key).peer_id),
         redeems=True,
         relay_for=relay_for,
-        on_event=lambda event: logger.log(event.level, event.sentence()),
+        on_event=partial(tell, logger),
     )
     with Stop() as stop:
         async with swarm:

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Coroutine
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,28 @@ app.add_typer(run_cli.app, name="run")
 app.add_typer(identity_cli.app, name="identity")
 app.add_typer(service_cli.app, name="service")
 control_cli.add_to(app)
+
+
+class LogFormat(StrEnum):
+    """How what happens is told on stderr."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+_log_format = LogFormat.TEXT
+
+
+@app.callback()
+def before_the_verb(
+    log_format: Annotated[
+        LogFormat, typer.Option(help="How roles tell what happens on stderr; json: one object a line.")
+    ] = LogFormat.TEXT,
+) -> None:
+    """Train one model together, over the internet, with nothing in the middle."""
+    global _log_format
+    _log_format = log_format
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
 _LIMIT = "Most {}, in place of what the peer file says."
@@ -530,13 +553,14 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
         factory = None
     else:
         factory = uvloop.new_event_loop
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO,
-        handlers=[_ToStderr()],
-        force=True,
-    )
+    handler = _ToStderr()
+    if _log_format is LogFormat.JSON:
+        from p2ptrain.telemetry.logs import JsonLines
+
+        handler.setFormatter(JsonLines())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 

@@ -18,6 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.telemetry.feed import MAX_ANSWER_BYTES, MAX_PAGE_BYTES, read_answer
 from p2ptrain.telemetry.journal import Journal, read_journal
+from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import PeerState
 from p2ptrain.telemetry.relayed import Filter
 from p2ptrain.telemetry.swarm_metrics import UNKNOWN, Parting, Protocol, SwarmMetrics
@@ -112,7 +114,7 @@ class Monitor:
             initial_peers=self._invite.addresses,
             invite=self._invite,
             listen=("/ip4/127.0.0.1/tcp/0",),  # nobody needs to reach us
-            on_event=lambda event: logger.log(event.level, event.sentence()),
+            on_event=partial(tell, logger),
         )
         return self.swarm
 

@@ -49,6 +49,7 @@ from p2ptrain.tasks import build_task
 from p2ptrain.telemetry.feed import Feed
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
+from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
 from p2ptrain.telemetry.trackers import Tracking, open_tracker
 from p2ptrain.trainer import Peer, train
@@ -452,4 +453,4 @@ async def _draw(panel: Below, daemon: Daemon) -> None:
 def _tell(event: events.Event) -> None:
     if isinstance(event, events.CatchingUp) and sys.stderr.isatty():
         return  # it is on the panel
-    logger.log(event.level, event.sentence())
+    tell(logger, event)

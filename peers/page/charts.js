@@ -42,7 +42,7 @@ class Chart {
         scales: { x: { time: this.byTime } },
         axes: [
           { ...axis, size: 34, values: this.byTime ? undefined : (_, ticks) => ticks.map(short) },
-          { ...axis, size: 52, values: (_, ticks) => ticks.map(short) },
+          { ...axis, size: 62, values: (_, ticks) => ticks.map(short) },
         ],
         cursor: { points: { size: 6 } },
         series: [
