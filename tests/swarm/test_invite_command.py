@@ -19,11 +19,25 @@ from libp2p_fabric import Libp2pFabric
 
 from p2ptrain.errors import PeerFault, Refused, Uninvited
 from p2ptrain.events import FaultCause, PeerFaulted
-from p2ptrain.records import GetEntry, GetLineage, GetManifest, GetPiece, GetRun, Pass, PeerId, Piece, Request
+from p2ptrain.records import (
+    GetEntry,
+    GetEvents,
+    GetLineage,
+    GetManifest,
+    GetMetrics,
+    GetPiece,
+    GetRun,
+    Pass,
+    PeerId,
+    Piece,
+    Request,
+    Watching,
+)
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.access import Invite, decode, encode
 from p2ptrain.swarm.gate import Gate, revoke
 from p2ptrain.swarm.identity import of_seed
+from p2ptrain.swarm.lanes import ASKING
 from p2ptrain.swarm.memory import MemoryHub, MemorySwarm
 from peers import present
 from tests.swarm.processes import Crew, Process, crew, run_file, until
@@ -39,6 +53,8 @@ QUESTIONS: tuple[Request, ...] = (
     GetEntry(step=0),
     GetEntry(step=0, with_payload=False),
     GetLineage(step=0),
+    GetMetrics(),
+    GetEvents(),
 )
 SECRET = b"a piece of the state"
 
@@ -144,7 +160,7 @@ def test_invited_peers_talk_as_before() -> None:
     clock.run(main())
 
 
-@pytest.mark.parametrize(("role", "granted"), [("watch", 4), ("serve", 6)])
+@pytest.mark.parametrize(("role", "granted"), [("watch", 6), ("serve", 8)])
 def test_peer_that_may_not_train_is_told_what_its_role_allows_and_is_in_no_round(
     role: str, granted: int
 ) -> None:
@@ -161,6 +177,24 @@ def test_peer_that_may_not_train_is_told_what_its_role_allows_and_is_in_no_round
             bob.send(ALICE, ask(1))
             await told.until(lambda told: told.links)
             assert not heard.messages
+
+    clock.run(main())
+
+
+def test_watcher_knows_no_model_and_is_told_how_peers_are_and_nothing_else() -> None:
+    async def main() -> None:
+        hub = MemoryHub(1)
+        async with (
+            hub.swarm(ALICE, gate=gate(ALICE)) as alice,
+            hub.swarm(BOB, fingerprint=ASKING, gate=gate(BOB, role="watch")) as bob,
+        ):
+            recorded(alice).answer = give_state
+            for question in QUESTIONS:
+                if isinstance(question, GetRun | Watching):
+                    _, payload = await bob.request(ALICE, question, timeout_seconds=10, max_bytes=2**20)
+                    assert payload == SECRET
+                else:
+                    await is_refused(bob, ALICE, question)
 
     clock.run(main())
 
