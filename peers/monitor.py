@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.config import parse_run, run_digest
-from p2ptrain.errors import PeerFault, Refused
+from p2ptrain.errors import InviteError, PeerFault, Refused
 from p2ptrain.protocol.presence import look_seconds
 from p2ptrain.records import (
     GetEvents,
@@ -34,7 +34,7 @@ from p2ptrain.records import (
     Presence,
     RoundRecord,
 )
-from p2ptrain.swarm.access import Invite
+from p2ptrain.swarm.access import ASK, Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.telemetry.feed import MAX_ANSWER_BYTES, MAX_PAGE_BYTES, read_answer
 from p2ptrain.telemetry.journal import Journal, read_journal
@@ -146,6 +146,8 @@ class Monitor:
 
     async def _look(self) -> None:
         assert self.swarm is not None
+        if self.swarm.gate is not None and (flaw := self.swarm.gate.own_flaw()):
+            raise InviteError(f"the peers no longer tell this monitor how they are: {flaw}; {ASK}")
         there = [each for each in await self.swarm.lookup("presence") if isinstance(each, Presence)]
         rounds = [each for each in await self.swarm.lookup("round") if isinstance(each, RoundRecord)]
         now = time.time()

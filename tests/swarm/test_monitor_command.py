@@ -205,3 +205,12 @@ def test_monitor_ends_cleanly_on_ctrl_c(scene: Scene) -> None:
     assert scene.monitor.end() == 0, str(scene.monitor)
     assert "Traceback" not in str(scene.monitor)
     assert '"kind":"totals"' in (scene.folder / "monitor" / "history.jsonl").read_text().splitlines()[-1]
+
+
+def test_monitor_ends_and_says_why_when_its_invite_was_revoked(scene: Scene) -> None:
+    words = (str(scene.run), "2", "--data-dir", str(scene.folder / "bootstrap"))
+    assert scene.people.start("invite", "revoke", *words).end() == 0
+    scene.start()
+    assert scene.monitor.end(60) == 2, str(scene.monitor)
+    assert "has been revoked by the organizer; ask the organizer" in scene.monitor.errors.read_text()
+    assert "Traceback" not in str(scene.monitor)
