@@ -64,6 +64,8 @@ SCRAPE_SECONDS = 8.0
 MOST_SCRAPES = 8
 """Under way at one time."""
 FRESH_SECONDS = 1.0
+MOST_ENTRANCES = 8
+"""Peers that are asked for the run file before the next look."""
 READY_SECONDS = 60.0
 HISTORY_BYTES = 12 * 2**20
 FIRST_SIGHT_SECONDS = 8.0
@@ -164,7 +166,7 @@ class Monitor:
         """The run file, from the first of these or of the invite's peers that has the right one."""
         assert self.swarm is not None
         entrances = [PeerId(address.rsplit("/p2p/", 1)[1]) for address in self._invite.addresses]
-        for peer in dict.fromkeys([*entrances, *there]):
+        for peer in list(dict.fromkeys([*entrances, *there]))[:MOST_ENTRANCES]:
             with contextlib.suppress(PeerFault):
                 _, payload = await self.swarm.request(peer, GetRun(), timeout_seconds=6, max_bytes=64 * 1024)
                 run = parse_run(payload)
