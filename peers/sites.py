@@ -206,4 +206,5 @@ def _must(*words: str) -> None:
 
 
 def _try_ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False).stdout
+    command = ["ip", *words]  # from the PATH of the root that calls
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

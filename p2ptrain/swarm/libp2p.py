@@ -1157,7 +1157,9 @@ def _sole_user(identity: Path) -> BinaryIO:
 def _private_directory() -> tempfile.TemporaryDirectory[str]:
     """A folder for sockets, ours alone. Its path is short: that of a socket has at most 107 characters."""
     folder = tempfile.gettempdir()
+    if len(folder) > 40:
+        folder = "/tmp"  # noqa: S108 - the folder that is made there is nobody else's
     try:
-        return tempfile.TemporaryDirectory(prefix="p2ptrain-", dir=folder if len(folder) <= 40 else "/tmp")
+        return tempfile.TemporaryDirectory(prefix="p2ptrain-", dir=folder)
     except OSError as error:
         raise StorageError(f"no folder for temporary sockets: {error}; set TMPDIR to one") from error

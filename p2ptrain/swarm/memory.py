@@ -65,7 +65,7 @@ class MemoryHub:
             trace_lines=trace_lines,
         )
         self._latency = latency
-        self._chance = random.Random(f"hub {seed}")
+        self._chance = random.Random(f"hub {seed}")  # noqa: S311 - a seeded schedule, no secret
         self._swarms: dict[PeerId, MemorySwarm] = {}
         self._records: dict[tuple[str, PeerId], tuple[SignedRecord, float]] = {}
 

@@ -90,7 +90,7 @@ class Network:
         self.trace: deque[str] = deque(maxlen=trace_lines)
         self._own_clock = EventQueue()
         self._clock: Clock = self._own_clock if clock is None else clock
-        self._chance = random.Random(f"network {seed}")
+        self._chance = random.Random(f"network {seed}")  # noqa: S311 - a seeded schedule, no secret
         self._least, self._spread = latency[0], latency[1] - latency[0]
         self._loss = loss
         self._bandwidth = bandwidth_bytes_per_second
