@@ -94,7 +94,7 @@ def _idle() -> bool | None:
     """What logind says, or where it says nothing, the kernel."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         told = subprocess.run(
-            ["loginctl", "show-session", "--property=IdleHint"],
+            ["loginctl", "show-session", "--property=IdleHint"],  # noqa: S607 - from the user's own PATH
             capture_output=True,
             text=True,
             timeout=LOGIND_SECONDS,

@@ -20,6 +20,7 @@ from p2ptrain.errors import LocalFault, StorageError
 from p2ptrain.records import PeerId
 
 SIGNATURE_BYTES = 64
+MAX_ID_CHARACTERS = 128
 
 # Protobuf `PrivateKey {type: Ed25519, data: 64 bytes}`: the seed, then the public key again.
 _PRIVATE_HEAD = bytes.fromhex("08011240")
@@ -91,6 +92,8 @@ def of_seed(seed: bytes) -> Identity:
 
 def verify(peer: str, message: bytes, signature: bytes) -> bool:
     """Whether the peer of this id signed this message; False, not an error, for any damage or kind of id."""
+    if len(peer) > MAX_ID_CHARACTERS:  # a stranger wrote it, and to decode takes the square of its length
+        return False
     try:
         raw = base58.b58decode(peer)
         if len(raw) != len(_PUBLIC_HEAD) + 32 or not raw.startswith(_PUBLIC_HEAD):

@@ -68,6 +68,7 @@ from p2ptrain.swarm.frames import pack, read_frame
 from p2ptrain.swarm.gate import Gate, permits
 from p2ptrain.swarm.port import Buffer, Handler
 from p2ptrain.swarm.throttle import Throttle
+from p2ptrain.swarm.validator import Budgets
 
 Kind = Literal["control", "data", "request"]
 KINDS: tuple[Kind, ...] = ("control", "data", "request")
@@ -88,9 +89,14 @@ HELLO_SECONDS = 5.0
 """A stream that says nothing useful for so long is closed."""
 REPLY_SECONDS = 600.0
 """64 MB, the largest piece of a snapshot, at 1 Mbit/s."""
+STALLED_SECONDS = 30.0
+"""Who takes nothing of a reply for so long does not want it."""
 
 MAX_QUEUED_BYTES = 4 * 2**20
 """Control messages that wait for one peer's stream; more are dropped."""
+MESSAGES_PER_SECOND = 500.0
+MESSAGES_AT_ONCE = 5000.0
+"""Control messages that are heard from one peer; each costs the event loop up to a millisecond."""
 MAX_REQUESTS_PER_PEER = 8
 MAX_REMEMBERED = 1024
 """Peers that are remembered as down, or as already complained about."""
@@ -194,6 +200,7 @@ class Lanes:
         self._down: dict[PeerId, float] = {}  # peer that could not be reached → loop time to try again
         self._complained: set[tuple[PeerId, FaultCause]] = set()
         self._dials: dict[PeerId, Estimate] = {}  # seconds from dialling to the other's hello
+        self._heard = Budgets(MESSAGES_PER_SECOND, MESSAGES_AT_ONCE)
         self._sent: Counter[Kind] = Counter()
         self._received: Counter[Kind] = Counter()
 
@@ -459,6 +466,8 @@ class Lanes:
                 header, payload = await self._read(peer, reader, kind, max_payload_bytes, None)
                 if kind == "control" and isinstance(header, Message):
                     handler.on_message(peer, header)
+                    if wait := self._heard.wait_seconds(peer, 1, self._now()):
+                        await asyncio.sleep(wait)  # the next ones wait in its own buffers
                 elif kind == "data" and isinstance(header, Chunk | Averaged):
                     await handler.on_chunk(peer, header, payload)
                     await self._throttle.before_receiving()
@@ -509,7 +518,7 @@ class Lanes:
         self._write(writer, "request", reply, payload)
         try:
             async with asyncio.timeout(REPLY_SECONDS):
-                await writer.drain()
+                await _taken(writer)
         except OSError:  # a TimeoutError is one
             writer.transport.abort()
 
@@ -644,6 +653,20 @@ class Lanes:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+async def _taken(writer: asyncio.StreamWriter) -> None:
+    """Returns when all that was written has gone. Raises OSError if the stream breaks, TimeoutError if the
+    other side takes nothing for `STALLED_SECONDS`."""
+    while True:
+        waiting = writer.transport.get_write_buffer_size()
+        try:
+            async with asyncio.timeout(STALLED_SECONDS):
+                await writer.drain()
+                return
+        except TimeoutError:
+            if writer.transport.get_write_buffer_size() >= waiting:
+                raise
 
 
 async def _linger(reader: asyncio.StreamReader) -> None:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -32,13 +33,15 @@ from typing import Any, BinaryIO, Self
 import base58
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe
 from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from p2ptrain.errors import (
     BadMessage,
@@ -46,6 +49,7 @@ from p2ptrain.errors import (
     LocalFault,
     P2PTrainError,
     PortBusy,
+    Refused,
     StorageError,
     Unreachable,
 )
@@ -95,6 +99,7 @@ from p2ptrain.swarm.tls import TlsCarrier
 from p2ptrain.swarm.validator import (
     MAX_CLOCK_SKEW_SECONDS,
     MAX_TTL_SECONDS,
+    Budgets,
     RecordValidator,
     seal,
     unseal,
@@ -142,9 +147,22 @@ DECREE_SECONDS = 60.0
 KEEPERS = 3
 """So many peers keep each decree published; it outlives the organizer's own."""
 
+DHT_RECORDS_PER_SECOND = 100.0
+DHT_RECORDS_AT_ONCE = 2000.0
+MAX_INVALID = 64
+"""In one dictionary of records, which a node sends when it is asked, or meets another: what is behind these
+is not looked at. Honest nodes have few such, of peers that were put out meanwhile."""
+STRANGERS = ""
+"""All whom no record in the DHT says are invited, as one."""
+
 READ_BUFFER_BYTES = 2**20
 MAX_STREAMS = 2048
 """Inbound streams at one time; a file descriptor each."""
+MAX_STREAMS_OF_STRANGERS = 256
+"""Of these, of peers that no record in the DHT says are invited: newcomers, but also whoever opens streams
+and says nothing."""
+MAX_STREAMS_PER_PEER = 32
+"""Two lanes, 8 requests, and as many again that are being closed."""
 
 _PROTOCOLS: dict[Kind, str] = {kind: f"/p2ptrain/1/{kind}" for kind in KINDS}
 _KIND_OF = {protocol: kind for kind, protocol in _PROTOCOLS.items()}
@@ -201,7 +219,9 @@ class Libp2pSwarm:
         """Where other hidden peers can meet us, if we are hidden."""
         self._doorkeeper = reach.Doorkeeper()
         self._keys = {kind: DHTID.generate(f"{run_id}.{kind}") for kind in ("presence", "round", *DECREES)}
-        self._validator = RecordValidator({key.to_bytes() for key in self._keys.values()})
+        self._validator = RecordValidator(
+            {key.to_bytes() for key in self._keys.values()}, admits=self._admits
+        )
         self._on_event = on_event
         self._crew = Crew()
         self.throttle = throttle or Throttle()
@@ -235,7 +255,8 @@ class Libp2pSwarm:
         self._node_came = asyncio.Event()
         self._directory = Path()
         self._starts = 0
-        self._streams = 0
+        self._open_streams = 0
+        self._streams: Counter[str] = Counter()  # of each peer, and of all strangers
         self._addresses: list[str] = []
         self._links: Counter[str] = Counter()
         self.asked_dht: Callable[[str, bool, float], object] = lambda operation, ok, seconds: None
@@ -381,6 +402,20 @@ class Libp2pSwarm:
             return True
         trains = isinstance(record, RoundRecord) or record.role == "train"
         return trains and not permits(record.access.grant.role, None)
+
+    def _admits(self, author: str, text: bytes) -> bool:
+        """Whether we keep that record for others: of whoever the organizer has invited to any run, and what
+        the organizer has decreed, whoever brings it."""
+        if self.gate is None:
+            return True
+        try:
+            told = _Told.model_validate_json(text)
+            if told.kind in DECREES:
+                decree = SIGNED.validate_json(text)
+                return isinstance(decree, Decree) and self.gate.learn(decree)
+        except ValidationError:
+            return False
+        return not self.gate.flaw(PeerId(author), told.access, any_run=True)
 
     # -- for metrics and invites -----------------------------------------------------------------------------
 
@@ -827,26 +862,37 @@ class Libp2pSwarm:
         raise Unreachable("; ".join(reasons))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._streams >= MAX_STREAMS:
+        if self._open_streams >= MAX_STREAMS:
             self.faults["overload"] += 1
             writer.transport.abort()
         else:
             self._crew.spawn(self._serve_stream(reader, writer))
 
     async def _serve_stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._streams += 1
+        self._open_streams += 1
+        whose: tuple[str, ...] = ()
         try:
             info = p2pd_pb2.StreamInfo()
             await read_pbmsg_safe(reader, info)
             peer = PeerId(base58.b58encode(info.peer).decode())
-            if info.proto == reach.PROTOCOL:
+            whose = (peer,) if self._validator.knows(peer) else (peer, STRANGERS)
+            self._streams.update(whose)
+            if (
+                self._streams[peer] > MAX_STREAMS_PER_PEER
+                or self._streams[STRANGERS] > MAX_STREAMS_OF_STRANGERS
+            ):
+                self.faults["overload"] += 1
+                writer.transport.abort()
+            elif info.proto == reach.PROTOCOL:
                 await self._answer_reach(peer, str(Multiaddr(info.addr)), reader, writer)
             else:
                 await self._lanes.accept(peer, _KIND_OF[info.proto], reader, writer)
         except (OSError, EOFError):
             pass  # the daemon died
         finally:
-            self._streams -= 1
+            self._open_streams -= 1
+            self._streams.subtract(whose)
+            self._streams += Counter()  # forgets those at zero
             writer.close()
 
 
@@ -862,6 +908,74 @@ class _Entry:
 
     def __str__(self) -> str:
         return f"{self.address}/p2p/{self.peer}"
+
+
+class _Told(BaseModel):
+    """What every signed record has, of whichever version."""
+
+    kind: str
+    access: Pass | None = None
+
+
+class _Records(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
+    """What a DHT node keeps: one record of each author under a key, and the newest.
+
+    hivemind's own would let a value that names no author take the place of all of them; and one that it
+    declines, because a newer is there, would still have that one forgotten when it would have expired itself.
+    """
+
+    def store(self, key: Any, value: Any, expiration_time: float, subkey: Any = None) -> bool:
+        return subkey is not None and self.store_subkey(key, subkey, value, expiration_time)
+
+    def store_subkey(self, key: Any, subkey: Any, value: Any, expiration_time: float) -> bool:
+        found = self.get(key)
+        held = found.value.get(subkey) if found is not None else None
+        if held is not None and held.expiration_time >= expiration_time:
+            return False
+        return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+
+class _Doorman:
+    """hivemind's three remote procedures, for so much per second: for each peer whose record is here, and for
+    all strangers together, who can have any number of names. A record costs a signature's check, 0.1 ms."""
+
+    def __init__(self, protocol: Any, validator: RecordValidator) -> None:
+        self._protocol, self._validator = protocol, validator
+        self._budgets = Budgets(DHT_RECORDS_PER_SECOND, DHT_RECORDS_AT_ONCE)
+
+    async def rpc_ping(self, request: dht_pb2.PingRequest, context: Any) -> dht_pb2.PingResponse:
+        self._pay(context, 1)
+        return await self._protocol.rpc_ping(request, context)
+
+    async def rpc_find(self, request: dht_pb2.FindRequest, context: Any) -> dht_pb2.FindResponse:
+        self._pay(context, len(request.keys))
+        return await self._protocol.rpc_find(request, context)
+
+    async def rpc_store(self, request: dht_pb2.StoreRequest, context: Any) -> dht_pb2.StoreResponse:
+        dictionaries = sum(tag == self._protocol.IS_DICTIONARY for tag in request.subkeys)
+        self._pay(context, len(request.keys) + MAX_INVALID * dictionaries)
+        return await self._protocol.rpc_store(request, context)
+
+    def _pay(self, context: Any, amount: int) -> None:
+        """Raises Refused."""
+        peer = str(context.remote_id.to_base58())
+        who = peer if self._validator.knows(peer) else ""
+        if not self._budgets.allow(who, amount, time.monotonic()):
+            raise Refused("too many records at once")
+
+
+def _sifted(validator: RecordValidator, key: bytes, records: Any) -> bool:
+    """Takes out what is not valid: hivemind would take no record of a node that has one such."""
+    if not isinstance(records, DictionaryDHTValue):
+        return False
+    invalid = 0
+    with records.freeze():
+        for subkey, (value, expires) in list(records.items()):
+            record = DHTRecord(key, MSGPackSerializer.dumps(subkey), value, expires)
+            if invalid >= MAX_INVALID or not validator.validate(record):
+                invalid += 1
+                del records[subkey]
+    return True
 
 
 @dataclass
@@ -911,9 +1025,16 @@ class _Node:
             cache_on_store=False,
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
+            client_mode=True,  # or it would answer by itself, without bounds
         )
+        protocol = self.dht.protocol
+        protocol.client_mode = False
+        protocol.node_info = dht_pb2.NodeInfo(node_id=protocol.node_id.to_bytes())
+        protocol.storage = protocol.cache = _Records()
+        protocol._validate_dictionary = partial(_sifted, validator)
+        await protocol.add_p2p_handlers(self.p2p, _Doorman(protocol, validator))
         if before is not None and before.dht is not None:
-            self.dht.protocol.storage = before.dht.protocol.storage
+            protocol.storage = protocol.cache = before.dht.protocol.storage
 
     async def greet_dht(self, peer: PeerId) -> None:
         """Get known to the peer's DHT node.

@@ -2,10 +2,11 @@
 
 A record is stored under one of the run's keys with its author's peer id as subkey. Its value is the author's
 signature and then the record as JSON; the signature binds key, author, expiry and text, so a record can
-neither be moved nor prolonged. Who reads a record still parses it: nodes store what newer versions write.
+neither be moved nor prolonged. Peer ids cost nothing, so nodes keep only what somebody invited wrote, and
+look at no more of what strangers send than their budget allows. Who reads a record still parses it.
 
-Not covered: peer ids cost nothing, so a stranger can fill the `MAX_AUTHORS` places of a key for as long as he
-pays attention; then nodes refuse further authors, and peers know each other by the messages they exchange.
+Not covered: whoever has an invite for any number of peers can fill the `MAX_AUTHORS` places of a key; then
+nodes refuse further authors, and peers know each other by the messages they exchange.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import msgpack
 
-from p2ptrain.swarm.identity import SIGNATURE_BYTES, Identity, verify
+from p2ptrain.swarm.identity import MAX_ID_CHARACTERS, SIGNATURE_BYTES, Identity, verify
 
 MAX_RECORD_BYTES = 4096
 MAX_TTL_SECONDS = 120.0
@@ -37,16 +38,61 @@ class DHTRecord(Protocol):
     expiration_time: float
 
 
+class Budgets:
+    """So much per second for each of many, and several seconds' worth at once."""
+
+    def __init__(self, per_second: float, most: float) -> None:
+        """`most`: what somebody who has long asked for nothing may have at once."""
+        self._per_second, self._most = per_second, most
+        self._left: dict[object, tuple[float, float]] = {}  # what, and when that was
+
+    def allow(self, who: object, amount: float, now: float) -> bool:
+        """Whether there is so much for them; then it is spent. What is refused costs them nothing."""
+        left = self._has(who, now)
+        if amount > left:
+            return False
+        self._spend(who, left - amount, now)
+        return True
+
+    def wait_seconds(self, who: object, amount: float, now: float) -> float:
+        """Spend it in any case; how long whoever wanted it has to wait until it is paid off."""
+        left = self._has(who, now) - amount
+        self._spend(who, left, now)
+        return max(0.0, -left / self._per_second)
+
+    def _has(self, who: object, now: float) -> float:
+        left, at = self._left.get(who, (self._most, now))
+        return min(self._most, left + (now - at) * self._per_second)
+
+    def _spend(self, who: object, left: float, now: float) -> None:
+        if who not in self._left and len(self._left) >= MAX_AUTHORS:
+            full = [each for each in self._left if self._has(each, now) >= self._most]
+            for each in full or [next(iter(self._left))]:
+                del self._left[each]
+        self._left[who] = left, now
+
+
 class RecordValidator:
     """hivemind calls this for each record it is asked to store and each that another node returns."""
 
     priority = 0
 
-    def __init__(self, keys: Collection[bytes], clock: Callable[[], float] = time.time) -> None:
-        """`keys`: DHT ids; under others nothing is kept. `clock`: seconds since 1970, as the DHT has it."""
+    def __init__(
+        self,
+        keys: Collection[bytes],
+        clock: Callable[[], float] = time.time,
+        admits: Callable[[str, bytes], bool] = lambda author, text: True,
+    ) -> None:
+        """`keys`: DHT ids; under others nothing is kept. `clock`: seconds since 1970, as the DHT has it.
+        `admits`: whether the author may have written that text here, for what can be seen in it."""
         self._authors: dict[bytes, dict[str, float]] = {key: {} for key in keys}
+        self._admits = admits
         self._clock = clock
         self.refused = 0
+
+    def knows(self, author: str) -> bool:
+        """Whether a record of that peer's is here, and so it was invited."""
+        return any(author in authors for authors in self._authors.values())
 
     def validate(self, record: DHTRecord) -> bool:
         valid = self._is_valid(record)
@@ -57,11 +103,17 @@ class RecordValidator:
         now = self._clock()
         authors = self._authors.get(record.key)
         author = _unpack(record.subkey, str)
-        if authors is None or author is None or len(record.value) > MAX_RECORD_BYTES + 256:
+        if (
+            authors is None
+            or author is None
+            or len(author) > MAX_ID_CHARACTERS
+            or len(record.value) > MAX_RECORD_BYTES + 256
+        ):
             return False
         if not record.expiration_time <= now + MAX_TTL_SECONDS + MAX_CLOCK_SKEW_SECONDS:
             return False
-        if _text(record.key, author, record.value, record.expiration_time) is None:
+        text = _text(record.key, author, record.value, record.expiration_time)
+        if text is None or not self._admits(author, text):
             return False
         if author not in authors and len(authors) >= MAX_AUTHORS:
             for gone in [peer for peer, expires in authors.items() if expires < now]:

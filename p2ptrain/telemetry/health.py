@@ -4,6 +4,10 @@ The pages share the event loop with training, so whoever reads them can cost it 
 written out at most once a second, a connection carries one request and lives for seconds however slowly its
 other end reads, and only so many are open at once.
 
+On loopback they are opened by its address or as `localhost`, and by no other name: a web page elsewhere could
+have its name lead here, and read them through a visitor's browser (DNS rebinding). Nor is a request answered
+that the browser says was made by another site's page.
+
 Not covered: who may read. The pages hold no secrets, and are on loopback unless told otherwise.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self, cast
@@ -109,6 +114,8 @@ class HealthServer:
         """Close the connection after the answer: one that is kept open is one more to watch."""
         status = 500
         try:
+            if flaw := self._stray(request):
+                raise web.HTTPForbidden(text=f"{flaw}\n")
             response = await handler(request)
             status = response.status
         except web.HTTPException as refusal:  # how aiohttp says 404 and 405
@@ -119,6 +126,17 @@ class HealthServer:
             self._answered(request.path, status)
         response.force_close()
         return response
+
+    def _stray(self, request: web.Request) -> str:
+        """Why that request is none for us; empty if it is one."""
+        if request.headers.get("Origin") or request.headers.get("Sec-Fetch-Site") in (
+            "cross-site",
+            "same-site",
+        ):
+            return "no page of another site reads this"
+        if _is_loopback(self._host) and not _is_loopback(request.url.host or "localhost"):
+            return "this is opened by its address, or as localhost"
+        return ""
 
     def _accept(self) -> asyncio.BaseProtocol:
         """The protocol of a new connection, which ends in time."""
@@ -151,6 +169,13 @@ class _HangUp(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast(asyncio.Transport, transport).abort()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _cut(connection: web.RequestHandler) -> None:

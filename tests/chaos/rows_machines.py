@@ -196,7 +196,7 @@ def scraped(trial: Trial) -> Figures:
 SCRAPER = f"""
 import asyncio, sys, time
 per_second, hung = int(sys.argv[1]), int(sys.argv[2])
-REQUEST = b"GET /metrics HTTP/1.1\\r\\nHost: peer\\r\\n"
+REQUEST = b"GET /metrics HTTP/1.1\\r\\nHost: localhost\\r\\n"
 
 async def ask():
     global answered

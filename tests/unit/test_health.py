@@ -140,7 +140,7 @@ async def test_metrics_are_written_out_again_when_the_page_is_old(
 async def test_connection_ends_after_one_answer_when_the_client_would_keep_it(
     server: HealthServer, path: str
 ) -> None:
-    request = f"GET {path} HTTP/1.1\r\nHost: here\r\n\r\n".encode()
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     reader, writer = await say(server.port, request + request)
     heard = await ended(reader)
     assert heard.count(b"HTTP/1.1") == 1
@@ -150,7 +150,7 @@ async def test_connection_ends_after_one_answer_when_the_client_would_keep_it(
 
 async def test_request_is_refused_when_its_head_is_huge(server: HealthServer) -> None:
     reader, writer = await say(
-        server.port, b"GET /livez HTTP/1.1\r\nHost: here\r\nCookie: " + b"x" * 100_000 + b"\r\n\r\n"
+        server.port, b"GET /livez HTTP/1.1\r\nHost: localhost\r\nCookie: " + b"x" * 100_000 + b"\r\n\r\n"
     )
     assert (await ended(reader)).startswith(b"HTTP/1.0 400 ")
     writer.close()
@@ -171,7 +171,7 @@ async def test_others_are_served_when_a_scraper_hangs(
 ) -> None:
     monkeypatch.setattr(health, "CONNECTION_SECONDS", 0.3)
     subject.body = b"#" * 64 * 2**20  # far more than the kernel takes for a reader that does not read
-    _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")
+    _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await get(server.port, "/livez"))[0] == 200
     assert subject.pages == 1
     await until(lambda: open_connections(server) == 0)
@@ -182,7 +182,7 @@ async def test_end_comes_at_once_when_a_scraper_hangs(subject: Subject) -> None:
     subject.body = b"#" * 64 * 2**20
     loop = asyncio.get_running_loop()
     async with HealthServer(subject.page, subject.failed_checks) as server:
-        _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")
+        _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await until(lambda: subject.pages > 0)
         leaving = loop.time()
     assert loop.time() - leaving < 1.0
@@ -195,7 +195,7 @@ async def test_connection_is_refused_when_too_many_are_open(
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 3)
     idle = [await say(server.port, b"GET /") for _ in range(3)]
     await until(lambda: open_connections(server) == 3)
-    reader, writer = await say(server.port, b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+    reader, writer = await say(server.port, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert await ended(reader) == b""
     for _, each in [*idle, (reader, writer)]:
         each.close()
@@ -239,3 +239,38 @@ def test_pages_are_served_and_signals_left_alone_when_the_loop_is_uvloop(subject
 
     uvloop.run(scenario())
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "127.0.0.1:9410"}, 200),
+        ({"Host": "[::1]:9410"}, 200),
+        ({"Host": "attacker.example"}, 403),
+        ({"Host": "127.0.0.1.attacker.example"}, 403),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "none"}, 200),
+    ],
+)
+async def test_page_is_read_by_no_other_site_through_a_visitors_browser(
+    server: HealthServer, headers: dict[str, str], status: int
+) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{server.port}/metrics", headers=headers) as response,
+    ):
+        assert response.status == status
+        assert (b"p2ptrain" in await response.read()) is (status == 200)
+
+
+async def test_page_has_any_name_when_it_is_served_to_others_anyway(subject: Subject) -> None:
+    async with (
+        HealthServer(subject.page, subject.failed_checks, host="0.0.0.0") as server,
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{server.port}/livez", headers={"Host": "lab"}) as response,
+    ):
+        assert response.status == 200

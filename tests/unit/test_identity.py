@@ -81,3 +81,9 @@ def test_loading_raises_storage_error_when_the_path_cannot_be_a_file(tmp_path: P
 def test_identity_never_shows_its_key_when_it_is_printed(tmp_path: Path) -> None:
     identity = load_or_create(tmp_path / "key")
     assert repr(identity) == f"Identity({identity.peer_id})"
+
+
+def test_id_of_any_length_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a megabyte of it once took minutes."""
+    monkeypatch.setattr(base58, "b58decode", lambda text: pytest.fail("it was decoded"))
+    assert not verify("1" * 500_000, b"text", b"0" * 64)

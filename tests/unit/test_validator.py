@@ -10,7 +10,7 @@ import pytest
 
 from p2ptrain.swarm import validator as rules
 from p2ptrain.swarm.identity import Identity, load_or_create
-from p2ptrain.swarm.validator import MAX_RECORD_BYTES, RecordValidator, seal, unseal
+from p2ptrain.swarm.validator import MAX_RECORD_BYTES, Budgets, RecordValidator, seal, unseal
 
 KEY, OTHER_KEY, UNKNOWN_KEY = b"k" * 20, b"o" * 20, b"u" * 20
 NOW = 1_000_000.0
@@ -124,3 +124,51 @@ def test_further_authors_are_refused_when_a_key_is_full_of_live_records(
     assert validator.validate(record(alice, b"newer"))
     now = NOW + 31
     assert validator.validate(record(bob, expires=NOW + 60))
+
+
+def test_record_is_kept_only_of_those_who_may_have_written_it(alice: Identity, bob: Identity) -> None:
+    validator = RecordValidator(
+        [KEY], clock=lambda: NOW, admits=lambda author, text: (author, text) == (alice.peer_id, b"text")
+    )
+    assert validator.validate(record(alice))
+    assert not validator.validate(record(alice, b"another"))
+    assert not validator.validate(record(bob))
+    assert validator.knows(alice.peer_id)
+    assert not validator.knows(bob.peer_id)
+
+
+def test_author_whose_name_is_no_id_is_refused_before_anything_is_decoded(
+    validator: RecordValidator, alice: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "verify", lambda *claimed: pytest.fail("it was looked at"))
+    assert not validator.validate(replace(record(alice), subkey=msgpack.packb("1" * 129)))
+
+
+# -- budgets -------------------------------------------------------------------------------------------------
+
+
+def test_each_may_spend_what_has_come_in_and_no_more_than_the_most_at_once() -> None:
+    budgets = Budgets(per_second=10, most=20)
+    assert budgets.allow("alice", 20, 100.0)
+    assert not budgets.allow("alice", 1, 100.0)
+    assert budgets.allow("bob", 20, 100.0)
+    assert budgets.allow("alice", 10, 101.0)
+    assert not budgets.allow("alice", 21, 1000.0)
+    assert budgets.allow("alice", 20, 1000.0)
+
+
+def test_who_spends_more_than_it_has_waits_until_that_is_paid_off() -> None:
+    budgets = Budgets(per_second=10, most=20)
+    assert budgets.wait_seconds("alice", 20, 100.0) == 0
+    assert budgets.wait_seconds("alice", 5, 100.0) == 0.5
+    assert budgets.wait_seconds("alice", 5, 100.5) == 0.5
+
+
+def test_budgets_of_many_are_forgotten_full_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_AUTHORS", 2)
+    budgets = Budgets(per_second=10, most=20)
+    budgets.allow("poor", 20, 100.0)
+    budgets.allow("rich", 1, 100.0)
+    budgets.allow("new", 1, 100.5)
+    assert not budgets.allow("poor", 20, 100.5)
+    assert len(budgets._left) == 2
