@@ -427,6 +427,57 @@ def replay(rogue: Rogue) -> None:
     Libp2pSwarm.send_chunk = remembering
 
 
+def with_changed(rogue: Rogue, kind: type, change: Callable[[PeerId, bytes], bytes]) -> None:
+    """What it sends beside headers of that kind is changed on the way."""
+    send_chunk = Libp2pSwarm.send_chunk
+
+    async def changed(self: Libp2pSwarm, to: PeerId, header: Any, payload: Any) -> None:
+        if isinstance(header, kind) and len(payload):
+            rogue.tell(step=header.step)
+            payload = change(to, bytes(payload))
+        await send_chunk(self, to, header, payload)
+
+    Libp2pSwarm.send_chunk = changed
+
+
+@lie
+def shape(rogue: Rogue) -> None:
+    """Its chunks are half as long as they should be."""
+    with_changed(rogue, Chunk, lambda to, payload: payload[: len(payload) // 2])
+
+
+@lie
+def oversized(rogue: Rogue) -> None:
+    """Its chunks are a megabyte longer than they should be."""
+    with_changed(rogue, Chunk, lambda to, payload: payload + bytes(2**20))
+
+
+@lie
+def two_faced(rogue: Rogue) -> None:
+    """As reducer it sends each member another average."""
+
+    def change(to: PeerId, payload: bytes) -> bytes:
+        last = bytes([payload[-1] ^ (hashlib.sha256(to.encode()).digest()[0] & 1)])
+        return payload[:-1] + last
+
+    with_changed(rogue, Averaged, change)
+
+
+@lie
+def equivocate(rogue: Rogue) -> None:
+    """As leader it tells every second member of another roster, on which somebody is missing."""
+    send = Libp2pSwarm.send
+
+    def telling(self: Libp2pSwarm, to: PeerId, message: Any) -> None:
+        if isinstance(message, Call) and hashlib.sha256(to.encode()).digest()[0] & 1:
+            rogue.tell(step=message.step)
+            ranks = tuple(sorted({*message.left, 0}))
+            message = message.model_copy(update={"left": ranks, "levels": message.levels[1:] or "a"})
+        send(self, to, message)
+
+    Libp2pSwarm.send = telling
+
+
 # -- lies of a donor -----------------------------------------------------------------------------------------
 
 

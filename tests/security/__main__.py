@@ -1,0 +1,126 @@
+"""Plays every hostile behaviour against a live swarm of four real peers, and prints how it was met.
+
+    python -m tests.security [--json] [--only NAME,…] [--peers 4] [--seconds 5]
+
+One swarm bears them all, one after the other. Of each it is looked at that it got nothing (its own claim, see
+`behaviours`), at the rate of steps beside that of just before, at the growth of every victim's memory, and
+whether honest peers ever differed in a byte. A liar is there, and behaves, while the rate before is taken.
+Attackers run at a lower priority: they share this machine's cores with their victims. Exit status 1: one got
+what it wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.security.behaviours import BEHAVIOURS, Behaviour, Field
+from tests.security.stage import swarm
+
+RATE_SHARE = 0.8
+GROWTH_MEGABYTES = 64.0
+SETTLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one behaviour was met."""
+
+    name: str
+    met: bool
+    """It was refused, or survived."""
+    seen: str
+    rate_before: float
+    """Steps per second."""
+    rate_share: float
+    """Of that, while it went on."""
+    growth_megabytes: float
+    """Of the victim that grew most, with its daemon."""
+    wrong_bytes: int
+    """Steps at which honest peers differed, so far."""
+    seconds: float
+
+
+def play(field: Field, behaviour: Behaviour) -> Outcome:
+    """Let it loose."""
+    stage = field.stage
+    if behaviour.lie:
+        name = f"liar-{len(field.liars) + 1}"
+        orders = stage.liar(name)
+        assert not orders.exists()
+        field.liars.append(name)
+    stage.watch(SETTLE_SECONDS)
+    since = time.time()
+    stage.watch(field.seconds)
+    before = stage.steps_per_second(since, time.time())
+    memory, began = stage.megabytes(), time.time()
+    try:
+        seen, met = asyncio.run(behaviour.play(field)), True
+    except Exception as error:
+        seen, met = f"{type(error).__name__}: {error}".splitlines()[0][:300], False
+        traceback.print_exc()
+    ended = time.time()
+    stage.watch(SETTLE_SECONDS)
+    during = stage.steps_per_second(began, ended)
+    after = stage.megabytes()
+    if behaviour.lie:
+        stage.part(field.liars[-1])
+    return Outcome(
+        name=behaviour.name,
+        met=met,
+        seen=seen,
+        rate_before=before,
+        rate_share=during / before if before else 0.0,
+        growth_megabytes=max(after[name] - memory[name] for name in memory),
+        wrong_bytes=stage.wrong_bytes(),
+        seconds=ended - began,
+    )
+
+
+def line(outcome: Outcome) -> str:
+    return (
+        f"{'met ' if outcome.met else 'FAIL'} {outcome.name:<32} rate {outcome.rate_share:5.0%} of "
+        f"{outcome.rate_before:5.1f}/s, memory {outcome.growth_megabytes:+6.1f} MB, "
+        f"wrong bytes {outcome.wrong_bytes}: {outcome.seen}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.security", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--only", default="", help="these behaviours, with commas")
+    parser.add_argument("--peers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for which floods last")
+    given = parser.parse_args()
+    names = [name.strip() for name in given.only.split(",") if name.strip()] or list(BEHAVIOURS)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder, swarm(Path(folder), given.peers) as stage:
+        os.nice(10)
+        field = Field(stage, given.seconds)
+        for name in names:
+            outcomes.append(play(field, BEHAVIOURS[name]))
+            print(line(outcomes[-1]), flush=True)
+    met = sum(outcome.met for outcome in outcomes)
+    slow = [outcome.name for outcome in outcomes if outcome.rate_share < RATE_SHARE]
+    grown = [outcome.name for outcome in outcomes if outcome.growth_megabytes > GROWTH_MEGABYTES]
+    wrong = max((outcome.wrong_bytes for outcome in outcomes), default=0)
+    print(
+        f"{met} of {len(outcomes)} refused or survived; wrong bytes applied: {wrong}; step rate below "
+        f"{RATE_SHARE:.0%} during {len(slow)}: {', '.join(slow) or 'none'}; memory grew by more than "
+        f"{GROWTH_MEGABYTES:.0f} MB during {len(grown)}: {', '.join(grown) or 'none'}"
+    )
+    if given.json:
+        print(json.dumps({"met": met, "of": len(outcomes), "outcomes": [asdict(each) for each in outcomes]}))
+    return int(met < len(outcomes) or wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
