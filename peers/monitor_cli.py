@@ -71,7 +71,7 @@ def add_to(app: typer.Typer, run: Run) -> None:
 
         folder = user_data() / f"monitor-{entrance.run_id}" if entrance and not data_dir else Path(data_dir)
         options = Options(
-            host=host or ("0.0.0.0" if public else "127.0.0.1"),
+            host=host or ("0.0.0.0" if public else "127.0.0.1"),  # noqa: S104 - the operator asks for it, by --public
             port=port,
             public=public,
             folder=folder.expanduser(),

@@ -104,5 +104,7 @@ async def _nobody(peer: str) -> bytes:
 
 
 def address(host: str, port: int) -> str:
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(  # noqa: S104 - for a link, nothing binds here
+        host, f"[{host}]" if ":" in host else host
+    )
     return f"http://{name}:{port}/"
