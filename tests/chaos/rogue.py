@@ -608,7 +608,12 @@ def main() -> None:
         parser.error("it needs --die, --lie or --orders")
     # Put before the command of a rehearsal's child, this takes that command's place.
     begins = given.command.index(OFFSPRING) if OFFSPRING in given.command else -1
-    sys.argv = ["p2ptrain", *given.command[begins + 1 :]]
+    command = given.command[begins + 1 :]
+    if (
+        command and Path(command[0]).name == "p2ptrain"
+    ):  # put before the installed command, it takes its place
+        command = command[1:]
+    sys.argv = ["p2ptrain", *command]
     (offspring if begins >= 0 else cli).main()
 
 
