@@ -260,7 +260,17 @@ def seeds() -> Iterator[tuple[str, bytes]]:
             yield f"{parser.__name__}-{number}", bytes([PARSERS.index(parser)]) + data
 
 
+INNER = "--inner"
+"""How libFuzzer starts this again, to merge: its own options follow."""
+
+
 def main() -> None:
+    logging.disable()
+    asyncio.set_event_loop(LOOP)
+    again = f"{sys.executable} -m tests.security.fuzz {INNER}"
+    if sys.argv[1:2] == [INNER]:
+        atheris.Setup([again, *sys.argv[2:]], one_input)
+        atheris.Fuzz()
     parser = argparse.ArgumentParser(prog="python -m tests.security.fuzz", description=__doc__)
     parser.add_argument("inputs", nargs="*", help="play these and no others")
     parser.add_argument("--seconds", type=int, default=60)
@@ -268,8 +278,6 @@ def main() -> None:
     parser.add_argument("--seeds", action="store_true", help="write the seeds into the corpus, and end")
     parser.add_argument("--merge", default="", help="take over from this folder what the corpus lacks")
     given = parser.parse_args()
-    logging.disable()
-    asyncio.set_event_loop(LOOP)
     if given.seeds:
         CORPUS.mkdir(exist_ok=True)
         for name, data in seeds():
@@ -287,7 +295,7 @@ def main() -> None:
         # libFuzzer writes what it finds into the first folder.
         into = given.into or tempfile.mkdtemp(prefix="p2ptrain-fuzz-")
         words = [*options, f"-max_total_time={given.seconds}", into, str(CORPUS)]
-    atheris.Setup([sys.argv[0], *words], one_input)
+    atheris.Setup([again, *words], one_input)
     atheris.Fuzz()
 
 
