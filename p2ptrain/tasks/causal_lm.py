@@ -11,6 +11,7 @@ losses of mixtures of experts, quantised weights, and code that comes with a mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class CausalLmTask:
             from transformers.utils import logging
 
         logging.set_verbosity_error()  # what it says about loading is not for volunteers
+        logging.disable_progress_bar()
         form = self._form()
         options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
         options["attn_implementation"] = "sdpa"  # a folder's own word could name code on the hub
@@ -190,6 +192,15 @@ class CausalLmTask:
         Raises CorpusError if the data cannot be read any more.
         """
         return torch.stack(self.documents.samples(step, peer, first, count))
+
+    @property
+    def size(self) -> int:
+        """How many samples there are, side by side; 0 for a stream. The first call reads all of the text."""
+        return self.documents.size
+
+    def samples(self, numbers: Sequence[int]) -> Tensor:
+        """int64 [len(numbers), context + 1]: the samples of these numbers. Raises CorpusError."""
+        return self.documents.numbered(numbers)
 
     def loss_sum(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Scalar of the model's dtype: Σ over the batch's samples of their losses."""

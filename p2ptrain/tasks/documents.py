@@ -18,9 +18,11 @@ shards that cannot be split and have more rows than memory has room for.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +37,8 @@ from p2ptrain.tasks.draws import draws
 from p2ptrain.tasks.extras import needs
 from p2ptrain.tasks.tokens import ByteTokenizer, Tokenizer, brief
 
+logger = logging.getLogger(__name__)
+
 BYTES_PER_TOKEN = 8
 """Text that is read for one token at first; where that gives too few, it is doubled."""
 SHARD_STEPS = 16
@@ -43,6 +47,10 @@ SHARDS_KEPT = 2
 FILES_KEPT = 32
 """Whose row groups are known; learning them takes a request or two."""
 MAX_SHARD_ROWS = 250_000
+MAX_TOKENS = 2**29
+"""That are held in memory where samples are numbered; 2 GB."""
+TOLD_TOKENS = 20_000_000
+"""Between two lines about how far reading is."""
 DOCUMENTS_WITHOUT_A_WINDOW = 100_000
 """So many documents, and no window is full yet: they must be empty."""
 
@@ -63,6 +71,10 @@ class Source(Protocol):
         """Those that are never trained on, the same ones in the same order every time; may end."""
         ...
 
+    def everything(self) -> Iterator[str] | None:
+        """All documents that are trained on, once; None for a stream, whose end nobody here has seen."""
+        ...
+
 
 class Documents:
     """The windows of one run, as this peer has them."""
@@ -74,6 +86,7 @@ class Documents:
         self._at = (-1, "", 0)
         """Step, peer and number of the window that `_drawing` gives next."""
         self._heldout: list[Tensor] = []
+        self._tokenizer, self._context = tokenizer, settings.context
 
     @property
     def note(self) -> str:
@@ -89,6 +102,37 @@ class Documents:
         drawn = list(islice(self._drawing, first - self._at[2], first - self._at[2] + count))
         self._at = (step, peer, first + count)
         return drawn
+
+    @property
+    def size(self) -> int:
+        """How many windows there are side by side; 0 for a stream. The first call reads all of the text."""
+        return max(len(self._tokens) - 1, 0) // self._context
+
+    def numbered(self, numbers: Sequence[int]) -> Tensor:
+        """int64 [len(numbers), context + 1]: these windows; the last token of each begins the next."""
+        starts = torch.tensor(numbers, dtype=torch.int64) * self._context
+        return self._tokens[starts[:, None] + torch.arange(self._context + 1)].long()
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """int32 [tokens]: all that is trained on, one document after another. Raises CorpusError."""
+        parts, total = [torch.empty(0, dtype=torch.int32)], 0
+        for document in self._source.everything() or ():
+            tokens = self._tokenizer.encode(document)
+            if self._tokenizer.end is not None:
+                tokens.append(self._tokenizer.end)
+            parts.append(torch.tensor(tokens, dtype=torch.int32))
+            if total // TOLD_TOKENS < (total + len(tokens)) // TOLD_TOKENS:
+                logger.info(
+                    "reading all of the text: %d million tokens so far", (total + len(tokens)) // 10**6
+                )
+            total += len(tokens)
+            if total > MAX_TOKENS:
+                raise CorpusError(
+                    f"the text has more than {MAX_TOKENS:,} tokens, the most that are kept in memory to be "
+                    "numbered; choose a part of it, or have samples drawn"
+                )
+        return torch.cat(parts)
 
     def heldout(self, most: int) -> list[Tensor]:
         """The first `most` held-out windows; there may be fewer, but one. Raises CorpusError."""
@@ -139,6 +183,9 @@ class Text:
         room, evenly = len(self._heldout) - self._length + 1, 32
         for number in range(evenly):
             yield self._window(self._heldout, number * (room - 1) // (evenly - 1))
+
+    def everything(self) -> Iterator[str]:
+        yield self._train.numpy().tobytes().decode(errors="replace")
 
     def _window(self, text: Tensor, start: int) -> Tensor:
         if isinstance(self._tokenizer, ByteTokenizer):
@@ -210,6 +257,9 @@ class Rows:
         held = map(self._document, range(self._train, len(self._rows)))
         return packed(held, self._tokenizer, self._length)
 
+    def everything(self) -> Iterator[str]:
+        return map(self._document, range(self._train))
+
     def _document(self, number: int) -> str:
         return self._rows[number][self._column] or ""
 
@@ -218,14 +268,23 @@ class Shards:
     """Files of which each is read in parts; of every part the last rows are held out."""
 
     def __init__(
-        self, stream: Any, settings: CausalLmTask, tokenizer: Tokenizer, seed: int, where: str, note: str
+        self,
+        stream: Any,
+        settings: CausalLmTask,
+        tokenizer: Tokenizer,
+        seed: int,
+        where: str,
+        note: str,
+        *,
+        ends: bool,
     ) -> None:
-        """`stream` is a `datasets.IterableDataset`. Raises CorpusError."""
+        """`stream` is a `datasets.IterableDataset`; `ends` says whether all of it may be read. Raises
+        CorpusError."""
         with _reading(where):
             if stream.column_names is None:  # known only once something was read
                 stream = stream._resolve_features()
         _check_column(stream, settings.column, where)
-        self._stream, self._where = stream, where
+        self._stream, self._where, self._ends = stream, where, ends
         self._column, self._holdout = settings.column, settings.holdout
         self._tokenizer, self._seed, self._length = tokenizer, seed, settings.context + 1
         self._files: dict[int, Any] = {}
@@ -237,6 +296,16 @@ class Shards:
 
     def heldout(self) -> Iterator[Tensor]:
         return packed(self._heldout_documents(), self._tokenizer, self._length)
+
+    def everything(self) -> Iterator[str] | None:
+        return self._trained_documents() if self._ends else None
+
+    def _trained_documents(self) -> Iterator[str]:
+        for file in range(self._stream.num_shards):
+            for part in range(self._parts(file)):
+                rows = self._rows(file, part)
+                for number in range(len(rows) - self._held(len(rows))):
+                    yield rows[number].as_py() or ""
 
     def _documents(self, step: int, peer: str) -> Iterator[str]:
         for turn in count():
@@ -337,7 +406,7 @@ def _from_parquet(settings: CausalLmTask, tokenizer: Tokenizer, seed: int, files
         stream = load_dataset(
             "parquet", data_files=[str(each) for each in files], split="train", streaming=True
         )
-    return Shards(stream, settings, tokenizer, seed, where, _digest(files, settings.exact))
+    return Shards(stream, settings, tokenizer, seed, where, _digest(files, settings.exact), ends=True)
 
 
 def _from_hub(settings: CausalLmTask, tokenizer: Tokenizer, seed: int) -> Source:
@@ -355,7 +424,7 @@ def _from_hub(settings: CausalLmTask, tokenizer: Tokenizer, seed: int) -> Source
         )
     said = (settings.dataset, settings.dataset_revision, settings.subset, settings.split, settings.column)
     note = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
-    return Shards(stream, settings, tokenizer, seed, where, note)
+    return Shards(stream, settings, tokenizer, seed, where, note, ends=False)
 
 
 def _named(files: list[Path]) -> str:

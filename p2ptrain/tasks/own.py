@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,18 @@ class CheckedTask:
     def batch(self, step: int, peer: str, first: int, count: int) -> Any:
         with _faults_named(self._name, "could not give samples"):
             return self._task.batch(step, peer, first, count)
+
+    @property
+    def size(self) -> int:
+        """How many samples it has numbered; 0 if it numbers none."""
+        with _faults_named(self._name, "could not say its size"):
+            size = getattr(self._task, "size", 0)
+        self._expect(isinstance(size, int) and size >= 0, "size must be a whole number", size)
+        return size
+
+    def samples(self, numbers: Sequence[int]) -> Any:
+        with _faults_named(self._name, "could not give samples by their number"):
+            return self._task.samples(numbers)  # type: ignore[attr-defined]
 
     def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
         with _faults_named(self._name, "could not compute its loss"):

@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from training import Regression, Trainer, Training, check_replicas, small_run
 
-from p2ptrain.config import Optimizer, RunConfig, Schedule
+from p2ptrain.config import CausalLmTask, Optimizer, PeerConfig, RunConfig, Schedule
 from p2ptrain.gradients.codecs import CODECS
 from p2ptrain.records import EntryHeader
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
+from p2ptrain.tasks import Task, build_task
+from tests.unit.hub_models import save_shards
 
 pytestmark = pytest.mark.swarm
 
@@ -38,11 +41,13 @@ class Trained:
     """float32 [numel], at step `STEPS`."""
 
 
-def trained_by(peers: int, run: RunConfig, seed: int = 1) -> Trained:
+def trained_by(peers: int, run: RunConfig, seed: int = 1, task: Task | None = None) -> Trained:
     """Let so many peers train together from the start."""
 
     async def story() -> Trained:
-        async with Training(MemoryHub(seed), run) as training:
+        training = Training(MemoryHub(seed), run)
+        training.task = task or training.task
+        async with training:
             for number, (samples, seconds) in enumerate(PACES[:peers]):
                 training.start(f"peer{number}", micro_batch_size=samples, batch_seconds=seconds)
             await training.until_step(STEPS + 1)  # by then all have hashed what they had at `STEPS`
@@ -78,9 +83,11 @@ def test_replicas_are_bit_equal_after_every_step_when_micro_batches_are_uneven(
 # -- one large batch -----------------------------------------------------------------------------------------
 
 
-def one_process(run: RunConfig, headers: Sequence[EntryHeader]) -> tuple[Tensor, list[float]]:
+def one_process(
+    run: RunConfig, headers: Sequence[EntryHeader], task: Task | None = None
+) -> tuple[Tensor, list[float]]:
     """Plain torch on the samples that the entries counted: parameters (float32 [numel]), each step's norm."""
-    task = Regression()
+    task = task or Regression()
     model = task.build_model(run.seed)
     optimizer = plain_optimizer(run.optimizer, model)
     norms = []
@@ -145,6 +152,20 @@ def test_swarm_equals_one_process_when_it_trains_on_the_pooled_batch(
     assert difference <= 1e-5
     for header, norm in zip(trained.headers, norms, strict=True):
         assert math.sqrt(sum(header.squared_norms)) == pytest.approx(norm, rel=1e-5)
+
+
+def test_swarm_equals_one_process_when_it_trains_a_language_model_on_shards(tmp_path: Path) -> None:
+    """Its embedding is its head, too, and which text a peer reads depends on which row group it has drawn."""
+    save_shards(tmp_path)
+    run = small_run(task=CausalLmTask(layers=1, width=16, heads=2, context=16, dataset="shards"))
+
+    def task() -> Task:
+        return build_task(run, PeerConfig(corpus=str(tmp_path)))
+
+    trained = trained_by(3, run, task=task())
+    assert check_replicas(trained.lives) >= 2 * (STEPS - 2)
+    alone, _ = one_process(run, trained.headers, task())
+    assert (trained.parameters - alone).norm() / alone.norm() <= 1e-5
 
 
 def test_one_sample_less_is_noticed_when_parity_is_measured() -> None:

@@ -26,6 +26,7 @@ from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.swarm.memory import MemoryHub
+from p2ptrain.tasks import Task
 from p2ptrain.trainer import Peer, train
 
 torch.set_num_threads(1)  # for so little work, threads only wait for each other
@@ -239,7 +240,7 @@ class Training:
         """`folder`: for checkpoints, one folder in it per peer name; None for none."""
         self.hub = hub
         self.run = run or small_run()
-        self.task = Regression()
+        self.task: Task = Regression()
         self.folder = folder
         self.peers: dict[str, Trainer] = {}
         """Those that are online."""

@@ -184,6 +184,22 @@ def test_notes_differ_when_files_do_and_with_exact_when_a_byte_does(tmp_path: Pa
     assert note("one", True) != note("two", True)
 
 
+# -- windows by their number ---------------------------------------------------------------------------------
+
+
+def test_numbered_windows_are_all_of_the_text_side_by_side(opened: Open, kind: str) -> None:
+    text = opened()
+    windows = text.numbered(range(text.size))
+    assert windows.shape == (text.size, CONTEXT + 1)
+    assert torch.equal(windows[1:, 0], windows[:-1, -1])
+    whole = ByteTokenizer().decode(windows[:, :-1].flatten().tolist())
+    names = NAME.findall(whole)
+    assert len(names) == len(set(names)) == {"text": 77, "json": 48, "parquet": 4 * 3 * 19}[kind]
+    assert not {window.numpy().tobytes() for window in text.heldout(12)} & {
+        window.numpy().tobytes() for window in windows
+    }
+
+
 # -- what is said when it will not do ------------------------------------------------------------------------
 
 

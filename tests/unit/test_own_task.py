@@ -73,6 +73,7 @@ def test_example_of_the_readme_learns_what_it_is_for(install: Install, tmp_path:
     assert task.evaluate(model)["loss"] < 0.35 < 0.5 < before
     assert task.preview(model, "", 0, torch.Generator().manual_seed(0)).endswith(("inside", "outside"))
     assert torch.equal(task.batch(3, "bob", 4, 2)[0], task.batch(3, "bob", 0, 6)[0][4:])
+    assert task.size == 0  # it numbers none
 
 
 def test_entry_point_stands_for_its_factory(install: Install, tmp_path: Path) -> None:
