@@ -15,6 +15,7 @@ Not covered: a whole history, which is in the peer's journal.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -26,7 +27,7 @@ from pathlib import PurePath
 from typing import Any
 
 from p2ptrain.errors import BadMessage
-from p2ptrain.events import CheckpointFailed, Event, StateHashed, clean, from_dict
+from p2ptrain.events import CheckpointFailed, Event, Leaving, StateHashed, clean, from_dict
 from p2ptrain.records import MAX_ROSTER, GetEvents, GetMetrics, PeerId, Piece, Refusal, Reply, Request
 from p2ptrain.telemetry.journal import shown_moment
 
@@ -62,6 +63,8 @@ class Feed:
         self._events: deque[bytes] = deque(maxlen=MAX_EVENTS)
         self._next = 0
         self._more = asyncio.Event()
+        self._leaves = asyncio.Event()
+        """That this peer leaves is told at once, or it would be gone before."""
         self._watchers = 0
         self._cached, self._cached_until = b"", float("-inf")
 
@@ -77,6 +80,8 @@ class Feed:
         self._events.append(json.dumps(record, separators=(",", ":")).encode())
         self._next += 1
         self._more.set()
+        if isinstance(event, Leaving):
+            self._leaves.set()
 
     async def answer(self, sender: PeerId, request: Request) -> Answer:
         """The reply to a watcher's request, and its payload."""
@@ -104,7 +109,9 @@ class Feed:
                 await self._more.wait()
         except TimeoutError:
             return
-        await asyncio.sleep(GATHER_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_SECONDS):
+                await self._leaves.wait()
 
     def _since(self, request: GetEvents) -> bytes:
         after = request.after if request.life == self.life else 0

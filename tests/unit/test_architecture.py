@@ -321,6 +321,7 @@ def test_hivemind_is_imported_by_one_module_only() -> None:
         "peers.monitor",
         "peers.monitor_cli",
         "peers.monitor_pages",
+        "peers.replaying",
         "peers.watching",
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from event_examples import ABORTED, COMMITTED, ONE_OF_EACH, SAVED
 
 from p2ptrain.errors import BadMessage
+from p2ptrain.events import Leaving
 from p2ptrain.records import GetEvents, GetMetrics, GetRun, PeerId, Piece, Refusal
 from p2ptrain.telemetry import feed as module
 from p2ptrain.telemetry.feed import MAX_ANSWER_BYTES, MAX_EVENTS, Feed, read_answer
@@ -48,6 +49,14 @@ async def test_answer_waits_for_an_event_when_there_is_none(
     await asyncio.sleep(0)
     feed.observe(COMMITTED)
     assert len(read_answer((await asking)[1]).events) == 1
+
+
+async def test_answer_comes_at_once_when_the_peer_leaves(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", 1000)
+    asking = asyncio.create_task(ask(feed, life=feed.life, after=0, wait_seconds=30))
+    await asyncio.sleep(0)
+    feed.observe(Leaving(step=42, reason="Ctrl-C", rounds=3, samples=30))
+    assert len(read_answer((await asyncio.wait_for(asking, 5))[1]).events) == 1
 
 
 async def test_answer_comes_in_time_when_nothing_happens(feed: Feed) -> None:
