@@ -330,6 +330,31 @@ KINDS = ("bytes", "digits", "causal_lm", "own")
 """Of `task.kind`, the default one first."""
 
 
+LayerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200, examples=["q_proj"])]
+
+
+class Lora(Section):
+    """Low-rank adapters, which are trained in place of the model with `payload = "lora"`."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of each adapter. Parameters, and with them the bytes of every round, grow in proportion. Setting
+    it low will leave too little room for what is new in the text."""
+
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 16
+    """What the adapters add is multiplied by alpha / rank: setting it high has the effect of a higher
+    learning rate."""
+
+    rank_stabilized: bool = False
+    """Whether it is alpha / √rank instead (rsLoRA), with which high ranks learn as fast as low ones."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is left out at random in training, against learning a small text by
+    heart."""
+
+    target_modules: Annotated[tuple[LayerName, ...], Field(strict=False, max_length=64)] = ()
+    """Linear layers to adapt, by the ends of their names, such as `q_proj`; empty for all but the head."""
+
+
 class Optimizer(Section):
     """The rule that turns the averaged gradient into a step; every peer applies it to the same bytes."""
 
@@ -390,8 +415,10 @@ class RunConfig(Section):
     strategy: Literal["sync"] = "sync"
     """`sync`: each step averages the gradients of one large batch over all peers."""
 
-    payload: Literal["full"] = "full"
-    """`full`: all parameters are trained and averaged."""
+    payload: Literal["full", "lora"] = "full"
+    """`full`: all parameters are trained and averaged. `lora`: the model stays as it is, and adapters are
+    trained for it, see `[lora]`: about a hundredth of the bytes. It needs the extra `p2ptrain[hf]`, and all
+    peers must have the same model to the bit."""
 
     total_steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
     """Synchronized steps after which the run is over. Changing it changes a `linear` or `cosine` schedule."""
@@ -462,6 +489,9 @@ class RunConfig(Section):
 
     task: AnyTask = BytesTask()
     """What is trained: model and data. `kind` chooses the table's other keys."""
+
+    lora: Lora = Lora()
+    """The adapters of `payload = "lora"`."""
 
     optimizer: Optimizer = Optimizer()
     """How the averaged gradient is applied."""
@@ -749,8 +779,11 @@ def run_digest(run: RunConfig) -> str:
     return hashlib.sha256(canonical_json(run).encode()).hexdigest()
 
 
-def fingerprint(run: RunConfig, parameters: Sequence[tuple[str, tuple[int, ...], str]]) -> str:
-    """Hex SHA-256 of the run, the protocol and each parameter's (name, shape, dtype), in order.
+def fingerprint(
+    run: RunConfig, parameters: Sequence[tuple[str, tuple[int, ...], str]], base_digest: str = ""
+) -> str:
+    """Hex SHA-256 of the run, the protocol, each trained parameter's (name, shape, dtype), in order, and the
+    digest of what they are adapters for, if they are adapters.
 
     Peers of different fingerprints never meet. The order counts: it is the order of the averaged vector's
     values.
@@ -759,6 +792,7 @@ def fingerprint(run: RunConfig, parameters: Sequence[tuple[str, tuple[int, ...],
         "protocol": PROTOCOL_VERSION,
         "run": run.model_dump(mode="json"),
         "parameters": [[name, list(shape), dtype] for name, shape, dtype in parameters],
+        "base": base_digest,
     }
     return hashlib.sha256(_canonical(bound).encode()).hexdigest()
 

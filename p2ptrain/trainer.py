@@ -85,6 +85,11 @@ def _changes_of(replica: Replica) -> list[Change]:
     return [] if last is None else due(last.terms, last.step)
 
 
+def base_note(replica: Replica) -> str:
+    """How the presence of a peer that trains adapters begins: with what they are for."""
+    return f"base {replica.base_digest[:16]}, " if replica.base_digest else ""
+
+
 async def train(peer: Peer, run: RunConfig) -> None:
     """Accumulate a large batch, average it with the swarm, take one synchronized step; repeat."""
     await peer.arrive()  # start from the swarm's state, never from our own guess
@@ -266,7 +271,7 @@ class Peer:
                 run_id=self.run.run_id, peer=self.swarm.peer_id, name=self.config.name, others=len(others)
             )
         )
-        shared = self.task.shared_note
+        shared = base_note(self.replica) + self.task.shared_note
         if strange := {other.extra for other in others if not other.extra.startswith(shared)}:
             raise IncompatibleRun(
                 f"this run wants the same on every peer: here it is {shared!r}, "
@@ -504,6 +509,7 @@ class Peer:
             {"heldout": self.heldout},
             keep=self.config.checkpoints_kept,
             lineages=self.log.lineages(snapshot.position),
+            base_digest=self.replica.base_digest,
         )
         step = snapshot.position.step
         try:
@@ -839,7 +845,7 @@ class Peer:
             incarnation=self._incarnation,
             position=self.replica.position,
             metrics_port=self.metrics_port,
-            extra=self.task.note,
+            extra=base_note(self.replica) + self.task.note,
         )
         await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
 

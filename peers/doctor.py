@@ -488,14 +488,15 @@ def _try_out(run: RunConfig, config: PeerConfig) -> tuple[int, float]:
     """Parameters of the run's model, and the seconds that one sample takes here, on the CPU."""
     import torch
 
-    from p2ptrain.tasks import build_task
+    from p2ptrain.tasks import build_model, build_task
     from peers.plan import MEASURED_AT_ONCE, samples_per_second
 
     torch.set_num_threads(config.threads)
     task = build_task(run, config)
-    model = task.build_model(run.seed)
+    model, _ = build_model(task, run)
     pace = samples_per_second(task, model, min(MEASURED_AT_ONCE, run.target_batch_size))
-    return sum(parameter.numel() for parameter in model.parameters()), 1 / pace
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in trained), 1 / pace
 
 
 def _figures(run: RunConfig, parameters: int, peers: int, sample_seconds: float, links: Links) -> Forecast:

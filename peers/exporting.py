@@ -1,8 +1,9 @@
 """What is done with a trained model: measure it (`p2ptrain eval`), and take it elsewhere (`p2ptrain export`).
 
 An export is a folder of its own, with a model card that says what the checkpoint knows of where the model
-comes from. A `causal_lm` becomes a folder that the Hugging Face libraries load, with its tokenizer; of any
-other task the parameters are safetensors under the model's own names, and the run file says what they fit.
+comes from. A `causal_lm` becomes a folder that the Hugging Face libraries load, with its tokenizer; adapters
+become one that PEFT loads, to be used with their base. Of any other task the parameters are safetensors under
+the model's own names, and the run file says what they fit.
 
 Not covered: who contributed before the last round, which a checkpoint does not hold.
 """
@@ -21,6 +22,7 @@ import torch
 import p2ptrain
 from p2ptrain.config import PeerConfig, commented_toml, run_digest
 from p2ptrain.errors import StorageError
+from p2ptrain.replica.adapter_files import ADAPTER, ADAPTER_CONFIG, NOTE
 from p2ptrain.replica.checkpoint import MODEL, LoadedCheckpoint, load, restore
 from p2ptrain.replica.replica import Replica
 from p2ptrain.tasks import Task
@@ -84,7 +86,10 @@ def export(path: Path, to: Path, peer: PeerConfig) -> list[str]:
 
 def _write(folder: Path, checkpoint: LoadedCheckpoint, task: Task, replica: Replica) -> None:
     run = checkpoint.run
-    if isinstance(task, CausalLmTask):
+    if run.payload == "lora":
+        for name in (ADAPTER, ADAPTER_CONFIG, NOTE):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+    elif isinstance(task, CausalLmTask):
         task.save(replica.model, folder)
     else:
         shutil.copyfile(checkpoint.path / MODEL, folder / MODEL)
@@ -114,7 +119,8 @@ def model_card(checkpoint: LoadedCheckpoint, parameters: int, fingerprint: str, 
     facts |= {f"held-out {name}": f"{value:.4g}" for name, value in heldout.items() if value is not None}
     head = {"library_name": "p2ptrain", "tags": ["p2ptrain"]}
     if isinstance(task, CausalLmTask):
-        head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["p2ptrain"]}
+        library = "transformers" if run.payload == "full" else "peft"
+        head = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["p2ptrain"]}
         if "/" in task.base:
             head["base_model"] = task.base
     lines = [

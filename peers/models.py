@@ -38,7 +38,7 @@ from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.port import Swarm
-from p2ptrain.tasks import NOTHING_SAID, Task, build_task
+from p2ptrain.tasks import NOTHING_SAID, Task, build_model, build_task
 
 ASK_SECONDS = 20.0
 PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
@@ -70,8 +70,9 @@ def blank(
     """
     run = checkpoint.run
     task = build_task(run, peer, with_data=with_data)
-    model = task.build_model(run.seed)
-    return task, Replica(model, run, fingerprint(run, parameter_table(model)))
+    model, base_digest = build_model(task, run)
+    model.eval()
+    return task, Replica(model, run, fingerprint(run, parameter_table(model), base_digest), base_digest)
 
 
 # -- generate ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from p2ptrain.protocol.forecast import GOOD_UTILISATION, Forecast, Links, foreca
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.replica.joining import MAX_DONORS, UPLOAD_SHARE
 from p2ptrain.replica.replica import Replica
-from p2ptrain.tasks import Task, build_task
+from p2ptrain.tasks import Task, build_model, build_task
 
 MEASURE_SECONDS = 3.0
 MEASURED_AT_ONCE = 8
@@ -61,7 +61,7 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
         )
     torch.set_num_threads(PeerConfig().threads)
     task = build_task(run, PeerConfig(corpus=corpus))
-    replica = Replica(task.build_model(run.seed), run, "")
+    replica = Replica(build_model(task, run)[0], run, "")
     codec = codec_named(run.codec)
     chunks = chunk_ranges(0, replica.numel, run.chunk_values)
     encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)

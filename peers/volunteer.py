@@ -45,14 +45,14 @@ from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.swarm.throttle import Throttle
-from p2ptrain.tasks import build_task
+from p2ptrain.tasks import build_model, build_task
 from p2ptrain.telemetry.feed import Feed
 from p2ptrain.telemetry.health import HealthServer
 from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
 from p2ptrain.telemetry.trackers import Tracking, open_tracker
-from p2ptrain.trainer import Peer, train
+from p2ptrain.trainer import Peer, base_note, train
 from peers import doctor
 from peers.admission import admit, stay_admitted
 from peers.daemon import ControlServer, Daemon, state
@@ -142,7 +142,7 @@ async def volunteer(
             work = threads(stack, "reduce", 1)
             logger.info("reading the text and building the model")
             replica, task, print_ = await compute(partial(_build, run, config, demanding=demanding))
-            await _refuse_to_train_apart(swarm, run, print_)  # while it sees those of any fingerprint
+            await _refuse_to_train_apart(swarm, run, replica)  # while it sees those of any fingerprint
             checkpoints = folder / "checkpoints"
             lineages = b""
             if (newest := latest(checkpoints)) is not None:
@@ -287,20 +287,26 @@ def upgrade(theirs: int) -> str:
     return f"this p2ptrain ({__version__}) is too new for them; ask the organizer which version to install"
 
 
-async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, print_: str) -> None:
+async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, replica: Replica) -> None:
     """Raises IncompatibleRun, saying in what, if whoever trains under this run's name trains something else.
 
     Peers of another fingerprint never meet, so this one would train alone beside them and not know it.
     """
     others = [record for record in await swarm.lookup("presence") if isinstance(record, Presence)]
     strangers = [each for each in others if each.role == "train" and each.peer != swarm.peer_id]
-    if not strangers or any(each.fingerprint == print_ for each in strangers):
+    if not strangers or any(each.fingerprint == replica.fingerprint for each in strangers):
         return
     other = strangers[0]
     if other.protocol != PROTOCOL_VERSION:
         why = f"protocol: {PROTOCOL_VERSION} here, {other.protocol} there; {upgrade(other.protocol)}"
     else:
         why = "the shapes of the model's parameters; use the same version of p2ptrain"
+        if replica.base_digest and not other.extra.startswith(base_note(replica)):
+            why = (
+                f"the model that the adapters are for, {base_note(replica)[:21]} here, "
+                f"{events.clean(other.extra[:21])} there; take the same weights as the swarm's, to the bit "
+                "(`model` in the peer file names their folder)"
+            )
         with contextlib.suppress(PeerFault):
             if differing := difference(run, await _run_of(swarm, other.peer)):
                 why = f"{'; '.join(differing)}; ask the organizer which is right"
@@ -326,11 +332,11 @@ async def _ask_run(swarm: Swarm, peer: PeerId) -> RunConfig:
 
 def _build(run: RunConfig, config: PeerConfig, *, demanding: bool) -> tuple[Replica, Any, str]:
     task = build_task(run, config)
-    model = task.build_model(run.seed)
+    model, base_digest = build_model(task, run)
     if demanding:  # before most of the memory is taken: the model itself is a ninth of it
         doctor.insist(doctor.look_at_needs(config, sum(each.numel() for each in model.parameters())))
-    print_ = fingerprint(run, parameter_table(model))
-    return Replica(model, run, print_), task, print_
+    print_ = fingerprint(run, parameter_table(model), base_digest)
+    return Replica(model, run, print_, base_digest), task, print_
 
 
 def _give_way() -> None:

@@ -46,9 +46,11 @@ class Accumulator:
                 f"expected a gradient of {list(self.total.shape)} over at least 1 sample, "
                 f"not {list(gradient.shape)} over {samples}"
             )
-        low, high = (extreme.item() for extreme in torch.aminmax(gradient))
-        if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
-            return False
+        # A sum of squares that float32 holds has only values below 2^64 in it, and takes a fifth of the time.
+        if not math.isfinite(torch.dot(gradient, gradient).item()):
+            low, high = (extreme.item() for extreme in torch.aminmax(gradient))
+            if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
+                return False
         if self._there is None:
             self.total.add_(gradient)
         else:

@@ -58,7 +58,8 @@ class LossScale:
 
 
 class Engine:
-    """The passes of one peer. Only the compute thread may use it; it leaves the model in training mode."""
+    """The passes of one peer. Only the compute thread may use it; modules stay in the mode, training or not,
+    that they came in."""
 
     def __init__(
         self, model: nn.Module, gradient: Tensor, place: Place, most_samples: int, *, compiled: bool = False
@@ -68,7 +69,7 @@ class Engine:
         self.place = place
         self.most_samples = most_samples
         """Fewer than it began with once the memory did not suffice."""
-        self._model, self._gradient = model.train(), gradient
+        self._model, self._gradient = model, gradient
         self._forward: nn.Module = model
         self._compile_faults: tuple[type[Exception], ...] = ()
         if compiled:
@@ -84,7 +85,7 @@ class Engine:
         Raises DeviceError if the memory does not suffice for one sample, or the model cannot be compiled.
         """
         while True:
-            torch.manual_seed(chance)
+            self._seed(chance)
             try:
                 loss = self._passes(draw, loss_sum, first, count)
             except self._compile_faults as error:
@@ -133,11 +134,13 @@ class Engine:
     def judge(self, look: Callable[..., Result], *arguments: Any) -> Result:
         """What `look(model, …)` returns, with the model as it is used and not trained: without dropout, and
         in float32, so that peers' figures compare whatever their precision."""
+        modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
             return look(self._model, *arguments)
         finally:
-            self._model.train()
+            for module, training in modes:
+                module.training = training
 
     def _passes(self, draw: Draw, loss_sum: LossSum, first: int, count: int) -> float:
         self._gradient.zero_()
@@ -153,6 +156,12 @@ class Engine:
         scaled = loss if self._scale is None else loss * self._scale.value
         scaled.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _seed(self, chance: int) -> None:
+        """As `torch.manual_seed`, which also tells devices that are not used, and takes a millisecond to."""
+        torch.default_generator.manual_seed(chance)
+        if self.place.device.type != "cpu":
+            torch.get_device_module(self.place.device).manual_seed(chance)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.place.precision == "fp32":

@@ -1,6 +1,7 @@
 """Snapshots on disk. A checkpoint is a folder `step-00000120/` that is either whole or not there:
 
-- `model.safetensors`: the parameters alone, under the model's own names, for use anywhere else
+- `model.safetensors`: the parameters alone, under the model's own names, for use anywhere else; with payload
+  `lora` the files of `adapter_files` in its place, which PEFT loads
 - `state.safetensors`: the blob of the snapshot
 - `run.json`: the run file
 - `lineages.bin`: the lineage of each of the last steps, 32 bytes each: what this state's log went through
@@ -31,11 +32,14 @@ import p2ptrain
 from p2ptrain.config import RunConfig, difference
 from p2ptrain.errors import BadMessage, CheckpointError, IncompatibleRun, StorageError
 from p2ptrain.records import Count, Digest, EntryHeader, Position
+from p2ptrain.replica.adapter_files import ADAPTER, ADAPTER_CONFIG, NOTE, Note, adapter_files
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import Snapshot, State, parameters_alone, unpack
 
 MODEL, STATE, RUN, LINEAGES = "model.safetensors", "state.safetensors", "run.json", "lineages.bin"
 MANIFEST = "manifest.json"
+MODELS = ({MODEL}, {ADAPTER, ADAPTER_CONFIG, NOTE})
+"""The files that a checkpoint has besides, one of these sets."""
 FOLDER = re.compile(r"step-\d{8,16}")
 MAX_MANIFEST_BYTES = 4 * 2**20
 
@@ -79,6 +83,8 @@ class LoadedCheckpoint:
     run: RunConfig
     lineages: bytes
     """As `EntryLog` takes them."""
+    base_digest: str
+    """Of the model that the parameters are adapters for; empty with payload `full`."""
     versions: Mapping[str, str]
     extra: Mapping[str, Any]
 
@@ -94,6 +100,7 @@ def save(
     *,
     keep: int,
     lineages: bytes,
+    base_digest: str = "",
 ) -> Path:
     """Write the snapshot as a checkpoint in `directory` and delete all but the `keep` newest there.
 
@@ -103,7 +110,7 @@ def save(
     written.
     """
     contents = {
-        MODEL: parameters_alone(snapshot.blob),
+        **_model_files(snapshot, run, base_digest),
         STATE: snapshot.blob,
         RUN: run.model_dump_json(indent=2).encode(),
         LINEAGES: lineages,
@@ -151,6 +158,12 @@ def save(
             "make room there or choose another data_dir in the peer file; other checkpoints are intact"
         ) from error
     return target
+
+
+def _model_files(snapshot: Snapshot, run: RunConfig, base_digest: str) -> dict[str, bytes]:
+    if run.payload == "full":
+        return {MODEL: parameters_alone(snapshot.blob)}
+    return adapter_files(unpack(snapshot.blob).parameters, run, base_digest, snapshot.position)
 
 
 def _aside(folder: Path, why: str) -> Path:
@@ -211,6 +224,7 @@ def load(path: Path) -> LoadedCheckpoint:
     try:
         state = unpack(contents[STATE])
         run = RunConfig.model_validate_json(contents[RUN])
+        base_digest = Note.model_validate_json(contents[NOTE]).base_digest if NOTE in contents else ""
     except (BadMessage, ValidationError) as error:
         raise _damaged(path, f"another version of p2ptrain wrote it ({error})") from error
     if state.digest() != manifest.state_digest:
@@ -218,7 +232,16 @@ def load(path: Path) -> LoadedCheckpoint:
             path / STATE, f"expected state {manifest.state_digest[:8]}, found {state.digest()[:8]}"
         )
     snapshot = Snapshot(manifest.position, manifest.last, manifest.state_digest, contents[STATE])
-    return LoadedCheckpoint(path, snapshot, state, run, contents[LINEAGES], manifest.versions, manifest.extra)
+    return LoadedCheckpoint(
+        path,
+        snapshot,
+        state,
+        run,
+        contents[LINEAGES],
+        base_digest,
+        manifest.versions,
+        manifest.extra,
+    )
 
 
 def restore(replica: Replica, checkpoint: LoadedCheckpoint) -> None:
@@ -231,6 +254,12 @@ def restore(replica: Replica, checkpoint: LoadedCheckpoint) -> None:
         raise IncompatibleRun(
             f"the checkpoint {checkpoint.path} is of another run ({'; '.join(differences[:3])}); "
             "choose another data_dir in the peer file, or the run file it was written with"
+        )
+    if replica.base_digest != checkpoint.base_digest:
+        raise IncompatibleRun(
+            f"the checkpoint {checkpoint.path} holds adapters for a model of digest "
+            f"{checkpoint.base_digest[:8]}, but the model here is {replica.base_digest[:8]}; set `model` in "
+            "the peer file to the folder of the one that they were trained for"
         )
     try:
         replica.load_state(checkpoint.snapshot)
@@ -261,7 +290,7 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.model_validate_json(_read(file, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise _damaged(file, f"{error.error_count()} of its fields are not as they must be") from error
-    if manifest.files.keys() != {MODEL, STATE, RUN, LINEAGES}:
+    if manifest.files.keys() not in [models | {STATE, RUN, LINEAGES} for models in MODELS]:
         raise _damaged(file, f"it lists files {sorted(manifest.files)[:5]}")
     if manifest.digest != manifest.own_digest():
         raise _damaged(file, f"expected digest {manifest.digest[:8]}, found {manifest.own_digest()[:8]}")

@@ -6,7 +6,7 @@ what is sent. The state lives on the CPU and is stepped there, whatever device c
 moved to another has a copy of the parameters, which follows at each step (ADR 25).
 
 Not covered: models with persistent buffers (such as batch-norm statistics), which would be state that no
-gradient carries, frozen parameters, and other dtypes than float32.
+gradient carries, and other dtypes than float32.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ ParameterTable = list[tuple[str, tuple[int, ...], str]]
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """(name, shape, dtype) of every parameter, a tied one once, in the order the run fingerprint binds."""
+    """(name, shape, dtype) of each trained parameter, a tied one once, in the order the fingerprint binds."""
     return [
         (name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-        for name, parameter in model.named_parameters()
+        for name, parameter in _trained(model)
     ]
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 class Replica:
@@ -46,16 +50,21 @@ class Replica:
     each other and beside the model.
     """
 
-    def __init__(self, model: nn.Module, run: RunConfig, fingerprint: str) -> None:
-        """Take the model over, at step 0 of the run. Raises LocalFault if it cannot be trained so."""
-        _check_trainable(model)
-        named = list(model.named_parameters())
+    def __init__(self, model: nn.Module, run: RunConfig, fingerprint: str, base_digest: str = "") -> None:
+        """Take the model over, at step 0 of the run. Raises LocalFault if it cannot be trained so.
+
+        With payload `lora`, what the model's frozen parameters are is named by `base_digest`, and all that is
+        said of parameters here is said of the others.
+        """
+        _check_trainable(model, run.payload)
+        named = _trained(model)
         sizes = [parameter.numel() for _, parameter in named]
         bounds = [0, *accumulate(sizes)]
 
         self.model = model
         self.run = run
         self.fingerprint = fingerprint
+        self.base_digest = base_digest
         self.numel = bounds[-1]
         self.gradient = torch.zeros(self.numel)
         """float32 [numel], where the model is. `backward` adds to it; clear it with `zero_()`: `zero_grad()`
@@ -93,13 +102,13 @@ class Replica:
         return sum(4 * tensor.numel() + 2 * len(name) + 256 for name, tensor in tensors.items()) + 65_536
 
     def parameter_table(self) -> ParameterTable:
-        """(name, shape, dtype) of every parameter, in the order they have in the flat vectors."""
+        """(name, shape, dtype) of every trained parameter, in the order they have in the flat vectors."""
         return parameter_table(self.model)
 
     def move_model(self, device: torch.device) -> None:
         """From now on the model is on that device, with copies of the parameters; and so is `gradient`."""
-        named = list(self.model.named_parameters())
-        self.model.to(device)  # what is no parameter, too
+        named = _trained(self.model)
+        self.model.to(device)  # what is not trained, too
         self._copy = self.parameters.to(device, copy=True)
         self.gradient = torch.zeros(self.numel, device=device)
         start = 0
@@ -204,9 +213,9 @@ class Replica:
             )
 
 
-def _check_trainable(model: nn.Module) -> None:
+def _check_trainable(model: nn.Module, payload: str) -> None:
     kind = type(model).__name__
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters() if payload == "full" else _trained(model))
     if not parameters:
         raise LocalFault(f"{kind} has no parameters to train")
     for name, parameter in parameters.items():

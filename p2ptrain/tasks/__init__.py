@@ -12,6 +12,7 @@ from p2ptrain.config import PeerConfig, RunConfig, check_names
 from p2ptrain.tasks.bytes import BytesTask
 from p2ptrain.tasks.causal_lm import CausalLmTask
 from p2ptrain.tasks.digits import DigitsTask
+from p2ptrain.tasks.lora import add_adapters, base_digest
 from p2ptrain.tasks.own import load_own
 
 
@@ -59,6 +60,17 @@ class Task(Protocol):
 
 
 NOTHING_SAID = PeerConfig()
+
+
+def build_model(task: Task, run: RunConfig) -> tuple[nn.Module, str]:
+    """The model that this run trains, and with payload `lora` the digest of what its adapters are for: of all
+    that is frozen in it. Raises ConfigError if it has no layer to adapt."""
+    model = task.build_model(run.seed)
+    if run.payload == "full":
+        return model, ""
+    digest = base_digest(model)
+    add_adapters(model, run.lora, run.seed)
+    return model, digest
 
 
 def build_task(run: RunConfig, peer: PeerConfig = NOTHING_SAID, *, with_data: bool = True) -> Task:

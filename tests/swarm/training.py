@@ -26,7 +26,7 @@ from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.swarm.memory import MemoryHub
-from p2ptrain.tasks import Task
+from p2ptrain.tasks import Task, build_model
 from p2ptrain.trainer import Peer, train
 
 torch.set_num_threads(1)  # for so little work, threads only wait for each other
@@ -107,9 +107,10 @@ class Trainer:
 
     def __init__(self, training: Training, name: str, config: PeerConfig, batch_seconds: float) -> None:
         run = training.run
-        model = training.task.build_model(run.seed)
+        model, base_digest = build_model(training.task, run)
         self.name = PeerId(name)
-        self.replica = Replica(model, run, fingerprint(run, parameter_table(model)))
+        print_ = fingerprint(run, parameter_table(model), base_digest)
+        self.replica = Replica(model, run, print_, base_digest)
         self.folder = training.folder / name if training.folder is not None else None
         self.lineages = b""
         if self.folder is not None and (newest := latest(self.folder)) is not None:

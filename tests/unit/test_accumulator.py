@@ -31,6 +31,12 @@ def test_accumulator_stays_as_it_was_when_a_gradient_is_not_finite(bad: float) -
     assert (accumulator.samples, accumulator.total.tolist()) == (2, [1.0, 1.0, 1.0])
 
 
+def test_accumulator_takes_what_is_large_but_within_bounds() -> None:
+    accumulator = Accumulator(2)
+    assert accumulator.add(torch.tensor([LARGEST_GRADIENT / 2, -LARGEST_GRADIENT / 2]), 1)
+    assert accumulator.samples == 1
+
+
 @pytest.mark.parametrize(("shape", "samples"), [((4,), 1), ((3, 1), 1), ((3,), 0), ((3,), -1)])
 def test_accumulator_raises_when_shape_or_count_cannot_be(shape: tuple[int, ...], samples: int) -> None:
     with pytest.raises(ValueError, match="expected a gradient"):

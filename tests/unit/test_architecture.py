@@ -82,6 +82,7 @@ ROOMS = {
     "p2ptrain.tasks": Room(
         WORDS, TORCH, ANY - names("asyncio importlib random socket subprocess threading time")
     ),
+    "p2ptrain.tasks.lora": Room(WORDS | {"p2ptrain.tasks"}, TORCH | {"peft"}, PURE | {"warnings"}),
     "p2ptrain.tasks.digits": Room(WORDS | {"p2ptrain.tasks"}, TORCH | {"sklearn"}, PURE),
     "p2ptrain.tasks.causal_lm": Room(
         WORDS | {"p2ptrain.tasks"}, TORCH | {"transformers"}, PURE | {"pathlib"}

@@ -17,6 +17,7 @@ from p2ptrain.config import (
     BytesTask,
     CausalLmTask,
     DigitsTask,
+    Lora,
     Optimizer,
     OwnTask,
     PeerConfig,
@@ -71,14 +72,15 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "2c6db6ababa6bf3f549cc5ef01cc310654ea85950b3992b7a7b8a4cab6523ce2",
-    "digits": "0e9c08481bad0f7231664fcfe1645fbc4d28fe16b1a579588b24b8199589fa51",
-    "own-text": "da12b4cb608949e941bcffd7a0835db1f2500057d0e432e1474b4bc947925d91",
-    "rehearsal": "8d230de343e28ad4bbacc91c054c7a7e03071fe511da5c172d79926b8d851e7a",
-    "rehearsal-slow": "b589b6175057dc9f845698f5be1f76422dce211de8303211a02e7ac58de4dbf9",
-    "rehearsal-tiny": "e097eb9f27bc3ee7432d0899bf5bdc421f831cdcd2f2ebd718d5a061118e39f8",
-    "web-text-125m": "5c7e776850e91ef69497f012d385dbc2fb7ffcb2e57b2380022c096903d31f05",
-    "tiny": "c09b98461d0e831eaed5d5bdc34851ddd8748e72903913612390301f5e9cb948",
+    "default": "bf9eadf394d7167490fefc39cfc2b85ffafd73fbbac95304e068f5e3d62c6f21",
+    "digits": "d7488f75887eeddb015f090590bdb093480ed51cf6dae91afab0d5d76f7c4dbd",
+    "own-text": "a755a9099dd1a4267f523dd45bc38bd8a78efc04889ca1b50ecfedefd7a5e106",
+    "rehearsal": "0650ce34f85d214937b0b94e42c461dad346082de14fd03f775933129fdc90e8",
+    "rehearsal-slow": "361f64ab6e315dd8f78bc9ab39d2315402bd3a9eb2ee386e069b8bf3eef5e472",
+    "rehearsal-tiny": "f983ac73d428eb896c4be61dd1bd21334650c56b99106d86d3e6a80051c15f34",
+    "web-text-125m": "7cad095f19f1accf15fddddd9a9aa8ca6fe473702c6a9f5bcfe38ed6f13baef7",
+    "wikitext-lora": "c0d77d0b54f3f06a6343bad9550028b58bff04e5e3860df47dc39cfd3694e574",
+    "tiny": "701ddf6f27e0db40edf7c230828c3c95504d69f3d49a9c3f325fbb60df2428cc",
 }
 
 
@@ -364,7 +366,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "e343c96f63185fc5e5f60ad8f1b1c0d9e0e01a6dd6d76ee08dc5845b44e3b15b"
+        "4a33c0d0475773824892e8b782d096b1000a5112f1b30aec871458a24d604829"
     )
 
 
@@ -383,6 +385,10 @@ def test_fingerprint_is_the_known_one_when_nothing_changed():
 )
 def test_fingerprint_differs_when_peers_could_not_average(run, table):
     assert fingerprint(run, table) != fingerprint(RunConfig(), TABLE)
+
+
+def test_fingerprint_differs_when_adapters_are_for_another_base():
+    assert len({fingerprint(RunConfig(), TABLE, base) for base in ("", "a" * 64, "b" * 64)}) == 3
 
 
 # -- a run from a stranger -----------------------------------------------------------------------------------
@@ -426,9 +432,10 @@ def test_run_of_a_peer_gives_a_run_or_bad_message_when_anything_is_sent(text):
 
 # -- documentation -------------------------------------------------------------------------------------------
 
+TASKS = (BytesTask, CausalLmTask, DigitsTask, OwnTask)
 FIELDS = [
     (model, name, field)
-    for model in (RunConfig, BytesTask, CausalLmTask, DigitsTask, OwnTask, Optimizer, Schedule, PeerConfig)
+    for model in (RunConfig, *TASKS, Lora, Optimizer, Schedule, PeerConfig)
     for name, field in model.model_fields.items()
 ]
 
