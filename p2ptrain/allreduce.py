@@ -22,6 +22,7 @@ from typing import Any, assert_never
 import numpy as np
 from torch import Tensor
 
+from p2ptrain.auditing import Audit, Auditor, BadInput, Convicted, Evidence
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
 from p2ptrain.gradients.accumulator import Sent
@@ -29,7 +30,7 @@ from p2ptrain.gradients.aggregation import Aggregation, mean_chunk
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
-from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk
+from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk, encode_chunk
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
@@ -49,12 +50,15 @@ from p2ptrain.protocol.round import (
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.protocol.terms import most_samples
 from p2ptrain.records import (
+    Accusation,
     Averaged,
     Ballot,
     Call,
     Chunk,
     EntryHeader,
     Freeze,
+    GetInput,
+    GetProof,
     Message,
     PeerId,
     Position,
@@ -89,6 +93,8 @@ class Behind:
     position: Position
     afresh: bool
     """This replica is damaged: only a snapshot will do."""
+    undo: int | None = None
+    """Go back to this step, or before it: what led on was a lie."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,9 @@ class Gone:
 
 LEAST_SENT_BYTES = 64 * 1024
 """So much fits into the buffers on the way: how long it took says nothing."""
+
+NORM_DOUBT = 0.01
+"""By so much of it a receiver, which adds up squares in float32 and in any order, may find another one."""
 
 AT_ONCE_VALUES = 2**20
 """Adding up so many values, of all members together, takes half a millisecond or less. To hand it to a thread
@@ -279,11 +288,14 @@ class Attempt:
         work: Work,
         scratch: Scratch,
         memory: memoryview | None,
+        evidence: Evidence | None,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
+        last: EntryHeader | None = None,
     ) -> None:
         """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
-        since the last commit; `memory`: for the averaged bytes, if it is large enough."""
+        since the last commit; `memory`: for the averaged bytes, if it is large enough; `evidence`: where this
+        attempt's is gathered, if the run is audited."""
         self.freeze = freeze
         self.began = asyncio.get_running_loop().time()
         self.held = self.began
@@ -305,7 +317,9 @@ class Attempt:
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
         ]
         self.owed = owed.moved(*freeze.spans[self._reduction.rank :][:2])
-        self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness)
+        self.evidence = evidence
+        audited = evidence is not None
+        self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness, audited, last)
         self.sent: list[Sent] = []
         self._on_held, self._on_failed = on_held, on_failed
         self._parts: dict[_Key, Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
@@ -314,6 +328,8 @@ class Attempt:
         self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
         self._pace = _Pace()
         self._norm = 0.0
+        self._squares = [0.0] * len(freeze.roster)
+        """Squared norms of the others' spans, as far as they are here, in float32."""
         self._over = self._failed = False
         self._outboxes = {peer: _Outbox() for peer in freeze.roster if peer != self._me}
         self._part_came = asyncio.Event()
@@ -325,8 +341,10 @@ class Attempt:
         """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
         self.sealed = asyncio.get_running_loop().time()
         self._contribution = contribution
+        if self.evidence is not None:
+            self.evidence.samples = contribution.samples
         for number in range(self._to_contribute(self._reduction.rank)):
-            self._take_part(self._me, self._chunk(number), None)
+            self._take_part(self._me, self._chunk(self._reduction.rank, number), None)
         for outbox in self._outboxes.values():
             outbox.wake.set()
 
@@ -381,6 +399,12 @@ class Attempt:
         """The averaged bytes, spans in roster order, once all are here."""
         return self._shadow.payload()
 
+    def digests(self) -> list[list[bytes]]:
+        """Of the averaged chunks, by rank, once all are here."""
+        return [
+            [self._digests[rank, at] for at in range(len(each))] for rank, each in enumerate(self._ranges)
+        ]
+
     def close(self) -> None:
         """Stop all transfers."""
         self._over = True
@@ -405,14 +429,20 @@ class Attempt:
         chunks = len(self._ranges[rank])
         return chunks if self._contribution.samples else min(chunks, 1)
 
-    def _chunk(self, number: int) -> Chunk:
+    def _chunk(self, rank: int, number: int) -> Chunk:
+        """The header of a chunk for that reducer: with the last one, this peer signs for all of them."""
         assert self._contribution is not None
+        signed: dict[str, Any] = {}
+        last = number == self._to_contribute(rank) - 1
+        if self.evidence is not None and last and rank != self._reduction.rank:
+            signed = self.evidence.signature(rank, self._contribution.samples)
         return Chunk(
             step=self.freeze.step,
             parent=self.freeze.parent,
             ballot=self.freeze.ballot,
             number=number,
             samples=self._contribution.samples,
+            **signed,
         )
 
     async def _encoded(self, rank: int, number: int) -> Buffer:
@@ -423,7 +453,12 @@ class Attempt:
             return b""
         start, stop = self._ranges[rank][number]
         values = self._contribution.total[start:stop]
-        encoded: Buffer = await self._do(stop - start, self._codec.encode, values)
+        encoded: Buffer
+        if self.evidence is not None:
+            encoded, digest = await self._do(stop - start, encode_chunk, self._codec, values)
+            self.evidence.sends(rank, number, encoded, digest)
+        else:
+            encoded = await self._do(stop - start, self._codec.encode, values)
         if self._codec.feedback:
             self.sent.append((start, stop, encoded))
         return encoded
@@ -434,6 +469,8 @@ class Attempt:
         if not reduction.accept(sender, chunk):
             return
         rank = self.freeze.roster.index(sender)
+        if self.evidence is not None:
+            self.evidence.told(rank, chunk)
         if chunk.samples and payload is not None:
             start, stop = self._ranges[reduction.rank][chunk.number]
             if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
@@ -471,7 +508,7 @@ class Attempt:
         key = reduction.rank, number
         encoded = self._shadow.own(key)
         try:
-            norm, digest = await self._do(
+            norm, digest, hashed = await self._do(
                 len(parts) * (stop - start),
                 average_chunk,
                 self._rule,
@@ -494,13 +531,27 @@ class Attempt:
             if self._lent.get((rank, number)) is part:
                 self._scratch.give_back(self._lent.pop((rank, number)))
         self._norm += norm
+        self._digests[key] = digest
+        ends = number == len(self._ranges[mine]) - 1
+        signed: dict[str, Any] = {}
+        if self.evidence is not None:
+            for rank, part_digest in zip(ranks, hashed, strict=True):
+                self.evidence.inputs[rank].append(part_digest)
+            if ends:
+                outputs = [self._digests[mine, at] for at in range(number + 1)]
+                try:
+                    signed = self.evidence.concluded(samples, outputs)
+                except BadInput as fault:
+                    self._fail([fault.member], AbortCause.BAD_CHUNK, str(fault))
+                    return
         header = Averaged(
             step=self.freeze.step,
             parent=self.freeze.parent,
             ballot=self.freeze.ballot,
             number=number,
             samples=samples,
-            squared_norm=self._norm if number == len(self._ranges[reduction.rank]) - 1 else None,
+            squared_norm=self._norm if ends else None,
+            **signed,
         )
         for outbox in self._outboxes.values():
             outbox.put(header, encoded.toreadonly())
@@ -511,12 +562,17 @@ class Attempt:
         rank = self.freeze.roster.index(reducer) if reducer in self._outboxes else -1
         if not self._reduction.receive(reducer, averaged):
             return
+        if self.evidence is not None and averaged.number == len(self._ranges[rank]) - 1:
+            self.evidence.concludes(rank, averaged)
         key = rank, averaged.number
         start, stop = self._ranges[rank][averaged.number]
         place = self._shadow.place_of(key, payload)
         try:
             count = stop - start
-            digest = await self._do(count, check_chunk, self._codec, self._scratch, payload, count, place)
+            digest, squares = await self._do(
+                count, check_chunk, self._codec, self._scratch, payload, count, place
+            )
+            self._squares[rank] += squares
         except BadMessage as fault:
             self._fail([reducer], AbortCause.BAD_CHUNK, str(fault))
             return
@@ -527,11 +583,35 @@ class Attempt:
         self._digests[key] = digest
         if self._over or self.header is not None or len(self._digests) < sum(map(len, self._ranges)):
             return
+        if self.evidence is not None and not self._is_signed(self.evidence):
+            return
         joint = joint_digest(self._digests[key] for key in sorted(self._digests))
-        self.header = self._reduction.header(joint)
+        header = self._reduction.header(joint)
+        if (liar := self._misstated(header)) is not None:
+            self._fail([liar], AbortCause.BAD_CHUNK, f"{liar[-8:]} states another norm than its span has")
+            return
+        self.header = header
         self._timer.cancel()
         self.held = asyncio.get_running_loop().time()
         self._on_held(self.header, self.held - (self.sealed or self.held))
+
+    def _misstated(self, header: EntryHeader) -> PeerId | None:
+        """A reducer that states another norm than its span has: by these the whole step is clipped."""
+        for rank, (stated, squares) in enumerate(zip(header.squared_norms, self._squares, strict=True)):
+            if rank != self._reduction.rank and abs(stated - squares) > NORM_DOUBT * max(stated, squares):
+                return header.roster[rank]
+        return None
+
+    def _is_signed(self, evidence: Evidence) -> bool:
+        """Whether each reducer has signed for what is here; else the attempt has failed."""
+        for rank, outputs in enumerate(self.digests()):
+            if outputs and rank != self._reduction.rank:
+                try:
+                    evidence.check(rank, outputs)
+                except BadMessage as fault:
+                    self._fail([self.freeze.roster[rank]], AbortCause.BAD_CHUNK, str(fault))
+                    return False
+        return True
 
     def _overdue(self) -> None:
         suspects = self._reduction.suspects()
@@ -549,7 +629,8 @@ class Attempt:
         while True:
             if (number := outbox.contributed) < self._to_contribute(rank) and not outbox.lost:
                 outbox.contributed += 1
-                outbox.put(self._chunk(number), await self._encoded(rank, number))
+                encoded = await self._encoded(rank, number)
+                outbox.put(self._chunk(rank, number), encoded)
             if outbox.sent == len(outbox.frames):
                 outbox.wake.clear()
                 await outbox.wake.wait()
@@ -572,7 +653,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut
+Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut | Convicted
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -594,6 +675,7 @@ class Rounds:
         spawn: Spawn,
         note: Callable[[Note], None],
         work: Work = at_once,
+        audit: Audit | None = None,
     ) -> None:
         self.member = member
         self.attempt: Attempt | None = None
@@ -611,6 +693,19 @@ class Rounds:
         self._spawn = spawn
         self._note = note
         self._work, self._scratch = work, Scratch()
+        self.auditor = None
+        if audit is not None:
+            self.auditor = Auditor(
+                swarm,
+                audit,
+                codec,
+                aggregation,
+                chunk_values,
+                spawn,
+                work,
+                self._convicted,
+                self._withheld,
+            )
         self._memory: memoryview | None = None
         self._entry_bytes = 0
         self._turn = asyncio.Event()
@@ -622,7 +717,13 @@ class Rounds:
     # -- for the trainer -------------------------------------------------------------------------------------
 
     def advance(
-        self, position: Position, last: EntryHeader | None, newcomers: Iterable[PeerId], *, settled: bool
+        self,
+        position: Position,
+        last: EntryHeader | None,
+        newcomers: Iterable[PeerId],
+        *,
+        settled: bool,
+        above: Ballot | None = None,
     ) -> None:
         """The replica stands at `position` now; what was owed counts no more if no commit led there."""
         self.outcome = None
@@ -631,7 +732,9 @@ class Rounds:
         if settled and self._memory is None:
             self._spawn(self._fetch_memory())
         self._carry_out(
-            self.member.advance(position, last, self._now(), newcomers=newcomers, settled=settled)
+            self.member.advance(
+                position, last, self._now(), newcomers=newcomers, settled=settled, above=above
+            )
         )
 
     def progressed(
@@ -643,12 +746,28 @@ class Rounds:
         )
 
     def informed(self, present: Mapping[PeerId, Position]) -> None:
-        """Who is there, from the DHT."""
+        """Who is there, from the DHT. Who comes anew has heard of no proof yet."""
+        for peer in present.keys() - self.member.known.keys():
+            self.accuse(peer)
         self._carry_out(self.member.informed(present, self._now()))
 
     def offended(self, peer: PeerId) -> None:
         """A donor broke the contract."""
         self._carry_out(self.member.offended(peer, self._now()))
+
+    def undo(self, step: int, void: Iterable[str]) -> None:
+        """See `Member.undo`."""
+        self._carry_out(self.member.undo(step, void))
+
+    def accuse(self, peer: PeerId) -> None:
+        """Tell that peer of all lies whose proof is here."""
+        if self.auditor is not None:
+            for told in self.auditor.accusations():
+                self._swarm.send(peer, told)
+
+    def outvoted(self, step: int, ours: str, theirs: str, donor: PeerId) -> None:
+        """See `Member.outvoted`."""
+        self._carry_out(self.member.outvoted(step, ours, theirs, donor))
 
     def unhelpful(self, donor: PeerId) -> None:
         """The trainer could not get from `donor` what it had promised."""
@@ -694,6 +813,9 @@ class Rounds:
             detail = "it calls to a round under terms that the organizer has not signed"
             self._note(Distrusted(sender, detail))
             return
+        heard = self.auditor is not None and not self.member.is_benched(sender, self._now())
+        if isinstance(message, Accusation) and self.auditor is not None and heard:
+            self.auditor.accused(sender, message)
         self._carry_out(self.member.received(sender, message, self._now()))
 
     def on_link(self, peer: PeerId, up: bool) -> None:
@@ -730,12 +852,26 @@ class Rounds:
         return attempt.place(sender, header, size)
 
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
+        if self.auditor is not None and isinstance(request, GetInput | GetProof):
+            return self.auditor.answer(request)
         return await self._serve(sender, request)
 
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+    def _convicted(self, found: Convicted, told: Accusation) -> None:
+        """By a proof that anyone can check: whoever is known here shall do so."""
+        self._note(found)
+        for peer in sorted(self.member.known.keys() - {found.peer, self.member.me}):
+            self._swarm.send(peer, told)
+        self._carry_out(self.member.convicted(found.peer, self._now()))
+
+    def _withheld(self, peer: PeerId, why: str) -> None:
+        """What a peer did towards this auditor, without a proof for others."""
+        self._note(Faulted((peer,), AbortCause.BAD_CHUNK, why))
+        self.offended(peer)
 
     def _change(self) -> None:
         turn, self._turn = self._turn, asyncio.Event()
@@ -773,8 +909,10 @@ class Rounds:
             self._work,
             self._scratch,
             self._memory,
+            self.auditor.begin(freeze, self.member.incarnation, last) if self.auditor is not None else None,
             on_held,
             on_failed,
+            last,
         )
         self._memory = None
         self._change()
@@ -802,11 +940,13 @@ class Rounds:
                     entry = Entry(header, attempt.payload())
                     self._entry_bytes = len(entry.payload)
                     self._owed = attempt.owed
+                    if self.auditor is not None and attempt.evidence is not None:
+                        self.auditor.committed(attempt.evidence, header, entry.payload, attempt.digests())
                     for stood_out in self._watch.saw(header.roster, attempt.likeness):
                         self._note(stood_out)
                     self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
-                case CatchUp(donor, position, afresh):
-                    self._end(Behind(donor, position, afresh))
+                case CatchUp(donor, position, afresh, undo):
+                    self._end(Behind(donor, position, afresh, undo))
                 case TookOver() | Waiting() | Diverged() | Distrusted() | Benched():
                     self._note(effect)
                 case _:

@@ -453,13 +453,23 @@ class RunConfig(Section):
     0.13, `lowrank` in about 0.08. What the last five lose is sent with later steps. Replicas stay bit-equal
     with any, because all peers decode the same bytes."""
 
-    aggregation: Literal["mean", "multi_krum", "centered_clip", "trimmed_mean", "median"] = "mean"
+    aggregation: Literal["mean", "multi_krum", "centered_clip", "trimmed_mean", "median", "norm_clip"] = (
+        "mean"
+    )
     """How the peers' gradients become one. `mean`: over all samples, exact, and one liar can ruin it. The
     others bound what a liar can do, for runs that strangers join: `multi_krum` leaves out the quarter of the
     peers (at least one) that is least like the rest, `centered_clip` shortens what is far from the median,
     `trimmed_mean` leaves out the highest and the lowest quarter of each value (at least one each), `median`
-    all but the middle. The last two forget what only few peers saw in a step, such as rare words. With fewer
-    than 3 peers at work all are `mean`: set `min_peers` to 3 or more."""
+    all but the middle. Those two forget what only few peers saw in a step, such as rare words. `norm_clip`
+    shortens what is much longer than the last step's gradient: the cheapest, and the weakest. With fewer than
+    3 peers at work all are `mean`: set `min_peers` to 3 or more."""
+
+    audit: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that what a peer averaged for the others in a step is checked by another one, bit by bit:
+    then all sign what they send, a lie proves itself, and whoever told it is heard no more. 0: no audit;
+    1: one chunk of each peer's part in every step. For runs that strangers join, beside an `aggregation`
+    that bounds what they contribute. Costs memory for one gradient and three times the model; needs codec
+    `fp32` or `fp16`, and `max_peers` of at most 128."""
 
     # Measured with 2 peers on loopback, a round of 100 MB of fp32 over TLS: 0.27 s of one core per peer with
     # 65,536 values, 0.23 s with 131,072, 0.20 s with 262,144. A chunk in fp16 takes 21 ms at 100 Mbit/s.
@@ -516,6 +526,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"silence_most_seconds ({self.silence_most_seconds:g}) must be at least silence_seconds "
                 f"({self.silence_seconds:g}); raise the former or lower the latter"
+            )
+        if self.audit and self.codec not in ("fp32", "fp16"):
+            raise ValueError(
+                f"audit ({self.audit:g}) needs a codec that keeps nothing for later steps, fp32 or fp16, and "
+                f"not {self.codec}: what is kept could not be checked; change the codec or set audit to 0"
+            )
+        if self.audit and self.max_peers > 128:
+            raise ValueError(
+                f"audit ({self.audit:g}) allows max_peers of at most 128, not {self.max_peers}: what a peer "
+                "signs must name all others; lower max_peers or set audit to 0"
             )
         if self.schedule.warmup_steps >= self.total_steps:
             raise ValueError(

@@ -442,7 +442,7 @@ class CatchUpFailed(_Happened):
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(_Happened):
-    """A heavier lineage replaced this replica's own: the only way back there is (I3)."""
+    """This replica went back: to a heavier lineage, or before a lie that was proven (I3)."""
 
     event: ClassVar[str] = "rolled_back"
     level: ClassVar[int] = logging.WARNING
@@ -452,11 +452,15 @@ class RolledBack(_Happened):
     """Of the whole swarm, behind the entries that were given up."""
     lineage: str
     """The one adopted."""
+    liar: PeerId | None = None
+    """Whose lie was in the entries that were given up, if one was."""
 
     def sentence(self) -> str:
-        given_up = (
-            f"{_count(self.samples_lost, 'sample')} given up for the heavier lineage {self.lineage[:8]}"
-        )
+        given_up = f"{_count(self.samples_lost, 'sample')} given up "
+        if self.liar is None:
+            given_up += f"for the heavier lineage {self.lineage[:8]}"
+        else:
+            given_up += f"because of the lie of peer {short(self.liar)}"
         return f"rolled back from step {self.from_step} to {self.to_step}: {given_up}"
 
 
@@ -562,11 +566,13 @@ class PeerBenched(_Happened):
     peer: PeerId
     offences: int
     seconds: float
+    reason: str
+    """What the last of these was."""
 
     def sentence(self) -> str:
         return (
             f"peer {short(self.peer)} is left out for {duration(self.seconds)}: "
-            f"it broke the contract {self.offences} times"
+            f"it broke the contract {self.offences} times, the last time as {clean(self.reason, 400)}"
         )
 
 
@@ -611,6 +617,23 @@ class TermsApplied(_Happened):
 
     def sentence(self) -> str:
         return f"step {self.step}: as the organizer says, {clean(', '.join(self.changes), 1000)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerConvicted(_Happened):
+    """It is proven, by what the peer has signed, that it lied; whoever sees the proof hears it no more."""
+
+    event: ClassVar[str] = "peer_convicted"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    """Of the lie."""
+    peer: PeerId
+    reason: str
+
+    def sentence(self) -> str:
+        return (
+            f"peer {short(self.peer)} is proven to have lied in step {self.step}: {clean(self.reason, 400)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -710,6 +733,7 @@ Event = (
     | PeerKicked
     | TermsHeard
     | TermsApplied
+    | PeerConvicted
     | CarrierChanged
     | PeerStoodOut
     | ReachChanged

@@ -41,6 +41,8 @@ Moment = Annotated[int, Field(ge=0, lt=2**40)]
 """Seconds since 1970, by whose clock it may be."""
 
 MAX_ROSTER = 1024
+MAX_AUDITED = 128
+"""Members of a round that is audited: what reducers sign must fit into the header of a chunk."""
 MAX_HEADER_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 4096
 """Of the first frame on a stream: until then anybody may have opened it."""
@@ -322,7 +324,15 @@ class Withdraw(Record):
     kind: Literal["withdraw"] = "withdraw"
 
 
-Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync | Withdraw
+class Accusation(Record):
+    """any → all it knows: I hold the proof that `against` has lied; ask me for it, and judge for yourself."""
+
+    kind: Literal["accusation"] = "accusation"
+    against: Id
+    proof: Digest
+
+
+Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync | Withdraw | Accusation
 
 # -- the data plane ------------------------------------------------------------------------------------------
 
@@ -340,6 +350,10 @@ class Chunk(Record):
     samples: Count
     """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for
     all."""
+    signature: Signature | None = None
+    """Of my `Commitment` to this reducer; on the last chunk only, and only where the run is audited."""
+    incarnation: Incarnation = ""
+    """As in that; beside the signature."""
 
 
 class Averaged(Record):
@@ -354,6 +368,61 @@ class Averaged(Record):
     """The sample counts that this mean was divided by, in roster order."""
     squared_norm: Annotated[float, Field(ge=0)] | None = None
     """Of the decoded span, in float64; on the last chunk only."""
+    inputs: Annotated[tuple[Digest, ...], Field(max_length=MAX_AUDITED)] | None = None
+    """The root of what each member sent me, in roster order; on the last chunk, where the run is audited."""
+    signature: Signature | None = None
+    """Of my `Statement`; beside the inputs."""
+
+
+# -- what audited peers sign ---------------------------------------------------------------------------------
+
+
+class Commitment(Record):
+    """What a member has sent to one reducer. It signs this, and cannot say later that it was something
+    else."""
+
+    run: Digest
+    """The run's fingerprint."""
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    member: Id
+    incarnation: Incarnation
+    reducer: Id
+    samples: Count
+    root: Digest
+    """BLAKE3 over the BLAKE3 of each encoded chunk, in order; of none, if it brought no samples."""
+
+
+class Statement(Record):
+    """What a reducer has made of what it was sent. It signs this, and whoever has the chunks can tell whether
+    the one follows from the other."""
+
+    run: Digest
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    roster: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_AUDITED)]
+    samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_AUDITED)]
+    spans: Annotated[tuple[Count, ...], Field(min_length=2, max_length=MAX_AUDITED + 1)]
+    rank: Annotated[int, Field(ge=0, lt=MAX_AUDITED)]
+    """Of the reducer in the roster: it signs, and it averaged [spans[rank], spans[rank + 1])."""
+    inputs: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=MAX_AUDITED)]
+    """The root of each member's chunks, as in its `Commitment`."""
+    output: Digest
+    """The same of the averaged chunks."""
+
+    @property
+    def reducer(self) -> PeerId:
+        return self.roster[self.rank]
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Statement:
+        members = len(self.roster)
+        fit = len(self.samples) == len(self.inputs) == len(self.spans) - 1 == members
+        if not fit or self.rank >= members or list(self.spans) != sorted(self.spans):
+            raise ValueError(f"rank, samples, inputs and spans must fit the roster of {members}")
+        return self
 
 
 # -- who is let in -------------------------------------------------------------------------------------------
@@ -500,6 +569,62 @@ class Probed(Record):
     seconds: Seconds
 
 
+class GetInput(Record):
+    """What did `member` send to the reducer at `rank` in that attempt? The member itself answers with the
+    bytes of chunk `number`, which was drawn for an audit, the reducer with what the member has signed."""
+
+    kind: Literal["get_input"] = "get_input"
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    rank: Annotated[int, Field(ge=0, lt=MAX_AUDITED)]
+    number: Count
+    member: Id
+
+
+class GetProof(Record):
+    """The proof with this digest, of which you have told me."""
+
+    kind: Literal["get_proof"] = "get_proof"
+    proof: Digest
+
+
+class Input(Record):
+    """What a member has signed. From the member itself, the payload is the BLAKE3 of each of its chunks for
+    that reducer (32 bytes each), and then the chunk that was asked for."""
+
+    kind: Literal["input"] = "input"
+    commitment: Commitment
+    signature: Signature
+
+
+class FalseSum(Record):
+    """Proof that a reducer has lied: what it signed as the average does not follow from what it signed as
+    its inputs. The payload is, for each member that brought samples, the digests and the chunk as in an
+    `Input`, and then the same of the averaged chunk."""
+
+    kind: Literal["false_sum"] = "false_sum"
+    statement: Statement
+    signature: Signature
+    number: Count
+    """Of the chunk."""
+    last: EntryHeader | None
+    """The entry before, which the rule of aggregation may follow; the statement's parent binds it."""
+
+
+class TwoStories(Record):
+    """Proof that a member has lied: it signed two things of one and the same contribution."""
+
+    kind: Literal["two_stories"] = "two_stories"
+    one: Commitment
+    one_signature: Signature
+    other: Commitment
+    other_signature: Signature
+
+
+Proof = FalseSum | TwoStories
+
+
 class Piece(Record):
     """The payload beside this is what was asked for."""
 
@@ -599,8 +724,22 @@ class Dialled(Record):
 
 Watching = GetMetrics | GetEvents
 """What those ask who take no part; they need not know the model's fingerprint."""
-Request = GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Probe | Watching
-Reply = Piece | EntryReply | Lineage | Manifest | Later | Redeemed | Probed | Refusal
+Request = (
+    GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Probe | Watching | GetInput | GetProof
+)
+Reply = (
+    Piece
+    | EntryReply
+    | Lineage
+    | Manifest
+    | Later
+    | Redeemed
+    | Probed
+    | Input
+    | FalseSum
+    | TwoStories
+    | Refusal
+)
 Wire = Annotated[
     Message | Chunk | Averaged | Request | Reply | Hello | Greeting | DialBack | Dialled,
     Field(discriminator="kind"),
@@ -624,6 +763,15 @@ class Direct(Record):
     """SHA-256 of the certificate in DER form. The peer makes a new one at each start."""
 
 
+class Milestone(Record):
+    """Which state a peer had at a step, by the first digits of what names it."""
+
+    step: Step
+    lineage: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    state: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Of the state digest."""
+
+
 class Presence(Record):
     """A peer's short-lived, signed statement of itself, under the run's presence key."""
 
@@ -639,6 +787,8 @@ class Presence(Record):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     extra: Annotated[str, Field(max_length=200)] = ""
     """The task's own note, such as the corpus digest."""
+    milestones: Annotated[tuple[Milestone, ...], Field(max_length=8)] = ()
+    """Of its last steps, see `protocol.presence`: so that no donor can give a newcomer another state."""
     direct: Direct | None = None
     """None: chunks go over libp2p only."""
     access: Pass | None = None

@@ -32,6 +32,7 @@ from p2ptrain.allreduce import (
     Rounds,
     at_once,
 )
+from p2ptrain.auditing import Audit, Convicted
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.errors import BadMessage, DeviceError, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
@@ -40,13 +41,26 @@ from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.engine import Engine
 from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.protocol.member import Member
-from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
+from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds, milestone, standing
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
 from p2ptrain.protocol.terms import due, in_force, in_words, revision, total_steps
-from p2ptrain.records import Change, PeerId, Presence, Reply, Request, RoundRecord, Terms, Watching
-from p2ptrain.replica.checkpoint import save
+from p2ptrain.records import (
+    Ballot,
+    Change,
+    Milestone,
+    PeerId,
+    Position,
+    Presence,
+    Reply,
+    Request,
+    RoundRecord,
+    Terms,
+    Watching,
+)
+from p2ptrain.replica.bases import Bases
+from p2ptrain.replica.checkpoint import discard_after, save
 from p2ptrain.replica.donor import Compute, Donor
-from p2ptrain.replica.joining import Progress, sent_in_round
+from p2ptrain.replica.joining import Progress, outvoted, sent_in_round
 from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
@@ -60,6 +74,8 @@ SEE_OFF_SECONDS = 0.05
 """How often a peer that is about to leave looks whether all are where it is."""
 CATCHING_UP_SECONDS = 5.0
 """Between two lines about how far a catch-up is; one that takes less is told of when it is done."""
+MAX_HELD_AGAINST = 1024
+"""Peers of whom it is known what they did last."""
 PAUSE_SECONDS = 0.2
 """How often a paused peer looks whether it still is."""
 PREVIEW_SECONDS = 15.0
@@ -148,6 +164,15 @@ class Peer:
         self.state_digest: str | None = None
         self._changes = _changes_of(replica)
         """By the organizer, that the last entry was applied under."""
+        self._bases = Bases()
+        self._held_against: dict[PeerId, str] = {}
+        self._left_out: dict[PeerId, tuple[float, str]] = {}
+        self._lies: list[Convicted] = []
+        """Those of reducers: a log with one of these in it is void."""
+        self._looked_for: tuple[Convicted, ...] = ()
+        """Those that were looked for in the log of whoever gave the last snapshot."""
+        self._milestones: tuple[Milestone, ...] = ()
+        """Which states it had at some of its last steps, for its presence record."""
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -166,6 +191,8 @@ class Peer:
         self._codec = codec_named(run.codec)
         elsewhere = replica.gradient.device if replica.moved else None
         self._accumulator = Accumulator(replica.numel, elsewhere)
+        if run.audit:
+            self._accumulator.keep_one_more()
         self._ahead = Accumulator(replica.numel, elsewhere) if run.delay else None
         """What is computed for the next step while this one's round is under way."""
         upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
@@ -199,6 +226,7 @@ class Peer:
             self._spawn,
             self._noted,
             work,
+            Audit(fingerprint, run.audit, replica.numel, run.max_peers) if run.audit else None,
         )
         self._catch_up = CatchUp(
             swarm,
@@ -210,6 +238,8 @@ class Peer:
             Partial(partial),
             self._watch_catch_up,
             self._donor_failed,
+            self._lies,
+            self.rounds.accuse,
         )
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -279,6 +309,7 @@ class Peer:
                 "use the same Python version, or the same files"
             )
         self._spawn(self._keep_present())
+        await self._keep_base()
         self._start_step((), settled=False)
 
     def heed(self, terms: Terms) -> None:
@@ -408,16 +439,24 @@ class Peer:
         before, began = self.replica.position, self._now()
         await self._digested()
         self._waste(events.WasteCause.BEHIND)
+        if behind.undo is not None and await self._undone(behind.undo):
+            return
         self._caught_up_told = began
         member = self.rounds.member
         others = {peer: at for peer, at in member.known.items() if peer not in member.lost}
+        donor, claimed, lies = behind.donor, behind.position, tuple(self._lies)
+        if behind.undo is not None:
+            # What is here is void, and came before there was a state of this peer's own to go back to.
+            if not others:
+                self._lies.clear()  # nobody is left who has anything better
+            donor, claimed = max(others.items(), key=lambda each: each[1].step, default=(donor, claimed))
         try:
             arrival = await self._catch_up.from_donor(
-                behind.donor, behind.position, others, afresh=behind.afresh
+                donor, claimed, others, afresh=behind.afresh, void=behind.undo is not None
             )
         except PeerFault as fault:
-            self._observe(events.CatchUpFailed(from_step=before.step, donor=behind.donor, reason=str(fault)))
-            self.rounds.unhelpful(behind.donor)
+            self._observe(events.CatchUpFailed(from_step=before.step, donor=donor, reason=str(fault)))
+            self.rounds.unhelpful(donor)
         else:
             after = self.replica.position
             if arrival.given_up is not None:
@@ -440,13 +479,58 @@ class Peer:
                     resumed_bytes=arrival.resumed_bytes,
                 )
             )
+            if arrival.how is events.CatchUpBy.SNAPSHOT:
+                self._bases.clear()
+                self._looked_for = lies
+            if behind.undo is not None:
+                self._tell_undone(before, behind.undo)
         finally:
             self.catching_up = None
         await self._compute(self._reset)
+        await self._keep_base()
         self._start_step((), settled=False)
+
+    async def _undone(self, step: int) -> bool:
+        """Go back to the state at `step`, or as near to it as what is kept here leads; False if nothing does,
+        as this peer came later."""
+        if (base := self._bases.before(step)) is None:
+            return False
+        before = self.replica.position
+        await self._compute(self.replica.load_state, base)
+        while (entry := self.log.get(self.replica.position.step)) and entry.header.step < step:
+            await self._compute(self.replica.apply, entry)
+        after = self.replica.position
+        self.log.truncate_after(after.step)
+        if self._checkpoints is not None:
+            await self._aside(discard_after, self._checkpoints, after.step)
+        lie = self._tell_undone(before, step)
+        await self._compute(self._reset)
+        self._start_step((), settled=False, above=lie.ballot if after.step == step else None)
+        return True
+
+    def _tell_undone(self, before: Position, step: int) -> Convicted:
+        """This replica stands before the lie of that step again; whose it was."""
+        lie, after = next(lie for lie in self._lies if lie.step == step), self.replica.position
+        self._observe(
+            events.RolledBack(
+                from_step=before.step,
+                to_step=after.step,
+                samples_lost=max(before.weight - after.weight, 0),
+                lineage=after.lineage,
+                liar=lie.peer,
+            )
+        )
+        return lie
+
+    async def _keep_base(self) -> None:
+        """Where this peer could go back to, if the run is audited and it is time."""
+        if self.rounds.auditor is not None and self._bases.due(self._now()):
+            snapshot = await self._compute(self.replica.packed)
+            self._bases.keep(await self._aside(snapshot.snapshot), self._now())
 
     async def after_step(self) -> None:
         """What is due at this step: held-out figures, a checkpoint."""
+        await self._keep_base()
         step = self.replica.position.step
         if self.config.eval_every_steps and step % self.config.eval_every_steps == 0:
             await self.evaluate()
@@ -674,11 +758,12 @@ class Peer:
         if self._ahead is not None:
             self._ahead.reset()
 
-    def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool) -> None:
+    def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool, above: Ballot | None = None) -> None:
         if not settled:
             # Even if the step is the same as before, after a catch-up that failed: its samples are drawn
             # anew, so one that comes late would count twice (I4).
             self._void_batch = self._batch
+            self._milestones = ()
         self._drawn, self._compute_seconds = 0, 0.0
         self._in_time = settled
         self._step_began = self._now()
@@ -686,7 +771,8 @@ class Peer:
         self.state_digest = None
         self.donor.arrived()  # before the next micro-batch, so that a snapshot of this step is packed first
         self._digesting = self._spawn(self._digest())
-        self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled)
+        self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled, above=above)
+        self._look_for_lies()
         if self._accumulator.samples:
             self._report()
 
@@ -698,10 +784,29 @@ class Peer:
             said = tuple(f"{each.key} = {each.value:g}" for each in new)
             self._observe(events.TermsApplied(step=last.step, changes=said))
 
+    def _look_for_lies(self) -> None:
+        """Go back if an entry of this log is proven to be a lie."""
+        first = min(filter(self._is_in_log, self._lies), key=lambda lie: lie.step, default=None)
+        if first is not None:
+            later = (self.log.lineage_at(at) for at in range(first.step + 1, self.log.step + 1))
+            self.rounds.undo(first.step, [lineage for lineage in later if lineage is not None])
+
+    def _is_in_log(self, lie: Convicted) -> bool:
+        void = self.rounds.auditor.led_to(lie) if self.rounds.auditor is not None else None
+        if void is not None:
+            return self.log.lineage_at(lie.step + 1) == void
+        # Fetched or replayed, then, or before this peer came: who does not know takes the state of a donor
+        # whose log has been looked at.
+        if (entry := self.log.get(lie.step)) is not None:
+            return (entry.header.parent, entry.header.ballot) == (lie.parent, lie.ballot)
+        came_later = self.log.lineage_at(lie.step) is None and lie.step < self.log.step
+        return came_later and lie not in self._looked_for
+
     async def _digest(self) -> None:
         """Beside the next micro-batch, which only reads what is hashed."""
         position = self.replica.position
         self.state_digest = await self._aside(self.replica.compute_state_digest)
+        self._milestones = standing(self._milestones, milestone(position, self.state_digest))
         self._observe(
             events.StateHashed(step=position.step, lineage=position.lineage, state_digest=self.state_digest)
         )
@@ -747,12 +852,24 @@ class Peer:
                 fault = events.FaultCause.UNREACHABLE if late else events.FaultCause.BAD_MESSAGE
                 for peer in suspects:
                     self._observe(events.PeerFaulted(peer=peer, cause=fault, detail=detail))
+                    self._hold_against(peer, detail)
             case Distrusted(peer, reason):
+                self._hold_against(peer, reason)
                 self._observe(
                     events.PeerFaulted(peer=peer, cause=events.FaultCause.BAD_MESSAGE, detail=reason)
                 )
             case Benched(peer, offences, seconds):
-                self._observe(events.PeerBenched(peer=peer, offences=offences, seconds=seconds))
+                reason = self._held_against.pop(peer, "it sent what cannot be")
+                self._leave_out(peer, seconds, reason)
+                self._observe(
+                    events.PeerBenched(peer=peer, offences=offences, seconds=seconds, reason=reason)
+                )
+            case Convicted(peer, step, reason=reason):
+                self._leave_out(peer, math.inf, reason)
+                self._observe(events.PeerConvicted(step=step, peer=peer, reason=reason))
+                if note.false_sum:
+                    self._lies.append(note)
+                    self._look_for_lies()
             case StoodOut(peer, rounds):
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
@@ -784,7 +901,23 @@ class Peer:
         cause = events.FaultCause.BAD_MESSAGE if bad else events.FaultCause.UNREACHABLE
         self._observe(events.PeerFaulted(peer=donor, cause=cause, detail=str(fault)))
         if bad:
+            self._hold_against(donor, str(fault))
             self.rounds.offended(donor)
+
+    def _leave_out(self, peer: PeerId, seconds: float, reason: str) -> None:
+        self._left_out = {each: held for each, held in self._left_out.items() if held[0] > self._now()}
+        self._left_out[peer] = self._now() + seconds, reason
+
+    @property
+    def left_out(self) -> dict[PeerId, str]:
+        """Whom this peer does not hear at present, and why."""
+        return {peer: reason for peer, (until, reason) in self._left_out.items() if until > self._now()}
+
+    def _hold_against(self, peer: PeerId, reason: str) -> None:
+        """For the day on which it is left out."""
+        if len(self._held_against) >= MAX_HELD_AGAINST:
+            self._held_against.clear()
+        self._held_against[peer] = reason
 
     # -- presence --------------------------------------------------------------------------------------------
 
@@ -846,6 +979,7 @@ class Peer:
             position=self.replica.position,
             metrics_port=self.metrics_port,
             extra=base_note(self.replica) + self.task.note,
+            milestones=self._milestones,
         )
         await self.swarm.publish(record, ttl_seconds=5 * PRESENCE_SECONDS)
 
@@ -858,6 +992,11 @@ class Peer:
             if isinstance(record, Presence) and record.role == "train" and record.peer != self.swarm.peer_id
         ]
         self.rounds.informed({other.peer: other.position for other in others if other.position is not None})
+        odd = outvoted(self._milestones, {other.peer: other.milestones for other in others})
+        if odd is not None:
+            self._milestones = ()
+            self._catch_up.was_misled()
+            self.rounds.outvoted(odd.mine.step, odd.mine.state, odd.theirs, odd.donor)
         return others
 
     async def _publish_round(self, roster_size: int) -> None:

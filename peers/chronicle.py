@@ -185,6 +185,10 @@ class Chronicle:
                 peer.checkpoint, peer.checkpoint_step = path, step
             case {"event": "checkpoint_failed", "reason": reason}:
                 self.note(at, f"{name} could not save a checkpoint: {clean(reason)}")
+            case {"event": "peer_benched", "peer": other, "reason": reason}:
+                self.note(at, f"{name} leaves out {short(other)}: {clean(reason)}")
+            case {"event": "peer_convicted", "peer": other, "reason": reason}:
+                self.note(at, f"{name} holds proof that {short(other)} lied: {clean(reason)}")
             case {"event": "peer_stood_out", "peer": other}:
                 self.note(at, f"{name} finds the gradients of {short(other)} unlike the others'")
             case {"event": "daemon_restarted", "seconds": seconds}:

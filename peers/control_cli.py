@@ -194,6 +194,9 @@ def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
         "peers": f"{status['roster']} in the last round, {_links(status)}",
         "gradients": ", ".join(f"{short(peer)} {carrier}" for peer, carrier in carriers[:8])
         + (f" and {len(carriers) - 8} more" if len(carriers) > 8 else ""),
+        "left out": "; ".join(
+            f"{short(peer)}, as {clean(reason, 100)}" for peer, reason in status.get("left_out", {}).items()
+        ),
         "reach": "behind NAT or a firewall" if status["hidden"] else "",
         "deadlines": ", ".join(
             f"{name.removesuffix('_seconds')} {duration(seconds)}"

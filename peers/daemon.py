@@ -275,6 +275,7 @@ class Daemon:
             "aside": member.withdrawn,
             "leader": member.following,
             "waiting": standing.waiting,
+            "left_out": peer.left_out,
             "catching_up": None
             if catching_up is None
             else asdict(catching_up) | {"eta_seconds": catching_up.eta_seconds},

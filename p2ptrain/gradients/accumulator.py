@@ -32,6 +32,7 @@ class Accumulator:
         self.total = torch.zeros(numel)
         self._there = None if device is None else torch.zeros(numel, device=device)
         self._waits = False
+        self._before: Tensor | None = None
         self.samples = 0
         self.loss_sum = 0.0
 
@@ -93,9 +94,16 @@ class Accumulator:
                 lost, decoded = self.total[start:stop], torch.empty(stop - start)
                 codec.decode(data, decoded)
                 lost.sub_(decoded).clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+        elif self._before is not None:
+            self.total, self._before = self._before.zero_(), self.total
         else:
             self.total.zero_()
         self.samples, self.loss_sum = 0, 0.0
+
+    def keep_one_more(self) -> None:
+        """From now on a total that was settled stays as it is until the next one is: an audit may ask for
+        it."""
+        self._before = torch.zeros_like(self.total)
 
     def reset(self) -> None:
         """Nothing brought yet, and nothing owed."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import combinations
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.errors import PeerFault
+from p2ptrain.records import EntryHeader
 
 FEWEST = 3
 """With fewer members that brought samples there is no majority, and every rule is the plain mean."""
@@ -136,6 +137,53 @@ def multi_krum(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     return _within(summed, reduce(torch.minimum, chosen), reduce(torch.maximum, chosen))
 
 
+CLIP_AT = 2.0
+"""Of the norm that an honest gradient has if it is nothing but noise."""
+
+
+def norm_clip(totals: Sequence[Tensor], samples: Sequence[int], usual: float = 0.0) -> Tensor:
+    """The mean of the members' mean gradients, weighted by samples (see `_means`), each shortened to
+    `CLIP_AT` × √members × `usual` where it is longer.
+
+    `usual`: the norm that the last entry had in these values, 0 for unknown: then nothing is shortened. The
+    mean of n gradients that are nothing but noise is √n times as short as each of them, hence the √members:
+    without it honest gradients would be shortened, and the bound with them, from step to step.
+
+    A member that lies moves the result by no more than its share of the weight, times that bound.
+    """
+    means, weights = _means(totals, samples)
+    if len(means) < FEWEST:
+        return mean_chunk(totals, samples)
+    bound = CLIP_AT * math.sqrt(len(means)) * usual
+    for mean in means if bound else ():
+        length = math.sqrt(_squared_norm_in_order(mean))
+        if length > bound:
+            mean.mul_(_scalar(bound / length))
+    summed = torch.zeros_like(means[0])
+    for mean, weight in zip(means, weights, strict=True):
+        summed.add_(mean.mul(_scalar(weight)))
+    summed.div_(_scalar(math.fsum(weights)))
+    return _within(summed, reduce(torch.minimum, means), reduce(torch.maximum, means))
+
+
+def for_chunk(aggregation: Aggregation, last: EntryHeader | None, start: int, stop: int) -> Aggregation:
+    """The rule for the values [start, stop). One that follows past entries is told of the last one: its
+    header is a part of the lineage, so all members have the same."""
+    if aggregation is not norm_clip or last is None:
+        return aggregation
+    return partial(norm_clip, usual=usual_norm(last, start, stop))
+
+
+def usual_norm(last: EntryHeader, start: int, stop: int) -> float:
+    """The norm that entry had in the values [start, stop), if each of its spans had it evenly."""
+    parts = [
+        squared * (min(stop, ends) - max(start, begins)) / (ends - begins)
+        for begins, ends, squared in zip(last.spans, last.spans[1:], last.squared_norms, strict=False)
+        if begins < ends and begins < stop and start < ends
+    ]
+    return math.sqrt(math.fsum(parts))
+
+
 AGGREGATIONS: Mapping[str, Aggregation] = MappingProxyType(
     {
         "mean": mean_chunk,
@@ -143,6 +191,7 @@ AGGREGATIONS: Mapping[str, Aggregation] = MappingProxyType(
         "centered_clip": centered_clip,
         "trimmed_mean": trimmed_mean,
         "median": median,
+        "norm_clip": norm_clip,
     }
 )
 """By the name that the run file gives them."""
@@ -163,7 +212,7 @@ def outsized(totals: Sequence[Tensor], samples: Sequence[int], usual: float) -> 
     if len(totals) + bool(usual) < 3:
         return None
     norms = [
-        math.sqrt(_about_squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)
+        math.sqrt(about_squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)
     ]
     known = sorted([*norms, usual] if usual else norms)
     if not (median := known[(len(known) - 1) // 2]):
@@ -172,7 +221,7 @@ def outsized(totals: Sequence[Tensor], samples: Sequence[int], usual: float) -> 
     return longest if norms[longest] > OUTSIZED * median else None
 
 
-def _about_squared_norm(values: Tensor) -> float:
+def about_squared_norm(values: Tensor) -> float:
     """Σ x² in float32, three times as fast as in float64, unless that overflows or vanishes."""
     about = torch.dot(values, values).item()
     return about if 2.0**-60 < about < math.inf else squared_norm(values)

@@ -19,10 +19,18 @@ from blake3 import blake3
 from torch import Tensor
 
 from p2ptrain.errors import BadMessage
-from p2ptrain.gradients.aggregation import OUTSIZED, Aggregation, outsized, squared_norm
+from p2ptrain.gradients.aggregation import (
+    OUTSIZED,
+    Aggregation,
+    about_squared_norm,
+    for_chunk,
+    outsized,
+    squared_norm,
+)
 from p2ptrain.gradients.codecs import Buffer, Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness
+from p2ptrain.records import EntryHeader
 
 MAX_SPARE = 64
 """Pieces of memory for chunks that are kept for the next ones, half a megabyte each with fp32."""
@@ -78,6 +86,10 @@ class Rule:
     """Of the last averaged gradient, 0 if there was none."""
     owed: Owed
     likeness: Likeness
+    audited: bool = False
+    """Whether the parts are hashed, too."""
+    last: EntryHeader | None = None
+    """The entry before, which some rules follow."""
 
 
 def average_chunk(
@@ -89,9 +101,9 @@ def average_chunk(
     start: int,
     count: int,
     place: memoryview,
-) -> tuple[float, bytes]:
+) -> tuple[float, bytes, list[bytes]]:
     """Write what the rule makes of the encoded parts into `place`, encoded; returns its squared norm, as
-    everyone will decode it, and its digest.
+    everyone will decode it, its digest, and where the run is audited those of the parts.
 
     `ranks`, `parts` and `samples` (> 0) are those of the members that brought samples, in roster order, and
     the chunk is of the `count` values from `start` on. Raises Spoilt.
@@ -107,20 +119,48 @@ def average_chunk(
     if (odd := outsized(totals, samples, rule.usual_norm)) is not None:
         raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
     rule.likeness.add(ranks, totals, samples)
-    mean = rule.aggregation(totals, samples)
+    mean = for_chunk(rule.aggregation, rule.last, start, start + count)(totals, samples)
     encoded, decoded = rule.owed.encode(start, mean, scratch.take(len(parts), count))
     place[:] = encoded
-    return squared_norm(decoded), blake3(place).digest()
+    hashed = [blake3(part).digest() for part in parts] if rule.audited else []
+    return squared_norm(decoded), blake3(place).digest(), hashed
+
+
+def sum_again(
+    codec: Codec,
+    aggregation: Aggregation,
+    scratch: Scratch,
+    parts: Sequence[Buffer],
+    samples: Sequence[int],
+    count: int,
+) -> bytes | None:
+    """What `average_chunk` must have made of these encoded parts, with a codec that keeps nothing, and the
+    rule `for_chunk`; None if one of them cannot be decoded, and so nothing may have been made of them."""
+    totals = [scratch.take(index, count) for index in range(len(parts))]
+    try:
+        for part, total in zip(parts, totals, strict=True):
+            codec.decode(part, total)
+    except BadMessage:
+        return None
+    return bytes(codec.encode(aggregation(totals, samples)))
+
+
+def encode_chunk(codec: Codec, values: Tensor) -> tuple[Buffer, bytes]:
+    """The values, encoded, and the digest of that."""
+    encoded = codec.encode(values)
+    return encoded, blake3(encoded).digest()
 
 
 def check_chunk(
     codec: Codec, scratch: Scratch, encoded: Buffer, count: int, place: memoryview | None
-) -> bytes:
-    """The digest of an encoded mean of `count` values, which is copied to `place` if there is one.
+) -> tuple[bytes, float]:
+    """The digest of an encoded mean of `count` values, which is copied to `place` if there is one, and about
+    its squared norm.
 
     Raises BadMessage if it cannot be decoded: after the commit it would be too late to refuse.
     """
-    codec.decode(encoded, scratch.take(0, count))
+    mean = scratch.take(0, count)
+    codec.decode(encoded, mean)
     if place is not None:
         place[:] = encoded
-    return blake3(encoded).digest()
+    return blake3(encoded).digest(), about_squared_norm(mean)

@@ -31,6 +31,7 @@ from p2ptrain.protocol.round import (
     Benched,
     Cancel,
     CatchUp,
+    Distrusted,
     Diverged,
     Effect,
     Rules,
@@ -40,6 +41,7 @@ from p2ptrain.protocol.round import (
 from p2ptrain.protocol.terms import newest, revision, rules_at
 from p2ptrain.records import (
     Abort,
+    Accusation,
     Answer,
     Ask,
     Ballot,
@@ -70,6 +72,8 @@ OFFENCES_FORGIVEN = 2
 BENCH_SECONDS = 120.0
 BENCH_MOST_SECONDS = 3600.0
 """The bench for the third offence, and for the eighth and later ones; in between it doubles."""
+CONVICTED_SECONDS = 30 * 86_400.0
+"""For a proven lie; a process hardly ever lives longer."""
 CONTRACT = frozenset({AbortCause.BAD_CHUNK, AbortCause.NONFINITE})
 """Causes that somebody is to blame for, beyond being late or gone."""
 WELCOME_STEPS = 20
@@ -128,6 +132,8 @@ class Member:
         self._offences: Counter[PeerId] = Counter()
         self._benched: dict[PeerId, float] = {}
         self._unanswered: set[PeerId] = set()
+        self._void: set[str] = set()
+        """Lineages with an entry in them that is proven to be a lie: they have no weight."""
         self._beat_at = float("inf")
 
     @property
@@ -162,11 +168,13 @@ class Member:
         *,
         newcomers: Iterable[PeerId] = (),
         settled: bool,
+        above: Ballot | None = None,
     ) -> list[Effect]:
         """The replica now stands at `position`, where `last` led it.
 
         `settled` is True after a commit that this peer took part in. After a start, a resume or a catch-up it
-        is False: somebody may lead this step already, so this peer asks before it would lead.
+        is False: somebody may lead this step already, so this peer asks before it would lead. After an entry
+        was undone, its ballot is what later ones must be `above`: no two attempts may have one name.
         """
         same = position == self.position
         self.position, self.last = position, last
@@ -178,7 +186,7 @@ class Member:
         self.passed.pop(position.step - MAX_PASSED, None)
         self.leader = None
         if not settled:
-            ahead = [p for p, at in self.known.items() if p not in self.lost and heavier(at, position)]
+            ahead = [p for p, at in self.known.items() if p not in self.lost and self._outweighs(at)]
             if ahead:
                 donor = min(ahead, key=lambda peer: (self._unhelpful[peer], -self.known[peer].weight, peer))
                 self.stage = Stage.OUTSIDE
@@ -187,6 +195,8 @@ class Member:
         self.stage = Stage.ACCUMULATING
         if not same:
             self.ballot = None  # a promise is for the whole step, also after a catch-up that led nowhere
+        if above is not None:
+            self.ballot = above
         self.joined = self.freeze = self.held_header = self.held_position = None
         self._beat_at = now + self.rules.heartbeat_seconds
         self._report = Report(
@@ -211,6 +221,7 @@ class Member:
             if appointed or alone:
                 roster = set(last.roster) if last is not None else set()
                 self.leader = self._new_leader(roster - {self.me} - self.lost)
+                self.leader.number = self.ballot.number if self.ballot is not None else 0
                 self.leader.include(self._report, now)
                 self._welcome(newcomers, now)
             else:
@@ -307,6 +318,30 @@ class Member:
         """A donor sent something that it cannot have in its log or snapshot."""
         return self._settle(self._offended(peer, now), now)
 
+    def convicted(self, peer: PeerId, now: float) -> list[Effect]:
+        """It is proven, by what it has signed, that the peer lies: nobody needs to take another's word."""
+        if peer == self.me:
+            return []
+        return self._settle(self._bench(peer, CONVICTED_SECONDS, now), now)
+
+    def outvoted(self, step: int, ours: str, theirs: str, donor: PeerId) -> list[Effect]:
+        """Most peers have signed for another state, at a lineage that this one had, too."""
+        if self.position is None or self.stage is Stage.OUTSIDE:
+            return []
+        return [Diverged(step, ours, theirs), *self._go_outside(donor, self.position, afresh=True)]
+
+    def undo(self, step: int, void: Iterable[str]) -> list[Effect]:
+        """The entry that led on from `step` is proven to be a lie: go back, and to none of these lineages
+        again."""
+        if len(self._void) >= MAX_PASSED:
+            self._void.clear()
+        self._void.update(void)
+        if self.position is None or self.stage is Stage.OUTSIDE:
+            return []
+        effects = self._leave_attempt(AbortCause.SUPERSEDED)
+        self.stage, self.leader = Stage.OUTSIDE, None
+        return [*effects, CatchUp(self.me, self.position, undo=step)]
+
     def unhelpful(self, donor: PeerId) -> None:
         """The donor could not bring this peer further. It is not gone for that: another is tried first, and
         what one claims is believed no more after `MAX_UNHELPFUL` times, until it says it again."""
@@ -319,7 +354,7 @@ class Member:
         """The link to a peer was reset (`up`) or could not be restored (not `up`)."""
         if not up:
             return self._settle(self._lose(peer, now), now)
-        if self._is_benched(peer, now):
+        if self.is_benched(peer, now):
             return []
         self.lost.discard(peer)
         effects: list[Effect] = []
@@ -336,7 +371,7 @@ class Member:
         self.known = {
             peer: position
             for peer, position in sorted(present.items())[:MAX_KNOWN]
-            if peer != self.me and not self._is_benched(peer, now)
+            if peer != self.me and not self.is_benched(peer, now)
         }
         mine = self.position
         if mine is None or self.stage is Stage.OUTSIDE:
@@ -345,7 +380,7 @@ class Member:
         for peer, position in self.known.items():
             # A presence record lags by seconds, so it only gives cause to ask.
             stranger = self.leader is not None and peer not in posted
-            if stranger or heavier(position, mine) or position.lineage != self.passed.get(position.step):
+            if stranger or self._outweighs(position) or position.lineage != self.passed.get(position.step):
                 effects.append(Send(peer, Ask(position=mine)))
         return self._settle(effects, now)
 
@@ -392,7 +427,7 @@ class Member:
     # -- messages --------------------------------------------------------------------------------------------
 
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
-        if self._is_benched(sender, now):
+        if self.is_benched(sender, now):
             return []
         if self.withdrawn:
             return self._decline(sender, message)
@@ -408,6 +443,8 @@ class Member:
         if self.position is None:
             return []
         match message:
+            case Accusation():
+                return []  # the rim asks for the proof, and tells what it is worth
             case Ask():
                 return self._on_ask(sender, message, now)
             case Report():
@@ -445,7 +482,10 @@ class Member:
         mine, theirs = self._here(), report.position
         if theirs == mine and self.stage is not Stage.OUTSIDE:
             if self.leader is not None and self.leader.phase is not Phase.ENDED:
-                return self.leader.report(sender, report, now)
+                effects = self.leader.report(sender, report, now)
+                # A claim that cannot be is an offence as any other.
+                liars = [effect.peer for effect in effects if isinstance(effect, Distrusted)]
+                return [*effects, *(each for peer in liars for each in self._offended(peer, now))]
             return self._reply(sender)
         if theirs.step == mine.step + 1 or self.stage is Stage.OUTSIDE:
             # It has applied what we are about to; keep its word until we get there.
@@ -455,7 +495,7 @@ class Member:
         if self.last is not None and (theirs.step, theirs.lineage) == (self.last.step, self.last.parent):
             self._welcome([sender], now)
             return [Send(sender, Commit(position=mine))]
-        if heavier(theirs, mine):
+        if self._outweighs(theirs):
             return [Send(sender, Ask(position=mine))]
         return [Send(sender, self.answer())]
 
@@ -485,7 +525,7 @@ class Member:
         if self.held_header is not None and position == self.held_position:
             self.stage = Stage.OUTSIDE
             return [Apply(self.held_header, newcomers)]
-        if position.step == mine.step + 1 and heavier(position, mine):
+        if position.step == mine.step + 1 and self._outweighs(position):
             holders = self.leader.holders(position) if self.leader is not None else []
             others = [peer for peer in holders if peer not in self.lost and peer != self.me]
             return self._go_outside(sender if sender != self.me else next(iter(others), sender), position)
@@ -516,7 +556,7 @@ class Member:
 
     def _on_ask(self, sender: PeerId, ask: Ask, now: float) -> list[Effect]:
         mine = self._here()
-        if self.stage is not Stage.OUTSIDE and heavier(ask.position, mine):
+        if self.stage is not Stage.OUTSIDE and self._outweighs(ask.position):
             return [Send(sender, self.answer()), *self._go_outside(sender, ask.position)]
         effects: list[Effect] = []
         question = None
@@ -542,7 +582,7 @@ class Member:
         if theirs != mine:
             if theirs == self.held_position:
                 return self._on_commit(sender, theirs, ())
-            if heavier(theirs, mine):
+            if self._outweighs(theirs):
                 return self._go_outside(sender, theirs)
             # The sender believes it leads a step that is over, or trains a lineage that lost: it should know.
             return [Send(sender, self.answer())] if answer.leader == sender else []
@@ -582,6 +622,10 @@ class Member:
     def _here(self) -> Position:
         assert self.position is not None
         return self.position
+
+    def _outweighs(self, position: Position) -> bool:
+        """Whether this peer would go there: a void lineage has no weight, whatever is behind it."""
+        return position.lineage not in self._void and heavier(position, self._here())
 
     def _meet(self, peer: PeerId, position: Position | None = None) -> None:
         if peer == self.me or (peer not in self.known and len(self.known) >= MAX_KNOWN):
@@ -685,12 +729,16 @@ class Member:
         if surplus <= 0:
             return []
         seconds = min(BENCH_SECONDS * 2 ** (surplus - 1), BENCH_MOST_SECONDS)
-        self._benched = {each: until for each, until in self._benched.items() if until > now}
-        self._benched[peer] = now + seconds
-        self.known.pop(peer, None)
-        return [Benched(peer, self._offences[peer], seconds), *self._lose(peer, now)]
+        return [Benched(peer, self._offences[peer], seconds), *self._bench(peer, seconds, now)]
 
-    def _is_benched(self, peer: PeerId, now: float) -> bool:
+    def _bench(self, peer: PeerId, seconds: float, now: float) -> list[Effect]:
+        self._benched = {each: until for each, until in self._benched.items() if until > now}
+        self._benched[peer] = max(now + seconds, self._benched.get(peer, now))
+        self.known.pop(peer, None)
+        return self._lose(peer, now)
+
+    def is_benched(self, peer: PeerId, now: float) -> bool:
+        """Whether this peer neither hears nor believes that one at present."""
         return self._benched.get(peer, now) > now
 
     def _replace_leader(self, now: float) -> list[Effect]:

@@ -80,6 +80,8 @@ class CatchUp:
     position: Position
     afresh: bool = False
     """This replica is damaged: replay will not do, take a snapshot even of the same step."""
+    undo: int | None = None
+    """No donor is needed: go back to this step, or before it, as the entry that led on is void."""
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,13 @@ def _model_files(snapshot: Snapshot, run: RunConfig, base_digest: str) -> dict[s
     return adapter_files(unpack(snapshot.blob).parameters, run, base_digest, snapshot.position)
 
 
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: what led to them is void. Raises OSError."""
+    for path in directory.glob("step-*") if directory.is_dir() else ():
+        if FOLDER.fullmatch(path.name) and int(path.name.removeprefix("step-")) > step:
+            _delete(path)
+
+
 def _aside(folder: Path, why: str) -> Path:
     return folder.with_name(f".{why}-{folder.name}")
 

@@ -20,10 +20,12 @@ from p2ptrain.records import (
     EntryReply,
     GetEntry,
     GetEvents,
+    GetInput,
     GetLineage,
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetProof,
     GetRun,
     Later,
     Lineage,
@@ -123,6 +125,8 @@ class Donor:
                 return Refusal(reason="invites are redeemed at the organizer's bootstrap"), b""
             case GetMetrics() | GetEvents():
                 return Refusal(reason="this peer is not to be watched"), b""
+            case GetInput() | GetProof():
+                return Refusal(reason="this run is not audited"), b""
 
     # -- what the trainer tells ------------------------------------------------------------------------------
 

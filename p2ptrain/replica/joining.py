@@ -3,7 +3,8 @@
 On the joiner: whether to replay, which manifest to believe, which piece to ask of whom, whom to leave alone
 for a while. On the donor: at which step to pack so that all donors pack the same, and when a piece may leave.
 
-Not covered: whether a state follows from its lineage. Donors that agree are believed; a lone one can lie.
+Not covered: whether a state follows from its lineage. The majority of donors is believed, and of all who have
+signed a record of what they had at that step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from p2ptrain.records import Manifest, PeerId
+from p2ptrain.records import Manifest, Milestone, PeerId
 
 # -- replay or snapshot --------------------------------------------------------------------------------------
 
@@ -92,6 +93,35 @@ def elect(
         tuple(peer for peer in there if among[peer] == manifest),
         tuple(peer for peer in there if among[peer] != manifest),
     )
+
+
+def attested(step: int, lineage: str, said: Iterable[Sequence[Milestone]]) -> str | None:
+    """How the state digest at that position begins, by more than half of the signed records that speak of it;
+    None if there is no such majority. `said`: the milestones in each peer's record."""
+    here = step, lineage[:16]
+    told = Counter(each.state for record in said for each in record if (each.step, each.lineage) == here)
+    state, votes = max(told.items(), key=lambda item: item[1], default=("", 0))
+    return state if 2 * votes > told.total() else None
+
+
+@dataclass(frozen=True)
+class Outvoted:
+    """Most peers have signed for the state `theirs` where this one had `mine`; `donor` is one of them."""
+
+    mine: Milestone
+    theirs: str
+    donor: PeerId
+
+
+def outvoted(mine: Sequence[Milestone], said: Mapping[PeerId, Sequence[Milestone]]) -> Outvoted | None:
+    """The newest of my own milestones at which most records, mine among them, speak of another state at the
+    same lineage; None if there is none, as it should be."""
+    for own in reversed(mine):
+        believed = attested(own.step, own.lineage, [mine, *said.values()])
+        if believed is not None and believed != own.state:
+            theirs = own.model_copy(update={"state": believed})
+            return Outvoted(own, believed, min(peer for peer, told in said.items() if theirs in told))
+    return None
 
 
 # -- which piece to ask of whom ------------------------------------------------------------------------------

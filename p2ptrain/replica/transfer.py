@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
 from p2ptrain.events import CatchUpBy
@@ -21,6 +22,7 @@ from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.estimate import Estimate
 from p2ptrain.protocol.lineage import heavier
 from p2ptrain.records import (
+    Ballot,
     EntryHeader,
     EntryReply,
     GetEntry,
@@ -33,6 +35,7 @@ from p2ptrain.records import (
     PeerId,
     Piece,
     Position,
+    Presence,
     Reply,
     Request,
 )
@@ -46,6 +49,7 @@ from p2ptrain.replica.joining import (
     Errands,
     Pace,
     Progress,
+    attested,
     common_step,
     elect,
     replay_pays,
@@ -68,6 +72,19 @@ GRACE_SECONDS = 2.0
 """Once one donor has offered a snapshot, the others have so long to offer theirs."""
 EXTRA_STEPS = (0, 4, 16, 64)
 """Added to the step that donors propose, try by try: the swarm may be faster than it seemed."""
+
+
+class Lie(Protocol):
+    """An attempt of which it is proven that a reducer lied in it: `auditing.Convicted` is one."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def parent(self) -> str: ...
+
+    @property
+    def ballot(self) -> Ballot: ...
 
 
 @dataclass(frozen=True)
@@ -100,43 +117,90 @@ class CatchUp:
         partial: Partial,
         watch: Callable[[Progress], None] = lambda _: None,
         on_fault: Callable[[PeerId, PeerFault], None] = lambda *_: None,
+        lies: Sequence[Lie] = (),
+        on_lie: Callable[[PeerId], None] = lambda _: None,
     ) -> None:
         """`compute` runs a function on the one thread that owns the replica's tensors, `aside` on others.
-        `on_fault` is told which donor failed, and how."""
+        `on_fault` is told which donor failed, and how. `lies`: a log with one of these in it is void, and
+        `on_lie` is told whose is."""
         self._swarm, self._replica, self._log, self._codec = swarm, replica, log, codec
         self._compute, self._aside, self._partial = compute, aside, partial
         self._watch, self._on_fault = watch, on_fault
+        self._lies, self._on_lie = lies, on_lie
         self._snapshot_bytes = replica.max_state_bytes
         self._bench = Bench()
         self._seconds_per_byte = Estimate(first=1 / FIRST_BYTES_PER_SECOND)
         self._received = self._resumed = 0
         self._gave: set[PeerId] = set()
         self._forked = False
+        self._void = False
+        self._misled_by: frozenset[PeerId] = frozenset()
+        """Who gave the last snapshot."""
 
     async def from_donor(
-        self, donor: PeerId, claimed: Position, others: Mapping[PeerId, Position], *, afresh: bool
+        self,
+        donor: PeerId,
+        claimed: Position,
+        others: Mapping[PeerId, Position],
+        *,
+        afresh: bool,
+        void: bool = False,
     ) -> Arrival:
         """Replay the donor's entries up to `claimed`, after a snapshot where replay alone does not lead there
         or costs more. What `donor` gives, the `others` may give as well; where they stand may be old news.
 
-        `afresh`: what is here is damaged, so take a snapshot in any case. Raises PeerFault if nobody helped.
+        `afresh`: what is here is damaged, so take a snapshot in any case. `void`: so is what is here, and
+        whatever state is not will do. Raises PeerFault if nobody helped.
         """
+        self._void = void
         self._received, self._resumed, self._forked = 0, 0, False
         self._gave.clear()
         here, me = self._replica.position, self._swarm.peer_id
-        ahead = {each for each, at in others.items() if heavier(at, here)} - {donor, me}
+        ahead = {each for each, at in others.items() if void or heavier(at, here)} - {donor, me}
         alike = others.keys() - ahead - {donor, me}
         donors = [donor, *spread(me, ahead), *spread(me, alike)]
         # If all have failed lately they are asked again: to give up at once would make this peer go on alone.
         donors = (self._bench.without(donors, self._now()) or [donor])[:MAX_DONORS]
+        # Entries that follow on a sound state have no lie before it.
+        donors = await self._sound(donors, [lie for lie in self._lies if lie.step >= here.step])
         donor = donor if donor in donors else donors[0]
-        if not afresh and await self._replay(donors, donor, claimed, or_snapshot=True):
+        if not afresh and not void and await self._replay(donors, donor, claimed, or_snapshot=True):
             return self._arrival(CatchUpBy.LOG, None)
-        parted = self._forked or await self._parted(donor, claimed)
+        parted = not void and (self._forked or await self._parted(donor, claimed))
         given_up = await self._given_up(donor, claimed) if parted else None
+        donors = await self._sound(donors, self._lies)
+        donor = donor if donor in donors else donors[0]
         await self._load_snapshot(donors, donor, claimed, afresh)
         await self._replay(donors, donor, claimed, or_snapshot=False)
         return self._arrival(CatchUpBy.SNAPSHOT, given_up)
+
+    async def _sound(self, donors: Sequence[PeerId], lies: Sequence[Lie]) -> list[PeerId]:
+        """Those of the donors whose logs have none of these lies in them. Raises Refused if none is left."""
+        lying = await asyncio.gather(*(self._stands_on_one(donor, lies) for donor in donors))
+        sound = [donor for donor, lies in zip(donors, lying, strict=True) if not lies]
+        if not sound:
+            raise Refused("whoever could help has a log with a proven lie in it")
+        return sound
+
+    async def _stands_on_one(self, donor: PeerId, lies: Sequence[Lie]) -> bool:
+        """Whether an entry of the donor's log is proven to be a lie. If so it is told, and may go back."""
+        for lie in lies:
+            try:
+                reply, _ = await self._request(donor, GetEntry(step=lie.step, with_payload=False))
+            except PeerFault:
+                continue  # its log may not reach back so far; if it is gone, that will be seen
+            if isinstance(reply, EntryReply):
+                header = reply.header
+                if (header.parent, header.ballot) == (lie.parent, lie.ballot):
+                    self._on_lie(donor)
+                    return True
+        return False
+
+    def was_misled(self) -> None:
+        """The state that the last snapshot led to is not the swarm's: who gave it is not asked again soon."""
+        misled, self._misled_by = self._misled_by, frozenset()
+        for donor in sorted(misled):
+            self._failed(donor, BadMessage(f"{donor[-8:]} gave a snapshot that is not the swarm's state"))
 
     def _arrival(self, how: CatchUpBy, given_up: int | None) -> Arrival:
         return Arrival(how, given_up, self._received, len(self._gave), self._resumed)
@@ -256,7 +320,14 @@ class CatchUp:
             fault = f"its snapshot of step {elected.manifest.position.step} is not the one that {more} have"
             self._failed(liar, BadMessage(f"{liar[-8:]}: {fault}"))
         snapshot = await self._download(elected)
+        # Records that were not out yet when the donors were asked may be by now.
+        if not await self._is_attested(elected.manifest):
+            await self._aside(self._partial.clear)
+            for liar in elected.donors:
+                self._failed(liar, _unlike_the_records(liar, elected.manifest))
+            raise _unlike_the_records(elected.donors[0], elected.manifest)
         await self._compute(self._replica.load_state, snapshot)
+        self._misled_by = frozenset(elected.donors)
         self._log.restart(snapshot.position)
         await self._aside(self._partial.clear)
 
@@ -266,13 +337,16 @@ class CatchUp:
         """The snapshot that as many donors as possible have: they are asked for one at the same step."""
         begun: Manifest | None = await self._aside(self._partial.manifest)
         here = self._replica.position
-        if begun is not None and not heavier(begun.position, here):
+        if begun is not None and (self._void or not heavier(begun.position, here)):
             begun = None
-        fresh = here.weight == 0
+        fresh = here.weight == 0 or self._void
         step, exactly = begun.position.step if begun is not None else claimed.step, False
         best: Elected | None = None
         for extra in EXTRA_STEPS:
             offers, proposed, last = await self._offers(donors, step, exactly, afresh)
+            for liar in [each for each, offer in offers.items() if not await self._is_attested(offer)]:
+                last = _unlike_the_records(liar, offers.pop(liar))
+                self._failed(liar, last)
             elected = elect(offers, donor, fresh=fresh, begun=begun)
             if elected is not None and (best is None or len(elected.donors) > len(best.donors)):
                 best = elected
@@ -290,9 +364,8 @@ class CatchUp:
     ) -> tuple[dict[PeerId, Manifest], list[int], PeerFault | None]:
         """What each donor would give, the steps that others propose, and why the last one failed, if one
         did."""
-        wanted = GetManifest(
-            weight=self._replica.position.weight + (0 if afresh else 1), step=step, exactly=exactly
-        )
+        least = 0 if self._void else self._replica.position.weight + (0 if afresh else 1)
+        wanted = GetManifest(weight=least, step=step, exactly=exactly)
         asked = {
             asyncio.create_task(self._ask(donor, wanted), name=f"manifest of {donor}"): donor
             for donor in self._bench.without(donors, self._now()) or donors
@@ -330,6 +403,13 @@ class CatchUp:
             await _stop(pending)
         return offers, proposed, last
 
+    async def _is_attested(self, manifest: Manifest) -> bool:
+        """Whether it is the state that most of those had who have signed for what they had there, if any."""
+        records = [each for each in await self._swarm.lookup("presence") if isinstance(each, Presence)]
+        at, said = manifest.position, [each.milestones for each in records]
+        state = attested(at.step, at.lineage, said)
+        return state is None or manifest.state_digest.startswith(state)
+
     async def _ask(self, donor: PeerId, wanted: GetManifest) -> Reply:
         reply, _ = await self._request(donor, wanted, donor_seconds=REACH_SECONDS + PACKING_SECONDS)
         return reply
@@ -338,7 +418,7 @@ class CatchUp:
         """Raises Refused if the snapshot is of no use here, BadMessage if it cannot be one of this run."""
         here = self._replica.position
         same = afresh and manifest.position == here
-        if not same and not heavier(manifest.position, here):
+        if not self._void and not same and not heavier(manifest.position, here):
             raise Refused(
                 f"{donor[-8:]} offers step {manifest.position.step} with {manifest.position.weight} samples "
                 f"behind it; this peer already has {here.weight}"
@@ -466,6 +546,13 @@ class CatchUp:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _unlike_the_records(donor: PeerId, manifest: Manifest) -> BadMessage:
+    return BadMessage(
+        f"{donor[-8:]} offers a snapshot of step {manifest.position.step} that is not the state which most "
+        "peers have signed for"
+    )
 
 
 def _pieces(assembly: Assembly, errands: Errands, pace: Pace, now: float) -> Progress:

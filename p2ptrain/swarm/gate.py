@@ -28,10 +28,12 @@ from p2ptrain.records import (
     Decree,
     GetEntry,
     GetEvents,
+    GetInput,
     GetLineage,
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetProof,
     GetRun,
     Kick,
     Kicks,
@@ -181,7 +183,7 @@ def put_out(kick: Kick) -> str:
 def permits(role: Permission, request: Request | None) -> bool:
     """Whether this role may ask that; None: take part in rounds."""
     match request:
-        case None:
+        case None | GetInput() | GetProof():
             return role == "train"
         case GetPiece():
             return role != "watch"

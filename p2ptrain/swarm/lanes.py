@@ -42,11 +42,13 @@ from p2ptrain.records import (
     Averaged,
     Chunk,
     EntryReply,
+    FalseSum,
     GetEvents,
     GetMetrics,
     GetRun,
     Greeting,
     Hello,
+    Input,
     Later,
     Lineage,
     Manifest,
@@ -61,6 +63,7 @@ from p2ptrain.records import (
     Refusal,
     Reply,
     Request,
+    TwoStories,
     Watching,
     Wire,
 )
@@ -444,7 +447,18 @@ class Lanes:
         match reply:
             case Refusal():
                 raise Refused(f"peer {short(to)} refused {request.kind}: {clean(reply.reason)}")
-            case Piece() | EntryReply() | Lineage() | Manifest() | Later() | Redeemed() | Probed():
+            case (
+                Piece()
+                | EntryReply()
+                | Lineage()
+                | Manifest()
+                | Later()
+                | Input()
+                | FalseSum()
+                | TwoStories()
+                | Redeemed()
+                | Probed()
+            ):
                 return reply, payload
             case _:
                 raise BadMessage(f"a {reply.kind} in answer to {request.kind}")

@@ -90,7 +90,7 @@ from p2ptrain.swarm.crew import Crew
 from p2ptrain.swarm.frames import pack, read_frame
 from p2ptrain.swarm.gate import Gate, permits
 from p2ptrain.swarm.holders import lock_holder, port_holder
-from p2ptrain.swarm.identity import load_or_create
+from p2ptrain.swarm.identity import load_or_create, verify
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
 from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
 from p2ptrain.swarm.port import Buffer, Handler
@@ -328,6 +328,12 @@ class Libp2pSwarm:
     @property
     def dial_seconds(self) -> float:
         return self._lanes.dial_seconds
+
+    def sign(self, claim: bytes) -> str:
+        return self._identity.sign(claim).hex()
+
+    def signed(self, peer: PeerId, claim: bytes, signature: str) -> bool:
+        return verify(peer, claim, bytes.fromhex(signature))
 
     def serve(self, handler: Handler) -> None:
         self._lanes.serve(handler)

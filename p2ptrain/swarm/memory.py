@@ -5,7 +5,7 @@ peer's `MemorySwarm` is a `port.Swarm` like any other: frames, greetings, refusa
 links are those of `lanes`, byte for byte; only the streams under them are ours. Time is the running event
 loop's: under `clock.run` it is virtual, and an hour of training is over in seconds.
 
-Not covered: lies and signatures. Here every peer is who it says it is, and what it publishes is its own;
+Not covered: forgery. Here every peer is who it says it is, and what it publishes is its own;
 invites hold for streams and not for records.
 """
 
@@ -17,6 +17,8 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,7 +28,7 @@ from p2ptrain.records import SIGNED, Averaged, Chunk, Message, PeerId, Presence,
 from p2ptrain.swarm.clock import Cancellable
 from p2ptrain.swarm.crew import Crew
 from p2ptrain.swarm.gate import Gate
-from p2ptrain.swarm.identity import SIGNATURE_BYTES
+from p2ptrain.swarm.identity import SIGNATURE_BYTES, Identity, of_seed, verify
 from p2ptrain.swarm.lanes import ASKING, Kind, Lanes, Stream
 from p2ptrain.swarm.network import Network as Network
 from p2ptrain.swarm.port import Buffer, Handler
@@ -163,6 +165,7 @@ class MemorySwarm:
     ) -> None:
         self._hub = hub
         self._peer_id = peer_id
+        self._identity = _identity_of(peer_id)
         self._crew = Crew()
         self._lanes = Lanes(
             peer_id,
@@ -211,6 +214,12 @@ class MemorySwarm:
     @property
     def dial_seconds(self) -> float:
         return self._lanes.dial_seconds
+
+    def sign(self, claim: bytes) -> str:
+        return self._identity.sign(claim).hex()
+
+    def signed(self, peer: PeerId, claim: bytes, signature: str) -> bool:
+        return verify(_identity_of(peer).peer_id, claim, bytes.fromhex(signature))
 
     def serve(self, handler: Handler) -> None:
         self._lanes.serve(handler)
@@ -327,6 +336,12 @@ class MemorySwarm:
         del ends[end]
         if not ends:
             del self._ends[end.peer]
+
+
+@cache
+def _identity_of(name: PeerId) -> Identity:
+    """Peers of a hub have short names; what one signs, nobody else signs by mistake."""
+    return of_seed(sha256(name.encode()).digest())
 
 
 # -- simulated streams ---------------------------------------------------------------------------------------

@@ -55,6 +55,14 @@ class Swarm(Protocol):
         """How long a peer whose link broke is given to answer again, from what reaching peers took so far."""
         ...
 
+    def sign(self, claim: bytes) -> str:
+        """This peer's signature, as hex."""
+        ...
+
+    def signed(self, peer: PeerId, claim: bytes, signature: str) -> bool:
+        """Whether that peer has signed these bytes."""
+        ...
+
     def serve(self, handler: Handler) -> None:
         """Deliver what arrives to `handler`; until then it is refused."""
         ...

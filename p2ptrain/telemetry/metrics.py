@@ -61,6 +61,7 @@ from p2ptrain.events import (
     Paused,
     PauseReason,
     PeerBenched,
+    PeerConvicted,
     PeerFaulted,
     PeerKicked,
     PeerStoodOut,
@@ -323,6 +324,7 @@ class Metrics:
         self._benched = counter("peer_benches_total", "Times that a peer was left out for what it had done.")
         self._terms = gauge("terms_revision", "Of the organizer's changes to the run, as heard of.")
         self._kicked = counter("peer_kicks_total", "Times that the organizer put a peer out.")
+        self._convicted = counter("peer_convictions_total", "Peers that were proven to have lied.")
         self._carrier_changes = counter(
             "carrier_changes_total", "Times that a peer's chunks began to go this way.", carrier=Carrier
         )
@@ -464,6 +466,8 @@ class Metrics:
                 self._benched.inc()
             case PeerKicked():
                 self._kicked.inc()
+            case PeerConvicted():
+                self._convicted.inc()
             case CarrierChanged():
                 self._carrier_changes.labels(event.carrier).inc()
             case PeerStoodOut():

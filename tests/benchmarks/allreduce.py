@@ -3,7 +3,8 @@
     python tests/benchmarks/allreduce.py --peers 2 --megabytes 100 [--rounds 7]
 
 Ours is an `Attempt` as in training, with a roster that is fixed beforehand: encoding, sending, adding in
-roster order, checking, hashing, until every peer holds the same bytes; per carrier and codec. hivemind's is
+roster order, checking, hashing, until every peer holds the same bytes; per carrier and codec, and as in a
+run that is audited: hashed and signed both ways, too. hivemind's is
 the all-reduce of its `DecentralizedAverager`, in a group that was formed beforehand. gloo's is torch's
 `all_reduce`, without encryption or checks, for peers that never leave. Each peer is a process on loopback
 with one torch thread. All contenders are up all the time and take turns; what counts is the median of the
@@ -26,6 +27,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, product
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -36,6 +38,7 @@ TARGETS = {
     "fp32_times_as_fast_as_hivemind": ">= 4",
     "fp16_times_as_fast_as_hivemind": ">= 5",
     "fp32_time_over_gloo": "<= 2.2 with 2 peers, <= 3.5 with 4",
+    "audited_time_over_plain": "<= 1.03 of a whole round, of which averaging is a part",
     "tiny_round_ms": "<= 15 with 2 peers, <= 30 with 4",
 }
 
@@ -49,13 +52,14 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
 
     from p2ptrain import PROTOCOL_VERSION
     from p2ptrain.allreduce import Attempt, Contribution, touched_memory
+    from p2ptrain.auditing import Evidence
     from p2ptrain.config import RunConfig
     from p2ptrain.events import Carrier
     from p2ptrain.gradients.aggregation import mean_chunk
     from p2ptrain.gradients.codecs import codec_named
     from p2ptrain.gradients.feedback import Owed
     from p2ptrain.gradients.reducing import Scratch
-    from p2ptrain.protocol.spans import share_out
+    from p2ptrain.protocol.spans import chunk_count, share_out
     from p2ptrain.records import Averaged, Ballot, Chunk, Freeze, PeerId, Presence, Refusal
     from p2ptrain.swarm.libp2p import Libp2pSwarm
 
@@ -107,7 +111,9 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
         data_port=0 if carrier == "tls" else None,
     )
 
-    async def average(step: int, codec_name: str, roster: list[PeerId], seconds: float) -> dict[str, Any]:
+    async def average(
+        step: int, codec_name: str, audited: bool, roster: list[PeerId], seconds: float
+    ) -> dict[str, Any]:
         codec, ended = codec_named(codec_name), loop.create_future()
         memory = await work(touched_memory, codec.encoded_bytes(values) + 2**16)  # as while they compute
         freeze = Freeze(
@@ -120,6 +126,8 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
             cutoff_seconds=0.0,
             deadline_seconds=seconds,
         )
+        chunks = [chunk_count(*span, chunk_values) for span in pairwise(freeze.spans)]
+        evidence = Evidence(freeze, swarm, "1" * 64, "", chunks, None) if audited else None
         usage = resource.getrusage(resource.RUSAGE_SELF)
         began, cpu = monotonic(), usage.ru_utime + usage.ru_stime
         async with asyncio.TaskGroup() as group:
@@ -136,6 +144,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
                 work,
                 scratch,
                 memory,
+                evidence,
                 lambda header, _: ended.set_result(header.digest),
                 lambda suspects, cause, detail: ended.set_exception(RuntimeError(f"{cause}: {detail}")),
             )
@@ -177,8 +186,8 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
                     say(published=await swarm.publish(me, ttl_seconds=100))
                 case {"do": "meet"}:
                     say(met=[record.peer for record in await swarm.lookup("presence")])
-                case {"do": "go", "step": step, "codec": codec, "roster": roster}:
-                    say(**await average(step, codec, roster, ROUND_SECONDS))
+                case {"do": "go", "step": step, "codec": codec, "audited": audited, "roster": roster}:
+                    say(**await average(step, codec, audited, roster, ROUND_SECONDS))
 
 
 def hivemind_here(number: int, peers: int, entries: list[str], codec: str, values: int) -> None:
@@ -265,10 +274,12 @@ class Ours:
                 return
         raise RuntimeError(f"not everybody's chunks go over {carrier}")
 
-    def round(self, codec: str) -> tuple[float, float]:
+    def round(self, codec: str, *, audited: bool = False) -> tuple[float, float]:
         """Seconds, and seconds of processor time of one peer on average."""
         self._step += 1
-        heard = told(self._started, do="go", step=self._step, codec=codec, roster=self._roster)
+        heard = told(
+            self._started, do="go", step=self._step, codec=codec, audited=audited, roster=self._roster
+        )
         if len({each["digest"] for each in heard}) != 1:
             raise RuntimeError("peers ended with different bytes")
         self.over_tls = min(each["tls"] for each in heard)
@@ -304,11 +315,12 @@ def measure(peers: int, megabytes: float, rounds: int, without: list[str]) -> di
             told(gloo, do="begin")
         for turn in range(rounds + 1):  # the first one of each warms up
             for carrier, contender in ours.items():
-                for codec in ("fp32", "fp16"):
-                    took, spent = contender.round(codec)
+                for codec, audited in product(("fp32", "fp16"), (False, True)):
+                    took, spent = contender.round(codec, audited=audited)
                     if turn:
-                        seconds.setdefault(f"{carrier} {codec}", []).append(took)
-                        processor.setdefault(f"{carrier} {codec}", []).append(spent)
+                        name = f"{carrier} {codec}{' audited' if audited else ''}"
+                        seconds.setdefault(name, []).append(took)
+                        processor.setdefault(name, []).append(spent)
             for codec, started in theirs.items():
                 told(started, do="match")
                 heard = told(started, do="go")
@@ -342,6 +354,7 @@ def ratios(contenders: dict[str, Any]) -> dict[str, float]:
         "fp16_times_as_fast_as_hivemind": over("hivemind fp16", "tls fp16"),
         "fp32_time_over_gloo": over("tls fp32", "gloo fp32"),
         "tls_times_as_fast_as_libp2p": over("libp2p fp32", "tls fp32"),
+        "audited_time_over_plain": over("tls fp16 audited", "tls fp16"),
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -90,6 +90,8 @@ def _steps(journals: Journals, found: Audit) -> None:
                     at, rolled_to = 0, -1
                 case {"event": "rolled_back", "to_step": to}:
                     rolled_to, found.rollbacks = to, found.rollbacks + 1
+                    if record.get("liar") is not None:  # it went back by itself
+                        at = to
                 case {"event": "caught_up", "to_step": to}:
                     if to < at and to != rolled_to:
                         found.problems.append(
@@ -138,7 +140,8 @@ def _weights(journals: Journals, found: Audit) -> None:
                 case {"event": "rolled_back", "lineage": adopted}:
                     ours, theirs = behind(last), behind(adopted)
                     fork = next((lineage for lineage in ours if lineage in theirs), None)
-                    if last and fork is not None:
+                    void = record.get("liar") is not None  # what has a proven lie in it has no weight
+                    if last and fork is not None and not void:
                         found.rollbacks_weighed += 1
                         if ours[fork] > theirs[fork]:
                             found.problems.append(

@@ -1,5 +1,5 @@
-"""Rows 25 to 31: peers that lie, strangers, and checkpoints of elsewhere. Not covered: liars who know of each
-other, and a stranger who can read the traffic."""
+"""Rows 25 to 31 and 41: peers that lie, strangers, and checkpoints of elsewhere. Not covered: liars who know
+of each other, and a stranger who can read the traffic."""
 
 from __future__ import annotations
 
@@ -149,6 +149,45 @@ def fifth_peer(trial: Trial, steps: int, aggregation: str, lie: str) -> tuple[fl
             if record["loss"] is not None and steps - 10 <= record["step"] < steps
         ]
     return statistics.fmean(losses), named
+
+
+@row(
+    41,
+    fault="a reducer that averages wrongly, where the run is audited",
+    injected="a lying volunteer",
+    criterion="within 20 steps proven to and left out by all others, who go back before its lie and go on",
+    gate=False,
+)
+def false_sums(trial: Trial) -> Figures:
+    settings = {"audit": 1.0, "codec": "fp16", "aggregation": "multi_krum"}
+    tells = "p2ptrain_peer_convictions_total"
+    with trial.swarm(peers=trial.pick(4, 3), forks=True, tells=tells, **settings) as swarm:
+        liar = Victim(swarm)
+        swarm.together()
+        others, peer = honest(swarm, liar), swarm.last(liar.name, "joined")["peer"]
+        usual, begin = swarm.pace(trial.pick(20, 6)), swarm.step(others)
+        since = time.time()
+        liar.order("--lie", "sums")
+        swarm.wait(lambda: all(swarm.events(name, "peer_convicted") for name in others), "all know", 90)
+        known = time.time()
+        convicted = [record for name in others for record in swarm.events(name, "peer_convicted")]
+        if wrong := {record["peer"] for record in convicted} - {peer}:
+            raise Failed(f"{', '.join(sorted(wrong))} did nothing and was convicted")
+        steps = max(record["step"] for record in convicted) - begin
+        swarm.wait(lambda: all(swarm.commits(name, known + 1) for name in others), "the others go on", 60)
+        back = [record for name in others for record in swarm.events(name, "rolled_back", since)]
+        if {record["liar"] for record in back} != {peer} or len(back) < len(others):
+            raise Failed(f"{len(back)} of {len(others)} went back before the lie")
+        after = time.time()
+        swarm.watch(trial.pick(20, 6))
+        rate = swarm.rate(after, time.time(), others)
+        swarm.disown(liar.name)
+    seconds, given_up = known - since, max(record["samples_lost"] for record in back)
+    return Figures(
+        f"proven to {len(others)} of {len(others)} others {seconds:.1f} s and {steps} steps after its first "
+        f"lie; they gave up {given_up:,} samples and go on at {rate / usual:.0%} of their rate",
+        {"found_seconds": seconds, "found_steps": steps, "samples_undone": given_up},
+    )
 
 
 @row(

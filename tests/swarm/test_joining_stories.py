@@ -17,15 +17,19 @@ from training import Trainer, Training, check_replicas
 
 from p2ptrain import events
 from p2ptrain.events import CatchUpBy, FaultCause
+from p2ptrain.protocol.leader import Leader
 from p2ptrain.records import (
     EntryReply,
+    GetManifest,
     Manifest,
     PeerId,
     Piece,
+    Refusal,
     Reply,
     Request,
 )
 from p2ptrain.replica.joining import BURST_SECONDS
+from p2ptrain.replica.snapshot import Packed, pack, unpack
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
@@ -296,6 +300,71 @@ def test_majority_is_believed_when_one_donor_has_another_state_at_the_same_step(
         assert asked["get_piece"] == 0
 
     play(story)
+
+
+def makes_up(donor: Trainer) -> None:
+    """From now on this donor gives another state than it has, and everything that it says of that agrees."""
+    packed = donor.replica.packed
+
+    def other() -> Packed:
+        mine = packed()
+        state = unpack(mine.blob)
+        first = next(iter(state.parameters))
+        state.parameters[first].add_(1.0)
+        return Packed(mine.position, mine.last, None, pack(state))
+
+    donor.replica.packed = other  # type: ignore[method-assign]
+
+
+def nothing_to_give(request: Request, reply: Reply, payload: Any) -> Answer:
+    return (Refusal(reason="not today"), b"") if isinstance(request, GetManifest) else (reply, payload)
+
+
+def test_lone_donor_is_refused_when_most_have_signed_for_another_state() -> None:
+    """Steps are slow, so that all speak of the step that the donor packs."""
+
+    async def story(training: Training) -> None:
+        for name in ("anna", "carl"):
+            intercept(training.peers[name], nothing_to_give)
+        for life in training.lives:
+            life._batch_seconds = 4.0
+        makes_up(training.peers["bert"])
+        await training.until_step(training.peers["anna"].step + 2)
+        dora = training.start("dora", batch_seconds=4.0)
+        await training.until(lambda: dora.of(events.PeerFaulted))
+        (fault,) = dora.of(events.PeerFaulted)
+        assert (fault.peer, fault.cause) == ("bert", FaultCause.BAD_MESSAGE)
+        assert "signed for" in fault.detail
+        assert dora.step == 0
+
+    play(story, mbit=1.0)
+
+
+def test_peer_that_was_given_another_state_takes_the_swarm_s_although_no_leader_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps are fast: nobody has spoken of the one that the donor packed. The records of later ones tell."""
+    monkeypatch.setattr(Leader, "_resync", lambda self, now: [])
+
+    async def story(training: Training) -> None:
+        anna, bert, carl = training.lives
+        for life in (anna, carl):
+            intercept(life, nothing_to_give)
+        makes_up(bert)
+        dora = training.start("dora")
+        await training.until(lambda: dora.of(events.ReplicaDiverged))
+        assert {fault.peer for fault in dora.of(events.PeerFaulted)} == {"bert"}
+        for life in (anna, carl):
+            assert life.peer is not None
+            life.peer.rounds._serve = life.peer.donor.answer
+        dora.forget()
+        await training.until(lambda: dora.of(events.CaughtUp))
+        dora.forget()
+        at = dora.step
+        await training.until(lambda: dora.step > at + 3)
+        assert not dora.of(events.ReplicaDiverged)
+
+    play(story, mbit=1.0)
 
 
 def test_peer_waits_and_joins_when_its_only_donor_has_lied_once() -> None:

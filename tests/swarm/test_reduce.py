@@ -92,6 +92,7 @@ async def average(
                 work,
                 Scratch(),
                 None,
+                None,
                 lambda header, _, number=number: ended[number].set_result(header),
                 on_failed,
             )
@@ -197,6 +198,7 @@ def alices(group: asyncio.TaskGroup, failures: list[Any]) -> Attempt:
         group.create_task,
         at_once,
         Scratch(),
+        None,
         None,
         lambda header, seconds: None,
         lambda *failure: failures.append(failure),

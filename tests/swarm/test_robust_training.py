@@ -8,7 +8,7 @@ Not covered: liars that know what the others bring, and the same between real pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from p2ptrain import allreduce, events
 from p2ptrain.allreduce import Attempt, Contribution
 from p2ptrain.config import fingerprint
-from p2ptrain.gradients.aggregation import AGGREGATIONS
+from p2ptrain.gradients.aggregation import AGGREGATIONS, norm_clip
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.replica.optimizers import build_optimizer
 from p2ptrain.replica.replica import Replica, parameter_table
@@ -43,6 +43,8 @@ LIES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": lambda sound: torch.full_like(sound, float(sound.abs().max())),
     "noise": noise,
     "against all the others": lambda sound: -PEERS * sound,
+    # The inner product with the honest mean is negative, and the length like theirs or less.
+    "half against": lambda sound: -0.5 * sound,
 }
 
 
@@ -67,7 +69,9 @@ def final_loss(rule: str, lie: str) -> float:
             totals[-1] = LIES[lie](totals[-1])
         for start, stop in chunk_ranges(0, replica.numel, run.chunk_values):
             parts = [total[start:stop] for total in totals]
-            mean[start:stop] = AGGREGATIONS[rule](parts, [SAMPLES] * PEERS)
+            usual = float(mean[start:stop].norm()) if step else 0.0
+            how = partial(norm_clip, usual=usual) if rule == "norm_clip" else AGGREGATIONS[rule]
+            mean[start:stop] = how(parts, [SAMPLES] * PEERS)
         optimizer.step(replica.parameters, mean, learning_rate(run, step))
     return TASK.evaluate(replica.model)["loss"]
 
@@ -82,6 +86,15 @@ def test_model_learns_nearly_as_well_as_by_the_mean_of_honest_peers_when_one_of_
     """Multi-Krum leaves the liar out. With the others it still pushes each value a little, always the same
     way if it likes."""
     assert final_loss(rule, lie) <= most * final_loss("mean", "")
+
+
+@pytest.mark.parametrize(
+    ("lie", "most"), [("", 1.01), ("flipped", 1.1), ("noise", 1.1), ("against all the others", 1.5)]
+)
+def test_clipped_norms_keep_a_lie_from_being_longer_than_it_is_usual_and_no_more(
+    lie: str, most: float
+) -> None:
+    assert final_loss("norm_clip", lie) <= most * final_loss("mean", "")
 
 
 @pytest.mark.parametrize("lie", ["constant", "against all the others"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Accumulator
+from p2ptrain.gradients.codecs import codec_named
 
 
 def test_accumulator_holds_the_sum_and_the_count_when_gradients_are_added() -> None:
@@ -21,6 +22,21 @@ def test_accumulator_keeps_its_own_sum_when_the_gradient_buffer_is_cleared() -> 
     accumulator.add(gradient, 1)
     gradient.zero_()
     assert accumulator.total.tolist() == [1.0, 1.0]
+
+
+def test_total_that_was_settled_stays_for_one_more_step_where_an_audit_may_ask_for_it() -> None:
+    accumulator = Accumulator(2)
+    accumulator.keep_one_more()
+    accumulator.add(torch.ones(2), 1)
+    first = accumulator.total
+    accumulator.settle(codec_named("fp32"), ())
+    assert accumulator.total.tolist() == [0.0, 0.0]
+    accumulator.add(torch.full((2,), 3.0), 1)
+    assert first.tolist() == [1.0, 1.0]
+    second = accumulator.total
+    accumulator.settle(codec_named("fp32"), ())
+    assert accumulator.total is first
+    assert (first.tolist(), second.tolist()) == ([0.0, 0.0], [3.0, 3.0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2 * LARGEST_GRADIENT, -1e38])

@@ -17,15 +17,19 @@ from hypothesis import strategies as st
 from p2ptrain.config import RunConfig
 from p2ptrain.gradients.aggregation import (
     AGGREGATIONS,
+    CLIP_AT,
     OUTSIZED,
     Aggregation,
     EmptyRound,
+    for_chunk,
     mean_chunk,
+    norm_clip,
     outsized,
     squared_norm,
+    usual_norm,
 )
 from p2ptrain.gradients.codecs import CODECS, LARGEST
-from p2ptrain.records import MAX_ROSTER
+from p2ptrain.records import MAX_ROSTER, Ballot, EntryHeader, PeerId
 
 members = st.lists(
     st.tuples(
@@ -245,6 +249,48 @@ def test_peer_that_claims_a_billion_samples_weighs_as_much_as_the_median_one(rul
 def test_rules_give_what_is_worked_out_by_hand(name: str, expected: float) -> None:
     values = [torch.tensor([float(value)]) for value in (1, 116, 2, 8, 4)]
     assert AGGREGATIONS[name](values, [1] * 5).item() == pytest.approx(expected)
+
+
+def test_gradient_that_is_longer_than_the_last_entry_s_is_shortened_to_a_bound() -> None:
+    values = [torch.tensor([float(value)]) for value in (1, 116, 2, 8, 4)]
+    bound = CLIP_AT * 5**0.5
+    assert norm_clip(values, [1] * 5, 1.0).item() == pytest.approx((1 + bound + 2 + bound + 4) / 5)
+    assert norm_clip(values, [1] * 5, 0.0).item() == pytest.approx(26.2)  # there was no entry before
+
+
+@few
+@given(honest=honest, liar=anything, claimed=st.integers(1, 2**24), at=st.integers(0, 9))
+def test_no_norm_clipped_result_is_longer_than_the_bound(
+    honest: list[tuple[torch.Tensor, int]], liar: torch.Tensor, claimed: int, at: int
+) -> None:
+    totals, samples = with_liar(honest, liar, claimed, at)
+    bound = CLIP_AT * len(totals) ** 0.5 * 3.0
+    assert norm_clip(totals, samples, 3.0).norm() <= bound * (1 + 1e-5)
+
+
+def test_bound_follows_the_spans_of_the_last_entry() -> None:
+    last = EntryHeader(
+        step=3,
+        parent="a" * 64,
+        ballot=Ballot(number=1, leader=PeerId("anna")),
+        roster=(PeerId("anna"), PeerId("bert"), PeerId("cara")),
+        samples=(1, 1, 1),
+        spans=(0, 8, 8, 12),
+        squared_norms=(16.0, 0.0, 36.0),
+        digest="d" * 64,
+    )
+    assert [usual_norm(last, *chunk) for chunk in ((0, 8), (8, 12), (4, 10), (2, 4))] == [
+        4.0,
+        6.0,
+        (8 + 18) ** 0.5,
+        2.0,
+    ]
+    values = [torch.tensor([100.0, 0.0])] * 3
+    assert for_chunk(norm_clip, last, 8, 10)(values, [1, 1, 1]).tolist() == pytest.approx(
+        [CLIP_AT * 3**0.5 * 18**0.5, 0.0]
+    )
+    assert for_chunk(norm_clip, None, 8, 10) is norm_clip
+    assert for_chunk(mean_chunk, last, 8, 10) is mean_chunk
 
 
 def test_squared_norm_is_taken_in_float64_when_float32_would_lose_it() -> None:

@@ -100,9 +100,14 @@ ROOMS = {
     "p2ptrain.telemetry.trackers": Room(WORDS, names("torch trackio wandb"), PURE | {"pathlib"}),
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),
     # 3: loop
-    "p2ptrain.allreduce": Room(LOWER, names("torch numpy"), PURE | {"asyncio", "contextlib"}),
+    "p2ptrain.allreduce": Room(
+        LOWER | {"p2ptrain.auditing"}, names("torch numpy"), PURE | {"asyncio", "contextlib"}
+    ),
+    "p2ptrain.auditing": Room(LOWER, names("blake3"), PURE | {"asyncio"}),
     "p2ptrain.trainer": Room(
-        LOWER | {"p2ptrain.allreduce"}, names("torch"), PURE | {"asyncio", "contextlib", "pathlib"}
+        LOWER | names("p2ptrain.allreduce p2ptrain.auditing"),
+        names("torch"),
+        PURE | {"asyncio", "contextlib", "pathlib"},
     ),
     # beside: tools that need no swarm
     "p2ptrain.adapters": Room(

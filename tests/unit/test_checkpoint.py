@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from p2ptrain.config import Optimizer
 from p2ptrain.errors import CheckpointError, IncompatibleRun, StorageError
 from p2ptrain.replica import checkpoint
-from p2ptrain.replica.checkpoint import compare, latest, load, restore, save
+from p2ptrain.replica.checkpoint import compare, discard_after, latest, load, restore, save
 from p2ptrain.replica.replica import Replica
 
 FILES = ["lineages.bin", "manifest.json", "model.safetensors", "run.json", "state.safetensors"]
@@ -366,3 +366,12 @@ def test_compare_names_the_tensor_when_only_one_of_them_has_it(tmp_path: Path) -
     sgd.position = small_replica().position
     difference = compare(one, saved(tmp_path / "b", sgd)).difference
     assert str(difference) == f"optimizer.mean: [{sgd.numel}] in the first, missing in the second"
+
+
+def test_checkpoints_after_a_step_are_gone_when_what_led_to_them_is_void(tmp_path: Path) -> None:
+    for step in (3, 8, 12):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "other").mkdir()
+    discard_after(tmp_path, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-00000003", "step-00000008"]
+    discard_after(tmp_path / "nowhere", 8)

@@ -72,15 +72,15 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "bf9eadf394d7167490fefc39cfc2b85ffafd73fbbac95304e068f5e3d62c6f21",
-    "digits": "d7488f75887eeddb015f090590bdb093480ed51cf6dae91afab0d5d76f7c4dbd",
-    "own-text": "a755a9099dd1a4267f523dd45bc38bd8a78efc04889ca1b50ecfedefd7a5e106",
-    "rehearsal": "0650ce34f85d214937b0b94e42c461dad346082de14fd03f775933129fdc90e8",
-    "rehearsal-slow": "361f64ab6e315dd8f78bc9ab39d2315402bd3a9eb2ee386e069b8bf3eef5e472",
-    "rehearsal-tiny": "f983ac73d428eb896c4be61dd1bd21334650c56b99106d86d3e6a80051c15f34",
-    "web-text-125m": "7cad095f19f1accf15fddddd9a9aa8ca6fe473702c6a9f5bcfe38ed6f13baef7",
-    "wikitext-lora": "c0d77d0b54f3f06a6343bad9550028b58bff04e5e3860df47dc39cfd3694e574",
-    "tiny": "701ddf6f27e0db40edf7c230828c3c95504d69f3d49a9c3f325fbb60df2428cc",
+    "default": "3c720f88eba3b323d421aea4316d74130609dd95026967f0d6a7fc106ee27682",
+    "digits": "2788721dfb0dba6175e79cced1198bd0074e8d5642a927f3109b84d181ea25d2",
+    "own-text": "ae8637e1706dff54320f532a3b7214383a1facf9744254a415e3b406cbca649b",
+    "rehearsal": "96a0ba3137108df4277b39aed5fb3fd98c837307c38e56a79bb102618317c91b",
+    "rehearsal-slow": "e56085acdd8b84b5cf8b6a16d4f6eff01bd532c7092ad15e028426923a203f40",
+    "rehearsal-tiny": "310c2455c42fd0e6c1b49e3def6addfc43aef78c85f6808546f280a60c34edcc",
+    "tiny": "fc485c86f83381abd3a4c8062a5ffcfa3b0bab88f4b5bb0287f90564e0cf073f",
+    "web-text-125m": "a20aa4acf3a569d5516f2e8119c10e3670874f89a776eba9247360670382b0b7",
+    "wikitext-lora": "c2221c9e050ae961438891dcb1082b8f58cc46d082555a8b7e1e08076bc666eb",
 }
 
 
@@ -229,6 +229,14 @@ WRONG_RUNS = {
         "FILE: schedule.warmup_steps (50) must be less than total_steps (50), or the run would never reach "
         "its learning rate; lower schedule.warmup_steps or raise total_steps"
     ),
+    'audit = 0.5\ncodec = "int8"': (
+        "FILE: audit (0.5) needs a codec that keeps nothing for later steps, fp32 or fp16, and not int8: "
+        "what is kept could not be checked; change the codec or set audit to 0"
+    ),
+    "audit = 1.0\nmax_peers = 200": (
+        "FILE: audit (1) allows max_peers of at most 128, not 200: what a peer signs must name all others; "
+        "lower max_peers or set audit to 0"
+    ),
     # not TOML
     "seed = 1\nlr =\n": "FILE is not valid TOML: Invalid value (at line 2, column 5)",
     "seed = 1\nseed = 2\n": "FILE is not valid TOML: Cannot overwrite a value (at line 2, column 9)",
@@ -366,7 +374,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "4a33c0d0475773824892e8b782d096b1000a5112f1b30aec871458a24d604829"
+        "57709e98787b8a7e0dccdf3b0a3e6e1abfbfda41d793529b8ee5fcd67566677f"
     )
 
 

@@ -17,6 +17,7 @@ from event_examples import (
     ONE_OF_EACH,
     PAUSED,
     RESUMED,
+    ROLLED_BACK,
     SAVED,
     STOOD_OUT,
     WAITING,
@@ -169,3 +170,10 @@ def test_reason_is_cut_when_it_is_long() -> None:
 )
 def test_duration_keeps_about_two_digits_when_shown(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_rollback_says_whose_lie_was_undone() -> None:
+    lied = dataclasses.replace(ROLLED_BACK, liar=BERT)
+    assert lied.sentence() == (
+        "rolled back from step 44 to 41: 1,024 samples given up because of the lie of peer …2222bbbb"
+    )

@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 from organizer import NOW, ORGANIZER, RUN_ID, invite
 
+from p2ptrain.protocol.presence import RUNGS
 from p2ptrain.records import (
     MAX_HELLO_BYTES,
     MAX_KICKED,
     MAX_REVOKED,
+    Ballot,
     GetEntry,
     GetEvents,
+    GetInput,
     GetLineage,
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetProof,
     GetRun,
     Grant,
     Hello,
     Kick,
+    Milestone,
     Pass,
     Presence,
     Redeem,
@@ -292,11 +297,15 @@ def test_decrees_by_the_old_key_hold_until_the_new_one_says_something_else_and_n
 
 # -- roles and bounds ----------------------------------------------------------------------------------------
 
+BALLOT = Ballot(number=1, leader=ALICE)
+
 
 @pytest.mark.parametrize(
     ("wish", "roles"),
     [
         (None, {"train"}),
+        (GetInput(step=1, parent="0" * 64, ballot=BALLOT, rank=0, number=0, member=ALICE), {"train"}),
+        (GetProof(proof="0" * 64), {"train"}),
         (GetPiece(state_digest="0" * 64, number=0), {"train", "serve"}),
         (GetEntry(step=1), {"train", "serve"}),
         (GetEntry(step=1, with_payload=False), {"train", "serve", "watch"}),
@@ -326,6 +335,7 @@ def test_largest_pass_fits_into_a_greeting_and_a_presence_record_and_all_revocat
     presence = Presence(
         peer=ALICE, role="train", name="\U0001f469" * 64, protocol=3, fingerprint="0" * 64,
         incarnation="i" * 32, position=None, extra="\U0001f469" * 200, access=shown,
+        milestones=(Milestone(step=2**53 - 1, lineage="0" * 16, state="0" * 32),) * len(RUNGS),
     )  # fmt: skip
     room = MAX_RECORD_BYTES - SIGNATURE_BYTES
     assert len(presence.model_dump_json().encode()) < room

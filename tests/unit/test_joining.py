@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2ptrain.records import Manifest, PeerId, Position
+from p2ptrain.protocol.presence import milestone
+from p2ptrain.records import Manifest, Milestone, PeerId, Position
 from p2ptrain.replica.joining import (
     BURST_SECONDS,
     MAX_LEAD_STEPS,
@@ -22,8 +23,10 @@ from p2ptrain.replica.joining import (
     Progress,
     Upload,
     agreed_step,
+    attested,
     common_step,
     elect,
+    outvoted,
     replay_pays,
     sent_in_round,
     spread,
@@ -137,6 +140,37 @@ def test_interrupted_download_goes_on_when_one_donor_still_has_its_snapshot() ->
     other = elect({A: newer}, A, fresh=True, begun=begun)
     assert other is not None
     assert other.manifest == newer
+
+
+def said(step: int, state: str, lineage: str = "1") -> Milestone:
+    return milestone(Position(step=step, lineage=lineage * 64, weight=0), state * 64)
+
+
+@pytest.mark.parametrize(
+    ("records", "state"),
+    [
+        ([], None),
+        ([[said(40, "2")]], "2"),
+        ([[said(40, "2")], [said(40, "3")]], None),  # a tie is no majority
+        ([[said(40, "2")], [said(40, "3")], [said(36, "9"), said(40, "2")]], "2"),
+        ([[said(40, "3", lineage="7")], [said(36, "3")], [said(40, "2")]], "2"),  # of another log, or step
+    ],
+)
+def test_state_of_a_position_is_what_most_of_those_who_speak_of_it_have_signed(
+    records: list[list[Milestone]], state: str | None
+) -> None:
+    expected = state and state * 32
+    assert attested(40, "1" * 64, records) == expected
+
+
+def test_peer_is_outvoted_only_by_more_than_half_of_all_records_its_own_among_them() -> None:
+    mine = (said(36, "2"), said(40, "3"))
+    assert outvoted(mine, {}) is None
+    assert outvoted(mine, {A: (said(40, "2"),)}) is None
+    assert outvoted(mine, {A: (said(40, "2"),), B: (said(36, "2"),)}) is None
+    found = outvoted(mine, {C: (said(40, "2"),), B: (said(40, "2"),), A: (said(40, "3", "7"),)})
+    assert found is not None
+    assert (found.mine, found.theirs, found.donor) == (said(40, "3"), "2" * 32, B)
 
 
 # -- which piece to ask of whom ------------------------------------------------------------------------------

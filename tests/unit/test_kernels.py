@@ -25,7 +25,7 @@ import hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch
 from p2ptrain.config import Optimizer
-from p2ptrain.gradients.aggregation import AGGREGATIONS, mean_chunk
+from p2ptrain.gradients.aggregation import AGGREGATIONS, mean_chunk, norm_clip
 from p2ptrain.gradients.codecs import CODECS, codec_named
 from p2ptrain.replica.optimizers import build_optimizer
 
@@ -66,8 +66,9 @@ def robust():
     found = hashlib.sha256()
     for members in (3, 5, 8):
         totals = [draw().mul_(torch.tensor(2.0**at)) * draw().relu().sign() for at in range(members)]
-        for name in sorted(AGGREGATIONS.keys() - {"mean"}):
+        for name in sorted(AGGREGATIONS.keys() - {"mean", "norm_clip"}):
             found.update(AGGREGATIONS[name](totals, range(1, 3 * members, 3)).numpy().tobytes())
+        found.update(norm_clip(totals, range(1, 3 * members, 3), 0.7).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -167,7 +168,7 @@ def test_codec_decodes_to_the_same_bits_when_the_kernels_differ(codec: str, capa
 PINNED = {
     "adamw": "8970ecd957e608ec4c982f2eb1ce9c58fa553c8333e00023995198d05e7ff71d",
     "sgd": "a6278c30f51b2d87f95d86b01e8a658a15ca5fe4b23f69da476edb3b0a098ab5",
-    "robust": "dc4bdf573b6378bb35b10c452f2ff61a2fa9b31a10a0eb71ae86a827e4de4b80",
+    "robust": "5296a2404f25a504607c93e43693295beea12b85ec7b1986f1332d7ad62ca953",
 }
 """SHA-256 of parameters and optimizer state, and of what the robust rules give, on every machine. Whoever
 must change these raises `PROTOCOL_VERSION` too: peers of the two versions would drift apart."""

@@ -10,9 +10,9 @@ from transcripts import RULES, Story, standing_at, tell
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
 from p2ptrain.protocol.lineage import advance
-from p2ptrain.protocol.member import BENCH_SECONDS, Member
+from p2ptrain.protocol.member import BENCH_SECONDS, Member, Stage
 from p2ptrain.protocol.roster import call_for
-from p2ptrain.protocol.round import Begin, Benched, Cancel, CatchUp, Effect, Send, TookOver
+from p2ptrain.protocol.round import Begin, Benched, Cancel, CatchUp, Distrusted, Effect, Send, TookOver
 from p2ptrain.protocol.spans import balanced, levels
 from p2ptrain.records import Abort, Answer, Ask, Ballot, Call, Freeze, PeerId, Position, Report
 
@@ -812,6 +812,64 @@ def test_bench_doubles_with_each_further_offence_up_to_an_hour() -> None:
         effect.seconds for _ in range(12) for effect in member.offended(C, 0.0) if isinstance(effect, Benched)
     ]
     assert seconds == [120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600, 3600]
+
+
+def test_peer_that_is_proven_to_lie_is_neither_heard_nor_believed_and_its_round_ends() -> None:
+    story = tell("a b c stand at step 6")
+    leader = story.machines[A]
+    assert leader.leader is not None
+    for peer in (B, C):
+        leader.received(peer, report_of(story, peer), story.now)
+    effects = leader.convicted(C, story.now)
+    assert not [effect for effect in effects if isinstance(effect, Benched)]
+    assert leader.received(C, report_of(story, C), story.now + 86_400) == []
+    assert leader.informed({C: Position(step=9, lineage="9" * 64, weight=10**6)}, story.now) == []
+    assert leader.convicted(A, story.now) == []  # whoever is meant by that, it is not this peer
+
+
+def test_peer_that_claims_what_cannot_be_three_times_is_benched() -> None:
+    story = tell("a b c stand at step 6")
+    leader = story.machines[A]
+    claim = report_of(story, C).model_copy(update={"samples": RULES.most_samples + 1})
+    for number in (1, 2, 3):
+        assert leader.leader is not None
+        leader.leader.dropped.clear()  # as if it were another step
+        effects = leader.received(C, claim, story.now)
+        assert [type(e) for e in effects if isinstance(e, Distrusted | Benched)] == (
+            [Distrusted] if number < 3 else [Distrusted, Benched]
+        )
+
+
+def test_peer_that_undoes_a_lie_goes_to_no_lineage_with_it_again_and_above_the_ballots_of_then() -> None:
+    story = tell("a b c stand at step 6")
+    member = story.machines[B]
+    lie = Position(step=8, lineage="9" * 64, weight=10**6)
+    member.received(C, Ask(position=Position(step=9, lineage="8" * 64, weight=10)), story.now)
+    (effect,) = member.undo(6, [lie.lineage])
+    assert isinstance(effect, CatchUp)
+    assert (effect.donor, effect.undo) == (B, 6)
+    assert member.stage is Stage.OUTSIDE
+    position, last = standing_at(6, (A, B, C))
+    member.advance(position, last, story.now, settled=False, above=Ballot(number=3, leader=C))
+    assert not [e for e in member.received(C, Ask(position=lie), story.now) if isinstance(e, CatchUp)]
+    assert member.received(A, call_from_a(ballot=Ballot(number=3, leader=A)), story.now) == [
+        Send(A, member.answer())
+    ]
+    other = lie.model_copy(update={"lineage": "7" * 64})
+    assert [e for e in member.received(C, Ask(position=other), story.now) if isinstance(e, CatchUp)]
+
+
+def report_of(story: Story, peer: PeerId) -> Report:
+    member = story.machines[peer]
+    assert member.position is not None
+    return Report(
+        incarnation=member.incarnation,
+        position=member.position,
+        samples=1,
+        in_flight=0,
+        finish_seconds=0.0,
+        batch_seconds=0.1,
+    )
 
 
 def freeze_by_a() -> Freeze:

@@ -43,6 +43,7 @@ from p2ptrain.protocol.round import (
 )
 from p2ptrain.records import (
     Abort,
+    Accusation,
     Answer,
     Ask,
     Ballot,
@@ -304,6 +305,8 @@ class Story:
                 return f"resync to {self._digests[message.state_digest]} from {message.donor}"
             case Withdraw():
                 return "withdraw"
+            case Accusation():
+                return f"accusation of {message.against}"
             case _:
                 assert_never(message)
 
