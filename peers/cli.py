@@ -138,6 +138,8 @@ def join(
         from peers import doctor as doctor_role
 
         doctor_role.insist(doctor_role.look_over(config))
+    _begin_log()
+    logging.getLogger("p2ptrain").info("loading what trains, which takes a few seconds")
     from peers.volunteer import volunteer
 
     receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
@@ -553,6 +555,12 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
         factory = None
     else:
         factory = uvloop.new_event_loop
+    _begin_log()
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+def _begin_log() -> None:
     handler = _ToStderr()
     if _log_format is LogFormat.JSON:
         from p2ptrain.telemetry.logs import JsonLines
@@ -561,8 +569,6 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
 
 
 monitor_cli.add_to(app, _run)
