@@ -391,6 +391,26 @@ class Optimizer(Section):
     is scaled down to it, and 0 scales none. Setting it low will shorten all steps, not only the wild ones."""
 
 
+class Local(Section):
+    """Strategy `local`: peers train apart for `target_batch_size` samples of all of them, then average."""
+
+    inner_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
+    """Samples in one step that a peer takes alone. With n peers, target_batch_size / (n * inner_batch_size)
+    such steps lie between two averages; 20 to 500 are usual."""
+
+    outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Share of the average change that is taken. With 1 and no momentum, copies are simply averaged."""
+
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the last outer step is repeated in the next (Nesterov). It lets many steps lie between
+    rounds, and needs some 30 rounds to pay. Outer steps become outer_learning_rate / (1 - outer_momentum)
+    times as long in the end, so choose `optimizer.lr` anew."""
+
+    weighting: Literal["samples", "fednova"] = "samples"
+    """How peers that took unlike numbers of steps are weighed. `samples`: by their samples, so the fast ones
+    pull the most; `fednova`: as if all had taken equally many, which keeps to the goal where data differ."""
+
+
 class Schedule(Section):
     """The learning rate of each step, from the first to the last."""
 
@@ -412,8 +432,10 @@ class RunConfig(Section):
     run_id: RunId = "python-stdlib"
     """Name of the run, before all its keys in the DHT: lower-case letters, digits and dashes."""
 
-    strategy: Literal["sync"] = "sync"
-    """`sync`: each step averages the gradients of one large batch over all peers."""
+    strategy: Literal["sync", "local"] = "sync"
+    """`sync`: each step averages the gradients of one large batch over all peers. `local`: each peer takes
+    steps of its own, and how far they led is what is averaged; see `[local]`. It needs far fewer rounds and
+    learns less from each sample: the less, the more peers there are and the more steps lie between rounds."""
 
     payload: Literal["full", "lora"] = "full"
     """`full`: all parameters are trained and averaged. `lora`: the model stays as it is, and adapters are
@@ -506,11 +528,36 @@ class RunConfig(Section):
     optimizer: Optimizer = Optimizer()
     """How the averaged gradient is applied."""
 
+    local: Local = Local()
+    """Settings of strategy `local`; the steps that peers take apart are `optimizer`'s."""
+
     schedule: Schedule = Schedule()
     """How the learning rate moves over the run."""
 
+    def _check_local(self) -> None:
+        if self.strategy != "local":
+            return
+        if self.delay:
+            raise ValueError(
+                f'delay ({self.delay}) must be 0 with strategy = "local": before an average is there, nobody '
+                "knows where to take the next steps from"
+            )
+        if self.payload == "lora":
+            raise ValueError(
+                'payload = "lora" needs strategy = "sync": the mean of adapters that were trained apart is not '
+                "the adapter of mean factors; train them apart with PEFT, and `p2ptrain adapters combine` makes "
+                "the exact mean"
+            )
+        if self.target_batch_size < self.local.inner_batch_size:
+            raise ValueError(
+                f"target_batch_size ({self.target_batch_size}) must be at least local.inner_batch_size "
+                f"({self.local.inner_batch_size}), or no peer takes a step between two averages; raise the "
+                "first or lower the second"
+            )
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
+        self._check_local()
         if self.min_peers > self.max_peers:
             raise ValueError(
                 f"min_peers ({self.min_peers}) must be at most max_peers ({self.max_peers}), "

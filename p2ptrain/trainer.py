@@ -57,6 +57,7 @@ from p2ptrain.records import (
     Terms,
     Watching,
 )
+from p2ptrain.replica.apart import LocalSteps
 from p2ptrain.replica.bases import Bases
 from p2ptrain.replica.checkpoint import discard_after, save
 from p2ptrain.replica.donor import Compute, Donor
@@ -637,7 +638,7 @@ class Peer:
                 await self._take_batch(ahead)
 
     def _begin_batch(self, *, ahead: bool = False) -> None:
-        count, step = self._batch_size, self.replica.position.step
+        count, step = min(self._batch_size, self._accumulator.room), self.replica.position.step
         if count != self._batch_count:
             self._batch_seconds *= count / self._batch_count
             self._batch_count = count
@@ -682,7 +683,7 @@ class Peer:
             return False
         return step - self._batch_step <= self.run.delay
 
-    async def _take_batch(self, into: Accumulator) -> None:
+    async def _take_batch(self, into: Accumulator | LocalSteps) -> None:
         """Add the finished micro-batch, unless it is too old."""
         assert self._batch is not None
         ahead = into is self._ahead
@@ -749,7 +750,7 @@ class Peer:
         """On the compute thread."""
         self.replica.apply(committed.entry)
         self._accumulator.settle(self._codec, committed.sent)
-        if self._ahead is not None:
+        if isinstance(self._accumulator, Accumulator) and self._ahead is not None:
             self._accumulator.absorb(self._ahead)
 
     def _reset(self) -> None:

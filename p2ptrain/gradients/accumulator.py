@@ -18,6 +18,8 @@ LARGEST_GRADIENT = LARGEST / 2**25
 """A value beyond ± this counts as not finite: `config` allows no more than 2^24 samples a step, and so many
 micro-batches within it, and what is owed from before, add up to a total that every codec accepts."""
 
+MOST_SAMPLES = 2**24
+
 Sent = tuple[int, int, Buffer]
 """(start, stop, encoded bytes) of a chunk of the total."""
 
@@ -60,6 +62,11 @@ class Accumulator:
         self.samples += samples
         self.loss_sum += loss_sum
         return True
+
+    @property
+    def room(self) -> int:
+        """Samples that still go in: any number."""
+        return MOST_SAMPLES
 
     @property
     def gathered(self) -> bool:

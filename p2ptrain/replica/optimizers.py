@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from p2ptrain.config import Local as LocalConfig
 from p2ptrain.config import Optimizer as OptimizerConfig
 from p2ptrain.protocol.spans import chunk_ranges
 
@@ -66,6 +67,17 @@ def build_optimizer(config: OptimizerConfig, numel: int, decayed: Ranges) -> Fla
             return SGD(config, numel, decayed)
         case _:
             assert_never(config.kind)
+
+
+def outer_optimizer(local: LocalConfig) -> OptimizerConfig:
+    """By what strategy `local` applies an average: SGD, with Nesterov's momentum if any (DiLoCo)."""
+    return OptimizerConfig(
+        kind="sgd",
+        lr=local.outer_learning_rate,
+        momentum=local.outer_momentum,
+        nesterov=True,
+        weight_decay=0.0,
+    )
 
 
 def clip_factor(squared_norms: Sequence[float], clip_norm: float) -> float:

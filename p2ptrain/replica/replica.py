@@ -11,6 +11,7 @@ gradient carries, and other dtypes than float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -23,8 +24,9 @@ from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import EntryHeader, Position
+from p2ptrain.replica.apart import LocalSteps, effective_steps
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
-from p2ptrain.replica.optimizers import build_optimizer, clip_factor
+from p2ptrain.replica.optimizers import build_optimizer, clip_factor, outer_optimizer
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Packed, Snapshot, State, pack, unpack
 
@@ -85,7 +87,12 @@ class Replica:
             if parameter.ndim >= 2:
                 decayed.append((start, stop))
 
-        self._optimizer = build_optimizer(run.optimizer, self.numel, decayed)
+        self._decayed = decayed
+        self._optimizer = (
+            build_optimizer(outer_optimizer(run.local), self.numel, ())
+            if run.strategy == "local"
+            else build_optimizer(run.optimizer, self.numel, decayed)
+        )
         self._codec = codec_named(run.codec)
         # What lies in `gradient` when a step is taken is of no use any more, unless it was computed ahead. If
         # the model moves to another device, `gradient` moves along, and this stays.
@@ -107,16 +114,20 @@ class Replica:
 
     def move_model(self, device: torch.device) -> None:
         """From now on the model is on that device, with copies of the parameters; and so is `gradient`."""
-        named = _trained(self.model)
+        parameters = [parameter for _, parameter in _trained(self.model)]
         self.model.to(device)  # what is not trained, too
-        self._copy = self.parameters.to(device, copy=True)
         self.gradient = torch.zeros(self.numel, device=device)
+        self._copy_for(parameters, device)
+
+    def _copy_for(self, parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+        copy = self._copy = self.parameters.to(device, copy=True)
         start = 0
-        for _, parameter in named:
+        for parameter in parameters:
             stop = start + parameter.numel()
-            parameter.data = self._copy[start:stop].view(parameter.shape)
+            parameter.data = copy[start:stop].view(parameter.shape)
             parameter.grad = self.gradient[start:stop].view(parameter.shape)
             start = stop
+        return copy
 
     @property
     def moved(self) -> bool:
@@ -142,14 +153,49 @@ class Replica:
         ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
         for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
             self._codec.decode(chunk, self._mean[start:stop])
-        factor = clip_factor(header.squared_norms, run.optimizer.clip_norm)
-        if factor < 1.0:
+        factor, rate = self._scale(run, header)
+        if factor != 1.0:
             self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
 
-        self._optimizer.weight_decay = run.optimizer.weight_decay
-        self._optimizer.step(self.parameters, self._mean, learning_rate(run, header.step))
+        if run.strategy == "sync":  # an outer optimizer has none
+            self._optimizer.weight_decay = run.optimizer.weight_decay
+        self._optimizer.step(self.parameters, self._mean, rate)
         self._update_copy()
         self.position, self.last, self.state_digest = position, header, None
+
+    @staticmethod
+    def _scale(run: RunConfig, header: EntryHeader) -> tuple[float, float]:
+        """What the entry's mean is multiplied by, and the learning rate that it is applied with."""
+        if run.strategy == "sync":
+            return clip_factor(header.squared_norms, run.optimizer.clip_norm), learning_rate(run, header.step)
+        local = run.local
+        by_steps = local.weighting == "fednova"
+        return (
+            effective_steps(header.samples, local.inner_batch_size) if by_steps else 1.0,
+            local.outer_learning_rate,
+        )
+
+    def train_apart(self) -> LocalSteps:
+        """From now on the model has parameters of its own, for strategy `local`, which every step and every
+        state that is loaded resets to the replica's."""
+        copy = self._copy
+        if copy is None:
+            trained = [parameter for _, parameter in _trained(self.model)]
+            copy = self._copy_for(trained, self.parameters.device)
+        inner = build_optimizer(self.run.optimizer, self.numel, self._decayed)
+        return LocalSteps(
+            self.run.local,
+            self.parameters,
+            copy,
+            inner,
+            self.run.optimizer.clip_norm,
+            self._inner_rate,
+        )
+
+    def _inner_rate(self) -> float:
+        """Changes by the organizer count from the step after the entry that carries them."""
+        terms = self.last.terms if self.last is not None else None
+        return learning_rate(in_force(self.run, terms, self.position.step), self.position.step)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to send or to save."""

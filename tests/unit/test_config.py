@@ -72,15 +72,16 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "3c720f88eba3b323d421aea4316d74130609dd95026967f0d6a7fc106ee27682",
-    "digits": "2788721dfb0dba6175e79cced1198bd0074e8d5642a927f3109b84d181ea25d2",
-    "own-text": "ae8637e1706dff54320f532a3b7214383a1facf9744254a415e3b406cbca649b",
-    "rehearsal": "96a0ba3137108df4277b39aed5fb3fd98c837307c38e56a79bb102618317c91b",
-    "rehearsal-slow": "e56085acdd8b84b5cf8b6a16d4f6eff01bd532c7092ad15e028426923a203f40",
-    "rehearsal-tiny": "310c2455c42fd0e6c1b49e3def6addfc43aef78c85f6808546f280a60c34edcc",
-    "tiny": "fc485c86f83381abd3a4c8062a5ffcfa3b0bab88f4b5bb0287f90564e0cf073f",
-    "web-text-125m": "a20aa4acf3a569d5516f2e8119c10e3670874f89a776eba9247360670382b0b7",
-    "wikitext-lora": "c2221c9e050ae961438891dcb1082b8f58cc46d082555a8b7e1e08076bc666eb",
+    "default": "5e948b5bdc5df50ef1719162fbd8c75f6bcd8e97d0dbf7e322bd553641cae19a",
+    "digits": "5348f6f5ac3ade68a7b5c059eae989ee445f6901f5f75bd31379e867ce6d278d",
+    "local": "24b730c5cc139a53a707d93db602432eb65367696208e104ccbb137ca4d0bba2",
+    "own-text": "6cfad7a6df6c7b698fe10134baeefdede1f72aa977d89dda921f08af4b33fce2",
+    "rehearsal": "e6f5258866755037af0263bfddbfdb1ae04d4b6d93b00d87446c675590494a5c",
+    "rehearsal-slow": "3f01d3a04e9f167f9de34c973457d707e2472e72faac7c90f134dddfbb8fd454",
+    "rehearsal-tiny": "4ceb0b28dd817aca9148e199dd0b49264cbd4d13889dd9933beb9bdafce07ea2",
+    "tiny": "d19a864be2c58c30321d85409cc37e69239871876209ca2b94585872f98226b8",
+    "web-text-125m": "60716f3500af770a4d036993b48a34a0e6f02c4050bbd8344da3b5472b6b36ef",
+    "wikitext-lora": "e476213577b184a2b61f350f73260f49be4882ccc42f55c73e000e67aa5168b8",
 }
 
 
@@ -195,7 +196,7 @@ WRONG_RUNS = {
         'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk" or "lowrank", '
         'but is "int7"'
     ),
-    "strategy = 'local'": 'strategy in FILE must be "sync", but is "local"',
+    "strategy = 'alone'": 'strategy in FILE must be "sync" or "local", but is "alone"',
     "run_id = 'My Run'": (
         f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "My Run"'
     ),
@@ -374,7 +375,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "57709e98787b8a7e0dccdf3b0a3e6e1abfbfda41d793529b8ee5fcd67566677f"
+        "11aea065d9cb1f9a829de6a595150cd3d464e568e2bd38613444570f608819ea"
     )
 
 

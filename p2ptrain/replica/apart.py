@@ -1,0 +1,136 @@
+"""Strategy `local`: what a peer does alone between two averages, and what it brings to the next one.
+
+Each peer takes steps of its own from the swarm's parameters θ (McMahan et al. 2017; Douillard et al. 2023)
+and brings how far they led, Δ = θ - θ_peer, times its samples, which is to a round what a sum of gradients
+is: the mean over all samples is Σ p·Δ with p its share of them. The replicas apply that as if it were a
+gradient, by SGD with momentum, the outer optimizer. One step, plain SGD and an outer rate of 1 make it
+strategy `sync`.
+
+Peers of unlike speed take unlike numbers of steps. Weighted by samples, the fast ones pull the result towards
+where they alone would go; `fednova` (Wang et al. 2020) divides each Δ by its number of steps first. As all
+inner batches have one size, samples ÷ steps is the same for everyone, and what the sum must be multiplied by
+in the end follows from the sample counts in the entry (`effective_steps`).
+
+The state of the inner optimizer is this peer's own: it is in no snapshot, and who joins starts with a fresh
+one.
+
+Not covered: synchronous steps at first, and layers with running statistics, which `Replica` refuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from p2ptrain.config import Local
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent
+from p2ptrain.gradients.codecs import Codec
+from p2ptrain.replica.optimizers import FlatOptimizer, clip_factor
+
+
+def effective_steps(samples: Sequence[int], inner_batch_size: int) -> float:
+    """Σ p·steps over the roster: how many inner steps an average of `fednova` stands for."""
+    return math.fsum(count * count for count in samples) / (sum(samples) * inner_batch_size)
+
+
+class LocalSteps:
+    """What an `Accumulator` is to strategy `sync`: `total` (float32 [numel], on the CPU) is what this peer
+    brings for its `samples`; `loss_sum` = Σ loss over them."""
+
+    def __init__(
+        self,
+        settings: Local,
+        anchor: Tensor,
+        working: Tensor,
+        optimizer: FlatOptimizer,
+        clip_norm: float,
+        rate: Callable[[], float],
+    ) -> None:
+        """`anchor`: θ, the replica's parameters; `working`: those of the model, which start as a copy of it
+        and are reset to one by whoever moves the anchor; `rate`: the inner learning rate as of now."""
+        self.total = torch.zeros_like(anchor)
+        self.samples = 0
+        self.loss_sum = 0.0
+        self._settings = settings
+        self._anchor, self._working = anchor, working
+        self._optimizer, self._clip_norm, self._rate = optimizer, clip_norm, rate
+        self._sum = torch.zeros_like(working)
+        self._summed = 0
+        self._waiting_loss = 0.0
+        self._owed: Tensor | None = None
+        self._stale = False
+
+    @property
+    def room(self) -> int:
+        """Samples that the inner batch under way still takes."""
+        return self._settings.inner_batch_size - self._summed
+
+    def add(self, gradient: Tensor, samples: int, loss_sum: float = 0.0) -> bool:
+        """Add a gradient (float32 [numel]) and a loss, summed over at most `room` samples; when the inner
+        batch is full, take the step. False, and nothing changed, if the gradient is not finite (I5)."""
+        if not 1 <= samples <= self.room or gradient.shape != self._sum.shape:
+            raise ValueError(
+                f"expected a gradient of {list(self._sum.shape)} over 1 to {self.room} samples, "
+                f"not {list(gradient.shape)} over {samples}"
+            )
+        low, high = (extreme.item() for extreme in torch.aminmax(gradient))
+        if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
+            return False
+        self._sum.add_(gradient)
+        self._summed += samples
+        self._waiting_loss += loss_sum
+        if not self.room:
+            self._step()
+        return True
+
+    def _step(self) -> None:
+        mean = self._sum.div_(torch.tensor(float(self._summed), dtype=torch.float32, device=self._sum.device))
+        factor = clip_factor([float(torch.linalg.vector_norm(mean)) ** 2], self._clip_norm)
+        if factor < 1.0:
+            mean.mul_(factor)
+        self._optimizer.step(self._working, mean, self._rate())
+        self.samples += self._summed
+        self.loss_sum += self._waiting_loss
+        self._sum.zero_()
+        self._summed, self._waiting_loss = 0, 0.0
+        self._stale = True
+
+    @property
+    def gathered(self) -> bool:
+        """Whether `total` is up to date."""
+        return not self._stale
+
+    def gather(self) -> None:
+        """Bring `total` up to date. Nothing may be added meanwhile."""
+        times = self.samples if self._settings.weighting == "samples" else self._settings.inner_batch_size
+        torch.sub(self._anchor, self._working.to(self._anchor.device), out=self.total)
+        self.total.mul_(times)
+        if self._owed is not None:
+            self.total.add_(self._owed)
+        self.total.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+        self._stale = False
+
+    def settle(self, codec: Codec, sent: Iterable[Sent]) -> None:
+        """The round is committed, and the total is in it as `sent`: as `Accumulator.settle`. What an inner
+        batch under way has so far is dropped: it is of parameters that are no more."""
+        if codec.feedback and self.samples:
+            self._owed = self.total.clone() if self._owed is None else self._owed.copy_(self.total)
+            for start, stop, data in sent:
+                decoded = torch.empty(stop - start)
+                codec.decode(data, decoded)
+                self._owed[start:stop].sub_(decoded)
+        self._begin()
+
+    def reset(self) -> None:
+        """Nothing brought yet, and nothing owed."""
+        self._owed = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.total.zero_()
+        self._sum.zero_()
+        self.samples, self.loss_sum = 0, 0.0
+        self._summed, self._waiting_loss, self._stale = 0, 0.0, False

@@ -1,0 +1,139 @@
+"""Strategy `local` by whole trainers: peers train apart, and are one copy again after every round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_parity import plain_optimizer
+from torch import Tensor
+from training import Regression, Training, check_replicas, small_run
+
+from p2ptrain import events
+from p2ptrain.config import Local, Optimizer, RunConfig, Schedule
+from p2ptrain.records import EntryHeader
+from p2ptrain.replica.apart import effective_steps
+from p2ptrain.swarm import clock
+from p2ptrain.swarm.memory import MemoryHub
+
+pytestmark = pytest.mark.swarm
+
+ROUNDS = 12
+
+
+def local_run(weighting: str = "samples", **fields: Any) -> RunConfig:
+    """Rounds of 96 samples, in inner batches of 6."""
+    settings = Local(inner_batch_size=6, outer_learning_rate=0.7, outer_momentum=0.6, weighting=weighting)
+    defaults: dict[str, Any] = {
+        "strategy": "local",
+        "target_batch_size": 96,
+        "local": settings,
+        "schedule": Schedule(warmup_steps=0),
+    }
+    return small_run(**{**defaults, **fields})
+
+
+def one_process(run: RunConfig, headers: Sequence[EntryHeader]) -> Tensor:
+    """The same by plain torch, peer by peer: parameters (float32 [numel]) after the last round."""
+    task, size = Regression(), run.local.inner_batch_size
+    theta = vector(task.build_model(run.seed))
+    velocity = torch.zeros_like(theta)
+    models = {peer: task.build_model(run.seed) for header in headers for peer in header.roster}
+    inner = {peer: plain_optimizer(run.optimizer, model) for peer, model in models.items()}
+    for header in headers:
+        change = torch.zeros_like(theta)
+        for peer, samples in zip(header.roster, header.samples, strict=True):
+            model, optimizer = models[peer], inner[peer]
+            torch.nn.utils.vector_to_parameters(theta.clone(), model.parameters())
+            for group in optimizer.param_groups:
+                group["lr"] = run.optimizer.lr
+            assert samples % size == 0
+            for first in range(0, samples, size):
+                optimizer.zero_grad()
+                batch = task.batch(header.step, peer, first, size)
+                (task.loss_sum(model, batch) / size).backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm)
+                optimizer.step()
+            times = samples if run.local.weighting == "samples" else size
+            change += (theta - vector(model)) * times / header.total_samples
+        if run.local.weighting == "fednova":
+            change *= effective_steps(header.samples, size)
+        velocity = run.local.outer_momentum * velocity + change
+        theta = theta - run.local.outer_learning_rate * (change + run.local.outer_momentum * velocity)
+    return theta
+
+
+def vector(model: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("weighting", ["samples", "fednova"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_peers_that_train_apart_equal_the_method_by_plain_torch(weighting: str, kind: Any) -> None:
+    run = local_run(weighting, optimizer=Optimizer(kind=kind, lr=0.01, weight_decay=0.0))
+
+    async def story() -> tuple[list[EntryHeader], Tensor]:
+        async with Training(MemoryHub(1), run) as training:
+            for number, (samples, seconds) in enumerate(((3, 0.05), (6, 0.2), (2, 0.1))):
+                training.start(f"peer{number}", micro_batch_size=samples, batch_seconds=seconds)
+            await training.until_step(ROUNDS + 1)
+            assert check_replicas(training.lives) >= 2 * (ROUNDS - 2)
+            first = training.lives[0]
+            at_end = next(position for position in first.positions if position.step == ROUNDS)
+            return first.headers()[:ROUNDS], first.parameters[at_end.lineage]
+
+    headers, found = clock.run(story())
+    assert any(len(set(header.samples)) == 3 for header in headers)  # their work was unequal
+    expected = one_process(run, headers)
+    assert (found - expected).norm() / expected.norm() <= 2e-5
+
+
+def test_one_plain_inner_step_and_an_outer_rate_of_1_are_strategy_sync() -> None:
+    """By whole trainers, whose replicas have one digest after each round."""
+    plain = Optimizer(kind="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0)
+    ended = []
+    for strategy in ("sync", "local"):
+        run = small_run(
+            strategy=strategy,
+            optimizer=plain,
+            schedule=Schedule(warmup_steps=0),
+            target_batch_size=12,
+            min_peers=2,
+            local=Local(inner_batch_size=6, outer_learning_rate=1.0, outer_momentum=0.0),
+        )
+
+        async def story(run: RunConfig = run) -> tuple[list[tuple[int, ...]], Tensor]:
+            async with Training(MemoryHub(1), run) as training:
+                for name in ("a", "b"):
+                    training.start(name, micro_batch_size=6, batch_seconds=2.0)
+                await training.until_step(ROUNDS + 1)
+                check_replicas(training.lives)
+                first = training.lives[0]
+                at_end = next(position for position in first.positions if position.step == ROUNDS)
+                samples = [header.samples for header in first.headers()[:ROUNDS]]
+                return samples, first.parameters[at_end.lineage]
+
+        ended.append(clock.run(story()))
+    (sync_samples, sync), (local_samples, local) = ended
+    assert sync_samples == local_samples == [(6, 6)] * ROUNDS
+    assert (sync - local).norm() / sync.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_a_peer_that_dies_and_comes_back_has_the_swarms_state(codec: str) -> None:
+    async def story() -> None:
+        async with Training(MemoryHub(2), local_run(codec=codec)) as training:
+            for name in ("a", "b", "c"):
+                training.start(name, micro_batch_size=3)
+            await training.until_step(4)
+            await training.kill("b")
+            await training.until_step(7)
+            back = training.start("b", micro_batch_size=3)
+            await training.until_step(11)
+            committed = [event for event in back.of(events.RoundCommitted) if event.mine]
+            assert committed
+            assert check_replicas(training.lives) >= 15
+
+    clock.run(story())
