@@ -19,16 +19,13 @@ if TYPE_CHECKING:  # the verbs import it when they run: help, and other commands
 
 app = typer.Typer(
     name="adapters",
-    help="Combine LoRA adapters of one base.",
+    help="Combine LoRA adapters of one base, or learn which is best in a given context.",
     no_args_is_help=True,
 )
+route = typer.Typer(help="Learn which adapter is best for a text, and measure it.", no_args_is_help=True)
+app.add_typer(route, name="route")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
-
-
-@app.callback()
-def _adapters() -> None:
-    """Keeps `combine` a word of its own while it is the only one."""
 
 
 class Method(StrEnum):
@@ -97,6 +94,110 @@ def combine(
     for line in _lines(read, result):
         typer.echo(line)
     typer.echo(f"written: {out}")
+
+
+Texts = Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A text of each kind; may be repeated.")]
+Length = Annotated[int, typer.Option(min=8, help="Tokens in a window of text.")]
+Windows = Annotated[int, typer.Option(min=5, help="Of each text, at most.")]
+
+
+@route.command("train")
+def route_train(
+    base: Annotated[Path, typer.Option(help="The folder of the model that the adapters were trained on.")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapters", metavar="NAME=DIR", help="An adapter; may be repeated.")
+    ],
+    data: Texts,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")],
+    prefix: Annotated[int, typer.Option(min=2, help="Tokens that the router looks at.")] = 64,
+    length: Length = 192,
+    windows: Windows = 200,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Below this confidence the base goes on without an adapter.")
+    ] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Learn from texts which adapter is best after their first tokens."""
+    if prefix >= length:
+        raise AdapterError(
+            f"--prefix {prefix} must be below --length {length}: the rest is what is judged by"
+        )
+    named, texts = _named(adapters, "--adapters"), _named(data, "--data")
+
+    from p2ptrain.adapters.routers import save_router
+    from p2ptrain.adapters.routing import trained
+
+    router, note = trained(
+        base,
+        named,
+        texts,
+        prefix=prefix,
+        length=length,
+        most=windows,
+        threshold=threshold,
+        progress=lambda line: typer.echo(line, err=True),
+    )
+    save_router(out, router, note)
+    _tell(out, note.table, note.confusion, ("base", *named), as_json)
+
+
+@route.command("eval")
+def route_eval(
+    router: Annotated[Path, typer.Argument(help="Folder that `route train` has written.")],
+    data: Texts,
+    length: Length = 192,
+    windows: Windows = 200,
+    as_json: Json = False,
+) -> None:
+    """Compare base, each adapter, their mean, the router and the oracle on texts of your own."""
+    texts = _named(data, "--data")
+
+    from p2ptrain.adapters.routers import load_router
+    from p2ptrain.adapters.routing import judged
+
+    read, note = load_router(router)
+    if note.prefix >= length:
+        raise AdapterError(
+            f"--length {length} must be above {note.prefix}, the tokens that the router looks at"
+        )
+    table, confusion = judged(
+        read, note, texts, length=length, most=windows, progress=lambda line: typer.echo(line, err=True)
+    )
+    _tell(router, table, confusion, ("base", *(each.name for each in note.adapters)), as_json)
+
+
+def _named(words: list[str], option: str) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or not name.isidentifier() or not path or name in named:
+            raise AdapterError(f"{option} {word[:60]!r}: expected NAME=PATH, each name a word of its own")
+        named[name] = Path(path)
+    return named
+
+
+def _tell(
+    folder: Path,
+    table: dict[str, dict[str, float]],
+    confusion: tuple[tuple[int, ...], ...],
+    choices: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    if as_json:
+        typer.echo(
+            json.dumps({"router": str(folder), "table": table, "choices": choices, "confusion": confusion})
+        )
+        return
+    columns = list(next(iter(table.values())))
+    typer.echo("loss after the prefix, nats per token, on texts that were not trained on:")
+    typer.echo(" " * 12 + "".join(f"{column[:10]:>11}" for column in columns))
+    for way, losses in table.items():
+        typer.echo(f"{way[:12]:<12}" + "".join(f"{losses[column]:>11.4f}" for column in columns))
+    typer.echo("\nthe best choice (rows), and the router's (columns):")
+    typer.echo(" " * 12 + "".join(f"{choice[:10]:>11}" for choice in choices))
+    for choice, row in zip(choices, confusion, strict=True):
+        typer.echo(f"{choice[:12]:<12}" + "".join(f"{count:>11}" for count in row))
+    typer.echo(f"router: {folder}")
 
 
 def _note(read: list[Adapter], method: Method, result: Combined) -> dict[str, Any]:

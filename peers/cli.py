@@ -440,8 +440,16 @@ def bench_peer(number: int, folder: Path, peers: int, values: int, codecs: str, 
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")],
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint, or a folder of them: then the newest.")
+    ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: what `adapters route train` wrote; it chooses the adapter by the prompt."
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=1, max=100_000, help="How many bytes or tokens it adds.")] = 300,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="0: the likeliest only; 1: as learned.")
@@ -450,7 +458,22 @@ def generate(
     peer: OwnPlaces = None,
     as_json: Json = False,
 ) -> None:
-    """Let the model of a checkpoint write."""
+    """Let the model of a checkpoint write, or a base with the adapter that a router chooses."""
+    if (checkpoint is None) == (router is None):
+        from p2ptrain.errors import ConfigError
+
+        raise ConfigError("give a checkpoint to write with, or else --router and its folder")
+    if router is not None:
+        from p2ptrain.adapters.routing import write
+
+        written = write(router, prompt, length, temperature, seed)
+        if as_json:
+            typer.echo(json.dumps({"router": str(router), **dataclasses.asdict(written)}))
+        else:
+            typer.echo(f"by {written.choice} (confidence {written.confidence:.2f})", err=True)
+            typer.echo(written.text)
+        return
+    assert checkpoint is not None
     from peers import models
 
     text = models.generate(checkpoint, prompt, length, temperature, seed, _peer(peer))

@@ -110,7 +110,7 @@ class Adapter:
 
 def load_adapter(path: Path) -> Adapter:
     """Read the folder. Raises AdapterError that names the file, what is wrong with it and what to do."""
-    config = _read_json(path / CONFIG, path)
+    config = read_json(path / CONFIG, path)
     try:
         settings = LoraSettings.model_validate(config)
     except ValidationError as error:
@@ -132,7 +132,7 @@ def load_adapter(path: Path) -> Adapter:
             )
 
     halves: dict[str, dict[str, Tensor]] = {}
-    with _opened(path / WEIGHTS, path) as file:
+    with opened(path / WEIGHTS, path) as file:
         for key in file.keys():  # noqa: SIM118  (it is no mapping)
             if (found := _FACTOR.fullmatch(key)) is None:
                 raise AdapterError(
@@ -156,7 +156,7 @@ def load_adapter(path: Path) -> Adapter:
         factors[module] = Factors(a, settings.scaling(module, a.shape[0]) * b)
     if not factors:
         raise AdapterError(f"{path / WEIGHTS} holds no factor at all; copy the folder again")
-    return Adapter(path, config, settings, factors, _read_note(path), _file_digest(path / WEIGHTS))
+    return Adapter(path, config, settings, factors, _read_note(path), file_digest(path / WEIGHTS))
 
 
 def check_together(adapters: list[Adapter]) -> None:
@@ -215,10 +215,10 @@ def save_adapter(
     for module, each in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = each.a.float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = each.b.float().contiguous()
-    with _writing(folder):
+    with writing(folder):
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        _write_json(folder / CONFIG, config)
-        _write_json(folder / NOTE, note)
+        write_json(folder / CONFIG, config)
+        write_json(folder / NOTE, note)
 
 
 def merge(base: Path, factors: Mapping[str, Factors], transposed: bool, folder: Path) -> None:
@@ -229,9 +229,9 @@ def merge(base: Path, factors: Mapping[str, Factors], transposed: bool, folder: 
     """
     files = _weight_files(base)
     left = dict(factors)
-    with _writing(folder):
+    with writing(folder):
         for name in files:
-            with _opened(base / name, base) as file:
+            with opened(base / name, base) as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             for module in [m for m in left if f"{m}.weight" in tensors]:
@@ -262,7 +262,7 @@ def _weight_files(base: Path) -> list[str]:
     if (base / MODEL).is_file():
         return [MODEL]
     if (base / INDEX).is_file():
-        names = sorted({str(name) for name in _read_json(base / INDEX, base).get("weight_map", {}).values()})
+        names = sorted({str(name) for name in read_json(base / INDEX, base).get("weight_map", {}).values()})
         if names and all(Path(name).name == name for name in names):
             return names
     raise AdapterError(f"{base} is no model folder: it has no {MODEL}; give the folder of the adapters' base")
@@ -272,14 +272,14 @@ def _read_note(path: Path) -> Note:
     if not (path / NOTE).exists():
         return Note()
     try:
-        return Note.model_validate(_read_json(path / NOTE, path))
+        return Note.model_validate(read_json(path / NOTE, path))
     except ValidationError as error:
         raise AdapterError(
             f"{path / NOTE}: {error.errors()[0]['msg']}; delete it if you trust the folder"
         ) from None
 
 
-def _read_json(file: Path, folder: Path) -> dict[str, Any]:
+def read_json(file: Path, folder: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             content = json.loads(stream.read(MAX_CONFIG_BYTES))
@@ -299,7 +299,7 @@ def _missing(file: Path, folder: Path) -> AdapterError:
 
 
 @contextmanager
-def _opened(file: Path, folder: Path) -> Iterator[Any]:
+def opened(file: Path, folder: Path) -> Iterator[Any]:
     if not file.is_file():
         raise _missing(file, folder)
     try:
@@ -310,7 +310,7 @@ def _opened(file: Path, folder: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """A new folder, taken away again if it is not completed."""
     try:
         folder.mkdir(parents=True)
@@ -329,10 +329,10 @@ def _writing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -111,7 +111,9 @@ ROOMS = {
     ),
     # beside: tools that need no swarm
     "p2ptrain.adapters": Room(
-        WORDS, TORCH | {"pydantic"}, ANY - names("asyncio random socket threading time")
+        WORDS | {"p2ptrain.tasks"},
+        TORCH | names("peft pydantic transformers"),
+        ANY - names("asyncio random socket threading time"),
     ),
     # roles: they wire
     "peers": Room(
