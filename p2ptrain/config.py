@@ -544,8 +544,8 @@ class RunConfig(Section):
             )
         if self.payload == "lora":
             raise ValueError(
-                'payload = "lora" needs strategy = "sync": the mean of adapters that were trained apart is not '
-                "the adapter of mean factors; train them apart with PEFT, and `p2ptrain adapters combine` makes "
+                'payload = "lora" needs strategy = "sync": the mean of adapters trained apart is not the '
+                "adapter of mean factors; train them with PEFT, and let `p2ptrain adapters combine` make "
                 "the exact mean"
             )
         if self.target_batch_size < self.local.inner_batch_size:
