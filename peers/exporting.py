@@ -116,7 +116,11 @@ def model_card(checkpoint: LoadedCheckpoint, parameters: int, fingerprint: str, 
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(checkpoint.versions.items())),
     }
     heldout: Mapping[str, Any] = checkpoint.extra.get("heldout") or {}
-    facts |= {f"held-out {name}": f"{value:.4g}" for name, value in heldout.items() if value is not None}
+    facts |= {
+        f"held-out {name}, when last measured": f"{value:.4g}"
+        for name, value in heldout.items()
+        if value is not None
+    }
     head = {"library_name": "p2ptrain", "tags": ["p2ptrain"]}
     if isinstance(task, CausalLmTask):
         library = "transformers" if run.payload == "full" else "peft"

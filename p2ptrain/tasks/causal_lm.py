@@ -205,7 +205,6 @@ class CausalLmTask:
     def loss_sum(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Scalar of the model's dtype: Σ over the batch's samples of their losses."""
         batch = batch.to(device_of(model))
-        batch = batch.to(device_of(model))
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         entropy = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
         return entropy / (batch.shape[1] - 1)

@@ -74,6 +74,13 @@ def test_bits_per_byte_are_those_of_the_loss_when_tokens_are_bytes(
     assert figures["bits_per_byte"] == pytest.approx(figures["loss"] / math.log(2), rel=0.02)
 
 
+def test_samples_have_numbers_and_lie_side_by_side(tiny: CausalLmTask) -> None:
+    assert tiny.size > 100_000
+    first, second = tiny.samples([0, 1])
+    assert first.shape == (25,)
+    assert first[-1] == second[0]
+
+
 def test_preview_goes_on_from_the_prompt_the_same_way_each_time(
     tiny: CausalLmTask, model: torch.nn.Module
 ) -> None:

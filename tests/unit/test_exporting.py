@@ -80,7 +80,7 @@ def test_model_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
         f"{replica.position.weight:,}",
         replica.compute_state_digest(),
         f"| parameters | {replica.numel:,} |",
-        "| held-out loss | 5.25 |",
+        "| held-out loss, when last measured | 5.25 |",
         *(f"{samples:,} |" for samples in replica.last.samples),
         *(f"`{peer}`" for peer in replica.last.roster),
     ):
