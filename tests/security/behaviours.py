@@ -709,16 +709,15 @@ async def lying_donor(field: Field) -> str:
     with lies(field, "pieces"):
         name = f"newcomer-{len(field.liars)}"
         field.stage.join(name, encode(field.stage.invite))
-        await asyncio.to_thread(field.stage.wait_rounds, [name], 2)
-        told = field.stage.told[name]
-        caught = [each for each in told if each["event"] == "caught_up"]
+        caught = await asyncio.to_thread(field.stage.wait_for, name, "caught_up")
         # As an honest one it must have the others' bytes from now on.
         field.stage.honest.append(name)
-        await asyncio.to_thread(field.stage.watch, field.seconds)
+        await asyncio.to_thread(field.stage.watch, 2 * field.seconds)
         assert not field.stage.wrong_bytes()
+        hashed = [each for each in field.stage.told[name] if each["event"] == "state_hashed"]
         field.stage.honest.remove(name)
         field.stage.part(name)
-    return f"caught up by {caught[-1]['by'] if caught else '?'} and has the same bytes"
+    return f"caught up by {caught['by']}, and {len(hashed)} states of it were compared"
 
 
 @lying("stall")

@@ -117,6 +117,16 @@ class Stage:
 
         until(there, lambda: f"{count} rounds of {names}: {self.processes[names[0]]}", READY_SECONDS)
 
+    def wait_for(self, name: str, event: str) -> Record:
+        """That event of this peer."""
+
+        def told() -> list[Record]:
+            self.look()
+            return [record for record in self.told[name] if record["event"] == event]
+
+        found: list[Record] = until(told, lambda: f"{event}: {self.processes[name]}", READY_SECONDS)
+        return found[-1]
+
     def commits(self, name: str) -> list[Record]:
         return [record for record in self.told[name] if record["event"] == "round_committed"]
 
