@@ -28,6 +28,7 @@ from tests.security.stage import swarm
 RATE_SHARE = 0.8
 GROWTH_MEGABYTES = 64.0
 SETTLE_SECONDS = 1.0
+"""At most; half of the time that floods last, where that is less."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Outcome:
 
 def play(field: Field, behaviour: Behaviour) -> Outcome:
     """Let it loose."""
-    stage = field.stage
+    stage, settle = field.stage, min(SETTLE_SECONDS, field.seconds / 2)
     if behaviour.lie:
         name = f"liar-{len(field.liars) + 1}"
         orders = stage.liar(name)
         assert not orders.exists()
         field.liars.append(name)
-    stage.watch(SETTLE_SECONDS)
+    stage.watch(settle)
     since = time.time()
     stage.watch(field.seconds)
     before = stage.steps_per_second(since, time.time())
@@ -68,7 +69,7 @@ def play(field: Field, behaviour: Behaviour) -> Outcome:
         seen, met = f"{type(error).__name__}: {error}".splitlines()[0][:300], False
         traceback.print_exc()
     ended = time.time()
-    stage.watch(SETTLE_SECONDS)
+    stage.watch(settle)
     during = stage.steps_per_second(began, ended)
     after = stage.megabytes()
     if behaviour.lie:

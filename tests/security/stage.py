@@ -39,7 +39,7 @@ class Stage:
         self.run = run_file(self.folder, self.run_id, 10_000_000, TARGET_BATCH_SIZE)
         self.processes: dict[str, Process] = {}
         self.told: dict[str, list[Record]] = {}
-        self._tails: dict[str, Tail] = {}
+        self.tails: dict[str, Tail] = {}
         self.bootstrap, _ = people.bootstrap(self.run, LISTEN, "--private", data_dir="organizer")
         self.invite = self.created("--name", "honest")
         self.honest = [f"peer-{number + 1}" for number in range(peers)]
@@ -67,7 +67,7 @@ class Stage:
         process = self.people.join(invite, name, inside=through)
         self.processes[name] = process
         self.told[name] = []
-        self._tails[name] = Tail(self.folder / name / "journal.jsonl")
+        self.tails[name] = Tail(self.folder / name / "journal.jsonl")
         return process
 
     def liar(self, name: str) -> Path:
@@ -82,7 +82,7 @@ class Stage:
         """End it; what a liar told is no evidence."""
         self.processes.pop(name).kill()
         self.told.pop(name)
-        self._tails.pop(name).close()
+        self.tails.pop(name).close()
 
     def status(self, name: str) -> dict[str, Any]:
         return control.ask(self.folder / name, {"ask": "status"})
@@ -94,7 +94,7 @@ class Stage:
 
     def look(self) -> None:
         """Read what there is to read. Fails if an honest process has ended."""
-        for name, tail in self._tails.items():
+        for name, tail in self.tails.items():
             self.told[name] += tail.read()
         for name, process in [*self.processes.items(), ("bootstrap", self.bootstrap)]:
             ended = process.process.poll() is not None
@@ -187,4 +187,9 @@ class Stage:
 def swarm(folder: Path, peers: int) -> Iterator[Stage]:
     """All of it is gone afterwards."""
     with crew(folder) as people:
-        yield Stage(people, peers)
+        stage = Stage(people, peers)
+        try:
+            yield stage
+        finally:
+            for tail in stage.tails.values():
+                tail.close()
