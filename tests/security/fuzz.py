@@ -5,7 +5,7 @@
     python -m tests.security.fuzz crash-…                 # what was found, again
 
 The first byte of an input chooses the parser, the rest is what it is given. A parser may refuse in the ways
-that it says it does; anything else, over five seconds or two gigabytes for an input included, ends the run,
+that it says it does; anything else, over 20 seconds or two gigabytes for an input included, ends the run,
 and the input is written to the current folder. `corpus/` holds inputs that reach different code: seeds
 that this file makes (`--seeds`), and what long runs have found, merged (`--merge FOLDER`). Not covered: what
 is not Python: pydantic, safetensors, OpenSSL and p2pd are exercised, and not guided through.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import sys
 import tempfile
@@ -24,6 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import atheris
+import msgpack
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import HttpRequestParser
+from aiohttp.http_exceptions import HttpProcessingError
 
 GUIDED = [
     "p2ptrain.config", "p2ptrain.events", "p2ptrain.records", "p2ptrain.gradients.codecs",
@@ -39,20 +44,21 @@ with atheris.instrument_imports(include=GUIDED):
     from p2ptrain.errors import BadMessage, LocalFault, P2PTrainError
     from p2ptrain.gradients.codecs import codec_named
     from p2ptrain.records import SIGNED, WIRE, GetRun, Manifest, Position, Presence
-    from p2ptrain.replica.snapshot import unpack
+    from p2ptrain.replica.snapshot import State, unpack
+    from p2ptrain.replica.snapshot import pack as packed_state
     from p2ptrain.swarm import reach
     from p2ptrain.swarm.access import MAX_INVITE_CHARACTERS, _wrapped, decode, encode
     from p2ptrain.swarm.flow import Flow
     from p2ptrain.swarm.frames import pack, read_frame
     from p2ptrain.swarm.gate import revoke
     from p2ptrain.swarm.identity import _parse as identity_in
-    from p2ptrain.swarm.validator import RecordValidator
+    from p2ptrain.swarm.validator import RecordValidator, seal
     from peers.daemon import ControlServer
     from tests.unit.organizer import ORGANIZER, RUN_ID, invite
 
 CORPUS = Path(__file__).parent / "corpus"
 LARGEST_INPUT_BYTES = 8192
-SLOW_SECONDS = 5
+SLOW_SECONDS = 20
 MEGABYTES = 2048
 KEY = b"k" * 20
 LOOP = asyncio.new_event_loop()
@@ -179,8 +185,6 @@ def control(data: bytes) -> None:
 
 
 def journals(data: bytes) -> None:
-    import json
-
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(data)
         if isinstance(line, dict) and (event := events.from_dict(line)) is not None:
@@ -189,10 +193,6 @@ def journals(data: bytes) -> None:
 
 def http(data: bytes) -> None:
     """As `telemetry.health` has aiohttp parse it."""
-    from aiohttp.base_protocol import BaseProtocol
-    from aiohttp.http import HttpRequestParser
-    from aiohttp.http_exceptions import HttpProcessingError
-
     parser = HttpRequestParser(
         BaseProtocol(LOOP), LOOP, 2**16, max_line_size=4096, max_field_size=4096, max_headers=64
     )
@@ -214,14 +214,6 @@ def one_input(data: bytes) -> None:
 
 def seeds() -> Iterator[tuple[str, bytes]]:
     """Something that each parser takes, to begin from."""
-    import json
-
-    import msgpack
-
-    from p2ptrain.replica.snapshot import State
-    from p2ptrain.replica.snapshot import pack as packed_state
-    from p2ptrain.swarm.validator import seal
-
     made = invite()
     here = Position(step=3, lineage="a" * 64, weight=7)
     manifest = Manifest(

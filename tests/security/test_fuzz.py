@@ -18,7 +18,7 @@ def test_no_input_crashes_or_hangs_a_parser(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert fuzzing.returncode == 0, fuzzing.stderr[-3000:]
