@@ -31,6 +31,7 @@ from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
 from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk, encode_chunk
+from p2ptrain.protocol.ledger import Leases, Ranges, lease
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
@@ -118,6 +119,10 @@ class Contribution:
 
     total: Tensor
     samples: int
+    skipped: int = 0
+    """Samples of the lease that are not in it, their gradient not being finite."""
+    lease: Ranges = ()
+    """From whose start the samples are, where these are leased."""
 
 
 @dataclass(frozen=True)
@@ -292,11 +297,14 @@ class Attempt:
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
         last: EntryHeader | None = None,
+        leases: Leases | None = None,
     ) -> None:
         """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
         since the last commit; `memory`: for the averaged bytes, if it is large enough; `evidence`: where this
         attempt's is gathered, if the run is audited."""
         self.freeze = freeze
+        self.lease = () if leases is None else lease(leases, swarm.peer_id)
+        """The samples that this peer may bring, where they are leased."""
         self.began = asyncio.get_running_loop().time()
         self.held = self.began
         self.sealed: float | None = None
@@ -311,7 +319,7 @@ class Attempt:
         self._scratch = scratch
         self._spawn = spawn
         self.likeness = Likeness()
-        self._reduction = Reduction(freeze, self._me, chunk_values, most_samples)
+        self._reduction = Reduction(freeze, self._me, chunk_values, most_samples, leases)
         self._ranges = [
             chunk_ranges(start, stop, chunk_values)
             for start, stop in zip(freeze.spans, freeze.spans[1:], strict=False)
@@ -338,8 +346,11 @@ class Attempt:
         self._timer = asyncio.get_running_loop().call_later(freeze.deadline_seconds, self._overdue)
 
     def contribute(self, contribution: Contribution) -> None:
-        """Seal: send every reducer its span. The tensor must not change until the attempt is over."""
+        """Seal: send every reducer its span. The tensor must not change until the attempt is over. Samples of
+        another lease than this attempt gives stay out of it."""
         self.sealed = asyncio.get_running_loop().time()
+        if contribution.lease != self.lease:
+            contribution = Contribution(contribution.total, 0)
         self._contribution = contribution
         if self.evidence is not None:
             self.evidence.samples = contribution.samples
@@ -442,6 +453,7 @@ class Attempt:
             ballot=self.freeze.ballot,
             number=number,
             samples=self._contribution.samples,
+            skipped=self._contribution.skipped,
             **signed,
         )
 
@@ -550,6 +562,7 @@ class Attempt:
             ballot=self.freeze.ballot,
             number=number,
             samples=samples,
+            skipped=reduction.skipped,
             squared_norm=self._norm if ends else None,
             **signed,
         )
@@ -913,6 +926,7 @@ class Rounds:
             on_held,
             on_failed,
             last,
+            self.member.leases(freeze.ballot.leader),
         )
         self._memory = None
         self._change()

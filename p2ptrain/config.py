@@ -469,6 +469,12 @@ class RunConfig(Section):
     the next step's samples meanwhile: the wait is hidden, but those gradients do not know of the last step,
     so a high learning rate may need to be lower."""
 
+    data: Literal["drawn", "leased"] = "drawn"
+    """Which samples a step takes. `drawn`: each peer draws any of them, so some come often and some late.
+    `leased`: all are numbered, and each counts once in every pass over the data, in an order that the seed
+    shuffles; what a peer does not bring in goes to another, and a run that was stopped goes on where it
+    stood. Needs the same data on every peer, and `delay` 0; newcomers bring nothing to their first round."""
+
     codec: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk", "lowrank"] = "fp16"
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
     2, `bf16` to 8 bits in 2, `int8` in 1.02, `int4` in 0.53, `topk` only the largest 1/32 of the values, in
@@ -589,6 +595,16 @@ class RunConfig(Section):
                 f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be less than "
                 f"total_steps ({self.total_steps}), or the run would never reach its learning rate; "
                 "lower schedule.warmup_steps or raise total_steps"
+            )
+        if self.data == "leased" and self.delay:
+            raise ValueError(
+                f'data = "leased" needs delay = 0, not {self.delay}: who may take which samples follows from '
+                'the last round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
+            )
+        if self.data == "leased" and isinstance(self.task, BytesTask) and not self.task.exact:
+            raise ValueError(
+                'data = "leased" needs task.exact = true: a sample is leased by its number, so all peers '
+                'must have the same text; set task.exact to true or data to "drawn"'
             )
         return self
 

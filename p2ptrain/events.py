@@ -58,6 +58,7 @@ class WasteCause(StrEnum):
 
     BEHIND = "behind"
     NONFINITE = "nonfinite"
+    NO_LEASE = "no_lease"
     ROLLED_BACK = "rolled_back"
     LEAVING = "leaving"
 
@@ -96,6 +97,7 @@ _WASTED_BECAUSE = {
     WasteCause.BEHIND: "the swarm stepped without this peer",
     WasteCause.NONFINITE: "their gradient was not finite; if that goes on, look at your data, or set "
     'precision = "fp32" in the peer file',
+    WasteCause.NO_LEASE: "another peer leads this step now, and the lease went to it",
     WasteCause.ROLLED_BACK: "a heavier lineage replaced the one they went into",
     WasteCause.LEAVING: "this peer left before the round",
 }
@@ -266,6 +268,19 @@ class RoundCommitted(_Happened):
     """After the entry."""
     digest: str
     """The entry's own."""
+    parent: str = ""
+    """The lineage before it."""
+    taken: tuple[tuple[int, int], ...] = ()
+    """Where samples are leased: the ranges of numbers that it took out of the data, and how all stand after
+    it."""
+    unique: int = 0
+    """Samples that count."""
+    lost: int = 0
+    """That never will: their gradient was not finite."""
+    repeated: int = 0
+    """That count twice."""
+    returned: int = 0
+    """That were leased and not brought in: they come next."""
 
     @property
     def seconds(self) -> float:

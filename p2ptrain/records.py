@@ -7,6 +7,7 @@ beside a header. Digests are lower-case hex SHA-256.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, NewType
 
 from pydantic import (
@@ -129,6 +130,21 @@ class Terms(Decree):
     paused_from: Step = 0
 
 
+class DataPosition(Record):
+    """Which samples have been taken out of the data: all below `next`, except those in `returned`."""
+
+    next: Count
+    returned: Annotated[tuple[tuple[Count, Count], ...], Field(max_length=MAX_ROSTER + 1)]
+    """Ranges, each up to before its second number, that were leased and not brought in; rising and apart."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> DataPosition:
+        bounds = [bound for pair in self.returned for bound in pair] + [self.next]
+        if self.returned and any(low >= high for low, high in pairwise(bounds)):
+            raise ValueError(f"the returned ranges must rise, and end before {self.next}")
+        return self
+
+
 class EntryHeader(Record):
     """What a committed round produced, except the averaged bytes themselves, which `digest` binds.
 
@@ -152,6 +168,11 @@ class EntryHeader(Record):
     """SHA-256 over the digests of the entry's encoded chunks, in order."""
     terms: Terms | None = None
     """Under which it is applied; None: as the run file says."""
+    skipped: Annotated[tuple[Count, ...], Field(max_length=MAX_ROSTER)] = ()
+    """Where samples are leased: how many each member took out of the data besides those that it brings, since
+    their gradient was not finite. Empty: none did."""
+    data: DataPosition | None = None
+    """Where samples are leased: how the data stands after this entry."""
 
     @property
     def total_samples(self) -> int:
@@ -162,6 +183,8 @@ class EntryHeader(Record):
         members = len(self.roster)
         if not (len(self.samples) == len(self.squared_norms) == len(self.spans) - 1 == members):
             raise ValueError(f"samples, squared_norms and spans must fit the roster of {members}")
+        if len(self.skipped) not in (0, members):
+            raise ValueError(f"skipped must fit the roster of {members}")
         return self
 
 
@@ -350,6 +373,8 @@ class Chunk(Record):
     samples: Count
     """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for
     all."""
+    skipped: Count = 0
+    """Samples of my lease that I leave out, since their gradient is not finite; in every chunk, too."""
     signature: Signature | None = None
     """Of my `Commitment` to this reducer; on the last chunk only, and only where the run is audited."""
     incarnation: Incarnation = ""
@@ -366,6 +391,8 @@ class Averaged(Record):
     number: Count
     samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     """The sample counts that this mean was divided by, in roster order."""
+    skipped: Annotated[tuple[Count, ...], Field(max_length=MAX_ROSTER)] = ()
+    """What the members skipped, likewise; empty if none did."""
     squared_norm: Annotated[float, Field(ge=0)] | None = None
     """Of the decoded span, in float64; on the last chunk only."""
     inputs: Annotated[tuple[Digest, ...], Field(max_length=MAX_AUDITED)] | None = None

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.engine import Engine
 from p2ptrain.gradients.likeness import StoodOut
+from p2ptrain.protocol.ledger import Account, Ranges, account, follows, lease, numbers, shuffled
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds, milestone, standing
 from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
@@ -47,6 +49,7 @@ from p2ptrain.protocol.terms import due, in_force, in_words, revision, total_ste
 from p2ptrain.records import (
     Ballot,
     Change,
+    EntryHeader,
     Milestone,
     PeerId,
     Position,
@@ -69,7 +72,7 @@ from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.replica.transfer import CatchUp
 from p2ptrain.swarm.port import Buffer, Swarm
-from p2ptrain.tasks import Task
+from p2ptrain.tasks import Numbered, Task
 
 SEE_OFF_SECONDS = 0.05
 """How often a peer that is about to leave looks whether all are where it is."""
@@ -105,6 +108,18 @@ def _changes_of(replica: Replica) -> list[Change]:
 def base_note(replica: Replica) -> str:
     """How the presence of a peer that trains adapters begins: with what they are for."""
     return f"base {replica.base_digest[:16]}, " if replica.base_digest else ""
+
+
+def _numbered(run: RunConfig, task: Task) -> Numbered | None:
+    """The task, if its samples are leased. Raises LocalFault if they cannot be."""
+    if run.data == "drawn":
+        return None
+    if not isinstance(task, Numbered) or not task.size:
+        raise LocalFault(
+            f"run {run.run_id} leases samples by their number, and its task has none that are numbered; "
+            'set data to "drawn" in the run file'
+        )
+    return task
 
 
 async def train(peer: Peer, run: RunConfig) -> None:
@@ -209,7 +224,10 @@ class Peer:
             silence_most_seconds=run.silence_most_seconds,
             attempt_most_seconds=run.attempt_most_seconds,
             quorum=run.quorum,
+            leased=run.data == "leased",
         )
+        self._numbered = _numbered(run, task)
+        """None: samples are drawn."""
         member = Member(
             swarm.peer_id,
             incarnation,
@@ -255,6 +273,10 @@ class Peer:
         self._batch_began = self._batch_seconds = 0.0
         self._drawn = 0
         """Samples drawn while the replica stands where it does."""
+        self._lease: Ranges = ()
+        """Where samples are leased, they are the first of these."""
+        self._skipped = 0
+        """Of them, those whose gradient was not finite."""
         self._compute_seconds = 0.0
         """Of the micro-batches that ended since the last step."""
         self._in_time = False
@@ -364,12 +386,16 @@ class Peer:
                 self.rounds.outcome = None
                 self._aborted(aborted)
             attempt = self.rounds.attempt
+            await self._keep_lease(attempt)
             patience = None if attempt is None else self._patience(attempt)
             if patience is not None and patience <= 0:
                 break
             if self._batch is None:
-                if self.paused or self._accumulator.samples >= self.rounds.member.target_batch_size:
-                    # Paused, or the whole batch by itself: more would make a step of another size.
+                full = self._accumulator.samples >= self.rounds.member.target_batch_size
+                if not full and not self._to_draw() and 2 * self._skipped > self._drawn:
+                    await self._begin_lease()  # too many were not finite: without this, nobody might go on
+                if self.paused or full or not self._to_draw():
+                    # Paused, no lease, or the whole batch by itself: more would make a step of another size.
                     await self.rounds.changed(self.run.heartbeat_seconds)
                     continue
                 self._begin_batch()
@@ -378,7 +404,7 @@ class Peer:
         if not self._accumulator.gathered:
             # Not on the compute thread, where a micro-batch that came too late may be under way.
             await self._aside(self._accumulator.gather)
-        return Contribution(self._accumulator.total, self._accumulator.samples)
+        return Contribution(self._accumulator.total, self._accumulator.samples, self._skipped, self._lease)
 
     async def join_round(self, contribution: Contribution) -> Outcome:
         """Average with the swarm, with `delay` computing for the next step meanwhile; whatever the outcome
@@ -397,8 +423,13 @@ class Peer:
     async def apply(self, committed: Committed) -> None:
         """Take the synchronized step."""
         entry, began = committed.entry, self._now()
-        mine, header = self._accumulator.samples, entry.header
+        header = entry.header
+        rank = header.roster.index(self.swarm.peer_id)
+        if not header.samples[rank]:
+            await self._discard(events.WasteCause.NO_LEASE)
+        mine = self._accumulator.samples
         loss = self._accumulator.loss_sum / mine if mine else None
+        taken = self._taken(header)
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
@@ -421,12 +452,14 @@ class Peer:
                 apply_seconds=self._now() - began,
                 lineage=self.replica.position.lineage,
                 digest=header.digest,
+                parent=header.parent,
+                **taken,
             )
         )
         self.rounds_joined += 1
         self.samples_given += mine
-        self._batch_size = fitting_batch_size(self._batch_size, mine, self.engine.most_samples)
-        rank = header.roster.index(self.swarm.peer_id)
+        if self._lease or self._numbered is None:
+            self._batch_size = fitting_batch_size(self._batch_size, mine, self.engine.most_samples)
         self.donor.upload.round(
             sent_in_round(len(entry.payload), header.spans, rank), committed.held - committed.sealed
         )
@@ -638,32 +671,40 @@ class Peer:
                 await self._take_batch(ahead)
 
     def _begin_batch(self, *, ahead: bool = False) -> None:
-        count, step = min(self._batch_size, self._accumulator.room), self.replica.position.step
+        count = min(self._batch_size, self._accumulator.room, self._to_draw())
+        step = self.replica.position.step
         if count != self._batch_count:
             self._batch_seconds *= count / self._batch_count
             self._batch_count = count
         self._batch_step, self._batch_began = step, self._now()
-        self._batch = asyncio.ensure_future(self._timed_gradients(step, self._drawn, count))
+        self._batch = asyncio.ensure_future(self._timed_gradients(step, self._drawn, count, self._lease))
         self._drawn += count
         if not ahead:
             self._report()
 
-    async def _timed_gradients(self, step: int, first: int, count: int) -> tuple[float, float]:
+    async def _timed_gradients(self, step: int, first: int, count: int, held: Ranges) -> tuple[float, float]:
         """The micro-batch's Σ of losses, and when it ended: it may be taken later, with `delay`."""
-        return await self._compute(self._gradients, step, first, count), self._now()
+        return await self._compute(self._gradients, step, first, count, held), self._now()
 
-    def _gradients(self, step: int, first: int, count: int) -> float:
+    def _gradients(self, step: int, first: int, count: int, held: Ranges) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
         losses."""
         peer = self.swarm.peer_id
         drawn = hashlib.sha256(f"{self.run.seed}/{step}/{peer}/{first}/chance".encode())
         return self.engine.gradients(
-            partial(self.task.batch, step, peer),
+            partial(self._samples, step, held),
             self.task.loss_sum,
             first,
             count,
             int.from_bytes(drawn.digest()[:8], "big"),
         )
+
+    def _samples(self, step: int, held: Ranges, first: int, count: int) -> Any:
+        """So many samples after the first ones of this step: drawn, or from that lease."""
+        if (data := self._numbered) is None:
+            return self.task.batch(step, self.swarm.peer_id, first, count)
+        places = numbers(held, first, count)
+        return data.samples([shuffled(place, data.size, self.run.seed) for place in places])
 
     async def _batch_ends(self, patience_seconds: float | None) -> bool:
         """Wait for the micro-batch, a change in the round, or the end of patience; True for the first of
@@ -716,6 +757,7 @@ class Peer:
             self._observe(
                 events.SamplesWasted(step=self._batch_step, samples=count, cause=events.WasteCause.NONFINITE)
             )
+            self._skipped += count if self._lease else 0
             self._nonfinite += 1
             if self._nonfinite >= MOST_NONFINITE:
                 raise DeviceError(
@@ -744,6 +786,51 @@ class Peer:
             self._accumulator.samples, in_flight, finish, self._batch_seconds, self.state_digest
         )
 
+    # -- which samples ---------------------------------------------------------------------------------------
+
+    def _to_draw(self) -> int:
+        """How many samples this peer may still begin in this step."""
+        if self._numbered is None:
+            return self.rounds.member.target_batch_size
+        return sum(stop - start for start, stop in self._lease) - self._drawn
+
+    async def _keep_lease(self, attempt: Attempt | None) -> None:
+        """Go by the lease that this peer has now, or has in the attempt. Who has one only for leading has
+        none when somebody else leads: then what was computed on it is lost."""
+        held = self._lease_now() if attempt is None else attempt.lease
+        if held != self._lease:
+            await self._discard(events.WasteCause.NO_LEASE)
+            self._void_batch, self._lease = self._batch, held
+            self._drawn = self._skipped = 0
+
+    async def _begin_lease(self) -> None:
+        """From its first sample, as if none had been computed."""
+        await self._discard(events.WasteCause.NONFINITE)
+        self._drawn = self._skipped = 0
+
+    def _lease_now(self) -> Ranges:
+        leases = self.rounds.member.leases()
+        return () if leases is None else lease(leases, self.swarm.peer_id)
+
+    async def _discard(self, cause: events.WasteCause) -> None:
+        if self._accumulator.samples:
+            self._waste(cause)
+            await self._compute(self._reset)
+
+    def _taken(self, header: EntryHeader) -> dict[str, Any]:
+        """Where samples are leased: what the next entry takes out of the data, and how that stands then."""
+        if header.data is None:
+            return {}
+        accounts = account(header.data, self.replica.position.weight + header.total_samples)
+        taken = follows(self.replica.last, header, self.run.target_batch_size)
+        return {"taken": taken, **asdict(accounts)}
+
+    @property
+    def data(self) -> Account | None:
+        """What became of the samples so far; None if they are drawn."""
+        last, weight = self.replica.last, self.replica.position.weight
+        return None if last is None or last.data is None else account(last.data, weight)
+
     # -- steps -----------------------------------------------------------------------------------------------
 
     def _apply_now(self, committed: Committed) -> None:
@@ -765,7 +852,7 @@ class Peer:
             # anew, so one that comes late would count twice (I4).
             self._void_batch = self._batch
             self._milestones = ()
-        self._drawn, self._compute_seconds = 0, 0.0
+        self._drawn, self._skipped, self._compute_seconds = 0, 0, 0.0
         self._in_time = settled
         self._step_began = self._now()
         self._tell_changes()
@@ -774,6 +861,7 @@ class Peer:
         self._digesting = self._spawn(self._digest())
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled, above=above)
         self._look_for_lies()
+        self._lease = self._lease_now()
         if self._accumulator.samples:
             self._report()
 

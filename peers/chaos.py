@@ -27,6 +27,7 @@ from peers.chronicle import Record, moment
 from peers.display import display
 from peers.faults import BOOTSTRAP, NO_KIND, Kind, Mend, Plan, Recovered, Storm, Strike
 from peers.ledger import Ledger, slope_per_minute, spread
+from peers.passes import Passes
 from peers.rehearsal import (
     LOOK_SECONDS,
     PATIENCE_SECONDS,
@@ -99,6 +100,7 @@ class _Chaos:
         )
         self._stage = Rehearsal(options.run, new_folder("chaos"), self._heard)
         self._ledger = Ledger(options.run.target_batch_size)
+        self._passes = Passes()
         self._storm: Storm | None = None
         self._began = self._struck_at = time.time()
         self._ended: float | None = None
@@ -220,6 +222,7 @@ class _Chaos:
         if self._ended is not None:
             return
         self._ledger.observe(name, record)
+        self._passes.observe(record)
         if self._storm is not None and record["event"] == "round_committed":
             for recovered in self._storm.committed(name, record["lineage"], moment(record)):
                 self._recovered(recovered)
@@ -375,6 +378,9 @@ class _Chaos:
         differences = chronicle.faults if interrupted else chronicle.differences()
         left = f"{left_over} processes outlived the rehearsal" if left_over else ""
         part = ledger.participation(self._began, ended)
+        samples, data = ledger.samples(self._used), self._passes.account(chronicle.held())
+        miscounted = data is not None and (data.repeated or data.lost > samples.lost)
+        unfair = f"the ledger of samples is wrong: {data}" if miscounted else ""
         return Receipt(
             seconds=round(ended - self._began, 1),
             run_digest=run_digest(self._options.run),
@@ -385,7 +391,8 @@ class _Chaos:
             steps=chronicle.steps,
             rounds_attempted=ledger.attempted,
             rounds_committed=ledger.committed,
-            samples=ledger.samples(self._used),
+            samples=samples,
+            data=data,
             participation=None if part is None else round(part, 3),
             resume_seconds=ledger.resumed(),
             survivors_gave_up=ledger.survivors_gave_up(),
@@ -405,7 +412,7 @@ class _Chaos:
             interrupted=interrupted,
             folder=str(self._stage.folder),
             problem="; ".join(
-                filter(None, [*differences[:3], *self._problems[:3], self._stage.problem, left])
+                filter(None, [*differences[:3], *self._problems[:3], self._stage.problem, left, unfair])
             ),
         )
 

@@ -13,6 +13,7 @@ from p2ptrain.events import duration
 from peers.display import replica_words
 from peers.faults import NO_KIND
 from peers.ledger import Samples, Spread, loss_at
+from peers.passes import Data
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Receipt:
     rounds_attempted: int
     rounds_committed: int
     samples: Samples
+    data: Data | None
+    """Where the run leases samples."""
     participation: float | None
     """Mean over the committed rounds of roster size per live peer."""
     resume_seconds: Spread
@@ -161,6 +164,11 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         else "not measured: no process lived long enough",
         "folder": receipt.folder,
     }
+    if (data := receipt.data) is not None:
+        facts["data"] = (
+            f"{data.unique:,} samples counted, {data.repeated:,} repeated, {data.lost:,} lost; "
+            f"{data.returned:,} given back and next"
+        )
     if (crowd := receipt.crowd) is not None:
         all_in = "never" if crowd.all_in_seconds is None else f"after {duration(crowd.all_in_seconds)}"
         before, meanwhile = crowd.samples_per_second_before, crowd.samples_per_second_meanwhile

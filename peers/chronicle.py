@@ -235,13 +235,17 @@ class Chronicle:
 
     def rounds(self) -> dict[int, int]:
         """Step → samples of the whole roster, for each committed round with one of these peers in it."""
-        held = {lineage for peer in self.peers.values() for lineage in peer.lineages.values()}
+        held = self.held()
         return {
             # Where logs had parted, the round that somebody still has, if one of these peers knows.
             step: next((found[lineage] for lineage in found if lineage in held), max(found.values()))
             for step, found in self._rounds.items()
             if step < self.steps
         }
+
+    def held(self) -> set[str]:
+        """Lineages that somebody's log went through, as far as journals tell."""
+        return {lineage for peer in self.peers.values() for lineage in peer.lineages.values()}
 
     @property
     def compared(self) -> int:

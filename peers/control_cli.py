@@ -186,6 +186,7 @@ def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
         "peer": f"{short(status['peer'])} {clean(status['name'], 64)}".strip(),
         "step": f"{status['step']:,} of {status['total_steps']:,}, lineage {status['lineage'][:8]}",
         "given": f"{status['samples']:,} samples in {status['rounds']:,} rounds",
+        "data": _data_words(status.get("data")),
         "loss": f"{_number(status['loss'])}, held out {_number(status['heldout_loss'])}",
         "speed": f"{status['samples_per_second']:,.1f} samples/s of the swarm's "
         f"{status['swarm_samples_per_second']:,.1f}",
@@ -204,6 +205,15 @@ def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
         ),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def _data_words(data: Mapping[str, int] | None) -> str:
+    if data is None:
+        return ""
+    words = f"{data['unique']:,} samples counted, each once" if not data["repeated"] else ""
+    words = words or f"{data['unique']:,} samples counted, {data['repeated']:,} of them twice"
+    lost = f", {data['lost']:,} lost (not finite)" if data["lost"] else ""
+    return f"{words}{lost}; {data['returned']:,} given back and next"
 
 
 def _number(value: float | None) -> str:

@@ -282,6 +282,7 @@ class Daemon:
             "batch": {"mine": peer.samples_now, "target": peer.run.target_batch_size},
             "rounds": peer.rounds_joined,
             "samples": peer.samples_given,
+            "data": None if peer.data is None else asdict(peer.data),
             "loss": standing.losses[-1] if standing.losses else None,
             "losses": list(standing.losses),
             "heldout_loss": standing.heldout_loss,

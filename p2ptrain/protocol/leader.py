@@ -94,14 +94,19 @@ class Leader:
         *,
         expected: Iterable[PeerId],
         terms: Terms | None = None,
+        lease_size: int = 0,
     ) -> None:
         """`last` is the entry that led to `position`: under a majority's rule its roster has the say.
-        `terms`: what its entry shall be applied under; the rules are those of this step already."""
+        `terms`: what its entry shall be applied under; the rules are those of this step already.
+        `lease_size`: samples in each lease, where they are leased."""
         self.me = me
         self.rules = rules
         self.terms = terms
         self.position = position
         self.last = last
+        self.lessees = frozenset(last.roster if last is not None else ())
+        """Who has a lease, where samples are leased, besides this leader."""
+        self.lease_size = lease_size
         self.electorate = frozenset(last.roster if last is not None and rules.quorum == "majority" else ())
         self.phase = Phase.COLLECTING
         self.number = 0
@@ -227,6 +232,9 @@ class Leader:
             return []  # out until the next step, however often it knocks
         if report.samples + report.in_flight > self._most_samples:
             return self._distrust(sender, report, now)
+        if self.rules.leased and sender not in self.lessees | {self.me}:
+            # It may have led before, and holds what it has of that lease for its own.
+            report = report.model_copy(update={"samples": 0, "in_flight": 0})
         if self.phase is Phase.REDUCING and self.attempt:
             freeze = self.attempt.freeze
             if sender not in freeze.roster:
@@ -300,9 +308,13 @@ class Leader:
             self.dropped.clear()  # without them there would be no step at all
         if not self.quorate(paces):
             return self._wait(self._short_of(paces))
-        match progress.decide(
-            paces, len(self.expected), self.rules.target_batch_size, self.rules.min_peers, now
-        ):
+        target = self.rules.target_batch_size
+        if self.rules.leased and not self.lessees & paces.keys():
+            target = 1  # nobody but the leader has a lease: whatever it has makes an entry that gives all one
+        elif self.lease_size:
+            # The target may have grown since these leases were made.
+            target = min(target, self.lease_size * len((self.lessees | {self.me}) & paces.keys()))
+        match progress.decide(paces, len(self.expected), target, self.rules.min_peers, now):
             case progress.Filling(reason):
                 return self._wait(reason)
             case progress.Full() as full:

@@ -23,6 +23,7 @@ from typing import assert_never
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.leader import Leader, Phase, cause_of
+from p2ptrain.protocol.ledger import Leases, leases
 from p2ptrain.protocol.lineage import advance, heavier
 from p2ptrain.protocol.roster import freeze_of, leader_order
 from p2ptrain.protocol.round import (
@@ -157,6 +158,13 @@ class Member:
         members = len(self.last.roster) if self.last is not None else 1
         awaited = self._awaited() if self.position is not None else ()
         return self.deadlines.silence_seconds(awaited), self.deadlines.reduce_seconds(members)
+
+    def leases(self, leader: PeerId | None = None) -> Leases | None:
+        """Whose which samples are at this step, under that leader or the one that this peer follows; None if
+        any peer draws any sample, or this one stands nowhere."""
+        if not self.rules.leased or self.position is None:
+            return None
+        return leases(self.last, leader or self.following, self.rules.target_batch_size)
 
     # -- what the rim tells ----------------------------------------------------------------------------------
 
@@ -652,7 +660,17 @@ class Member:
     def _new_leader(self, expected: Iterable[PeerId]) -> Leader:
         position, terms = self._here(), self.next_terms
         rules = rules_at(self.rules, terms, position.step)
-        return Leader(self.me, rules, position, self.last, self.deadlines, expected=expected, terms=terms)
+        leases = self.leases(self.me)
+        return Leader(
+            self.me,
+            rules,
+            position,
+            self.last,
+            self.deadlines,
+            expected=expected,
+            terms=terms,
+            lease_size=0 if leases is None else leases.size,
+        )
 
     def _first_alive(self) -> PeerId:
         return next((peer for peer in self.order if peer not in self.lost), self.me)

@@ -9,6 +9,7 @@ a third.
 from __future__ import annotations
 
 from p2ptrain.errors import BadMessage
+from p2ptrain.protocol.ledger import Leases, after, counts
 from p2ptrain.protocol.spans import chunk_count
 from p2ptrain.records import Averaged, Chunk, EntryHeader, Freeze, PeerId
 
@@ -16,10 +17,21 @@ from p2ptrain.records import Averaged, Chunk, EntryHeader, Freeze, PeerId
 class Reduction:
     """One peer's view of one attempt. Chunks are named (span, number), spans by their place in the roster."""
 
-    def __init__(self, freeze: Freeze, me: PeerId, chunk_values: int, most_samples: int) -> None:
-        """`most_samples`: who claims more lies, and would own the average."""
+    def __init__(
+        self,
+        freeze: Freeze,
+        me: PeerId,
+        chunk_values: int,
+        most_samples: int,
+        leases: Leases | None = None,
+    ) -> None:
+        """`most_samples`: who claims more lies, and would own the average; where samples are leased,
+        nobody brings more than its lease, and who has none brings nothing."""
         self.freeze = freeze
-        self._most_samples = most_samples
+        self._leases = leases
+        holders = freeze.roster if leases is None else leases.holders
+        most = most_samples if leases is None else leases.size
+        self._most = [most if peer in holders else 0 for peer in freeze.roster]
         self.rank = freeze.roster.index(me)
         self.chunks = [
             chunk_count(start, stop, chunk_values)
@@ -28,6 +40,7 @@ class Reduction:
         members = len(freeze.roster)
         self._rank_of = {peer: rank for rank, peer in enumerate(freeze.roster)}
         self._samples: list[int | None] = [None] * members
+        self._skipped = [0] * members
         self._got: list[set[int]] = [set() for _ in range(members)]
         self._arrived = [0] * self.chunks[self.rank]
         """Members that brought each chunk of my span; those that bring no sample are counted apart."""
@@ -37,13 +50,19 @@ class Reduction:
         self._missing = sum(self.chunks)
         """Averaged chunks that are not here."""
         self._norms: list[float | None] = [0.0 if count == 0 else None for count in self.chunks]
-        self._counts: tuple[int, ...] | None = None
+        self._counts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        """What all have brought and skipped, as the reducers say."""
 
     @property
     def samples(self) -> tuple[int, ...]:
         """The members' sample counts in roster order, once each has said its own; absent ones count 0 so
         far."""
         return tuple(count or 0 for count in self._samples)
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """What they left out, likewise; empty if none did."""
+        return tuple(self._skipped) if any(self._skipped) else ()
 
     def accept(self, sender: PeerId, chunk: Chunk) -> bool:
         """Take note of a member's chunk for my span; False if it was here already. A member with no samples
@@ -53,19 +72,22 @@ class Reduction:
             raise BadMessage(
                 f"chunk {chunk.number} of a span of {self.chunks[self.rank]} chunks from {sender[-8:]}"
             )
-        if chunk.samples > self._most_samples:
-            raise BadMessage(
-                f"{sender[-8:]} claims {chunk.samples} samples; a peer brings at most {self._most_samples}"
-            )
+        if chunk.samples + chunk.skipped > self._most[rank]:
+            claim = f"{chunk.samples + chunk.skipped} samples"
+            raise BadMessage(f"{sender[-8:]} claims {claim}; a peer brings at most {self._most[rank]}")
+        if chunk.skipped and self._leases is None:
+            raise BadMessage(f"{sender[-8:]} skips {chunk.skipped} samples, and this run leases none")
         if self._samples[rank] not in (None, chunk.samples):
             raise BadMessage(f"{sender[-8:]} claims {chunk.samples} samples after {self._samples[rank]}")
+        if self._samples[rank] is not None and self._skipped[rank] != chunk.skipped:
+            raise BadMessage(f"{sender[-8:]} skips {chunk.skipped} samples after {self._skipped[rank]}")
         if chunk.number in self._got[rank]:
             return False
         if not chunk.samples:
             self._empty += self._samples[rank] is None
         else:
             self._arrived[chunk.number] += 1
-        self._samples[rank] = chunk.samples
+        self._samples[rank], self._skipped[rank] = chunk.samples, chunk.skipped
         self._got[rank].add(chunk.number)
         return True
 
@@ -87,15 +109,16 @@ class Reduction:
         last = self.chunks[rank] - 1
         if averaged.number > last:
             raise BadMessage(f"averaged chunk {averaged.number} of a span of {last + 1} from {reducer[-8:]}")
-        if averaged.samples != self._counts:
-            self._check_counts(reducer, averaged.samples)
+        said = averaged.samples, averaged.skipped
+        if said != self._counts:
+            self._check_counts(reducer, *said)
         if (averaged.squared_norm is not None) != (averaged.number == last):
             raise BadMessage(
                 f"the norm belongs on the last chunk of a span; {reducer[-8:]} sent it otherwise"
             )
         if averaged.number in self._averaged[rank]:
             return False
-        self._counts = averaged.samples
+        self._counts = said
         self._averaged[rank].add(averaged.number)
         self._missing -= 1
         if averaged.squared_norm is not None:
@@ -111,17 +134,22 @@ class Reduction:
         """The entry that this attempt would commit; `digest` is over its encoded chunks in order."""
         assert self.complete
         assert self._counts is not None
-        return EntryHeader(
+        samples, skipped = self._counts
+        header = EntryHeader(
             step=self.freeze.step,
             parent=self.freeze.parent,
             ballot=self.freeze.ballot,
             roster=self.freeze.roster,
-            samples=self._counts,
+            samples=samples,
             spans=self.freeze.spans,
             squared_norms=tuple(norm or 0.0 for norm in self._norms),
             digest=digest,
             terms=self.freeze.terms,
+            skipped=skipped,
         )
+        if self._leases is None:
+            return header
+        return header.model_copy(update={"data": after(self._leases, counts(header))})
 
     def suspects(self) -> list[PeerId]:
         """Whom this peer waits for: members whose chunks it lacks, or else reducers that are late with
@@ -140,11 +168,15 @@ class Reduction:
             if len(got) < count
         ]
 
-    def _check_counts(self, reducer: PeerId, samples: tuple[int, ...]) -> None:
-        if len(samples) != len(self.freeze.roster) or sum(samples) == 0:
+    def _check_counts(self, reducer: PeerId, samples: tuple[int, ...], skipped: tuple[int, ...]) -> None:
+        members = len(self.freeze.roster)
+        if len(samples) != members or sum(samples) == 0 or (skipped and len(skipped) != members):
             raise BadMessage(f"averaged chunk from {reducer[-8:]} names no samples for this roster")
-        if max(samples) > self._most_samples:
+        used = [sum(counts) for counts in zip(samples, skipped or (0,) * members, strict=True)]
+        if any(count > most for count, most in zip(used, self._most, strict=True)):
             raise BadMessage(f"averaged chunk from {reducer[-8:]} counts more samples than a peer can bring")
+        if skipped and (self._leases is None or not any(skipped)):
+            raise BadMessage(f"averaged chunk from {reducer[-8:]} skips samples that it should not name")
         if self._counts is not None:
             raise BadMessage(f"{reducer[-8:]} divided by other sample counts than the reducers before it")
 

@@ -32,6 +32,8 @@ class Rules:
     """Bounds of what `deadlines` derives."""
     quorum: Literal["any", "majority"] = "any"
     """Who may step: whoever is there, or only with more than half of the last round's roster."""
+    leased: bool = False
+    """Whether samples are numbered, and each counts once; see `ledger`."""
 
     @property
     def most_samples(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from p2ptrain.config import RunConfig
 from p2ptrain.errors import BadMessage, LocalFault
 from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.protocol.ledger import follows
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import EntryHeader, Position
@@ -145,10 +146,11 @@ class Replica:
 
         The payload must be known to be the header's: the round has hashed it, and `log.verify_entry` does for
         one that was fetched. Raises ValueError if the entry does not follow `position`, and BadMessage if its
-        spans, size or numbers cannot be; nothing changed then.
+        spans, size, numbers or samples cannot be; nothing changed then.
         """
         header = entry.header
         position = advance(self.position, header)
+        self._check_samples(header)
         run = self._run_of(header)
         ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
         for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
@@ -238,6 +240,17 @@ class Replica:
 
     def _state(self) -> State:
         return State(self._views, self._optimizer.state_tensors(), self._optimizer.scalars())
+
+    def _check_samples(self, header: EntryHeader) -> None:
+        """No sample counts twice (I4): an entry takes what was leased for its step, and nothing else."""
+        leased = self.run.data == "leased"
+        try:
+            if leased:
+                follows(self.last, header, self.run.target_batch_size)
+        except ValueError as error:
+            raise BadMessage(f"entry {header.step} takes samples that it must not: {error}") from error
+        if (header.data is not None) != leased or (header.skipped and not leased):
+            raise BadMessage(f"entry {header.step} does not fit data = {self.run.data!r}")
 
     def _check_position(self, snapshot: Snapshot) -> None:
         last, position = snapshot.last, snapshot.position

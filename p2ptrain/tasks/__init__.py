@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, assert_never
+from collections.abc import Sequence
+from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from p2ptrain.tasks.own import load_own
 class Task(Protocol):
     """Model, data and loss of a run. Built from the run file alone, so it is the same on every peer.
 
-    Which sample is which is a pure function of (run seed, step, peer, number): there is no data state to
-    save, a sample that was never committed is drawn again, and none can be counted twice (I4).
+    Which sample is which is a pure function: of (run seed, step, peer, number) where they are drawn, of its
+    number where they are leased. A task keeps no place in its data: that is in the replicated state.
     """
 
     @property
@@ -56,6 +57,20 @@ class Task(Protocol):
     ) -> str:
         """A short text that shows what the model has learned: for a language model the prompt and how it goes
         on. At temperature 0 it takes the likeliest each time."""
+        ...
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """A task whose data has an end, so that each of its samples can be leased (`data = "leased"`)."""
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def samples(self, numbers: Sequence[int]) -> Any:
+        """A batch of the samples of these numbers, each below `size`; the same on every peer."""
         ...
 
 

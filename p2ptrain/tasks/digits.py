@@ -8,6 +8,7 @@ hidden layer of 64 names 97 of 100 of those after 200 steps of 64 samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,15 @@ class DigitsTask:
         """float32 [count, 64] and int64 [count]."""
         drawn = [each % len(self._trained) for each in draws(self._seed, step, peer, first, count)]
         return self._samples(self._trained[drawn])
+
+    @property
+    def size(self) -> int:
+        """Pictures to train on."""
+        return len(self._trained)
+
+    def samples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """float32 [len(numbers), 64] and int64 [len(numbers)]."""
+        return self._samples(self._trained[list(numbers)])
 
     def loss_sum(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Scalar of the model's dtype: Σ over the batch's samples of their losses."""

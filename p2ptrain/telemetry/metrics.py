@@ -130,6 +130,15 @@ class Fate(StrEnum):
     WASTED = "wasted"
 
 
+class DataFate(StrEnum):
+    """What became of the leased samples of the run."""
+
+    UNIQUE = "unique"
+    LOST = "lost"
+    REPEATED = "repeated"
+    RETURNED = "returned"
+
+
 class Wait(StrEnum):
     """What has a deadline that is derived from measurements."""
 
@@ -306,6 +315,12 @@ class Metrics:
         )
         self.micro_batch_seconds = histogram("micro_batch_seconds", "Time to compute one micro-batch.")
         self._clips = counter("gradient_clips_total", "Steps whose gradient was shortened to clip_norm.")
+        self._data = gauge(
+            "data_samples",
+            "Leased samples of the run after its last round: counted, lost for want of a finite gradient, "
+            "counted twice, and given back; 0 where samples are drawn.",
+            fate=DataFate,
+        )
         self._nonfinite = counter("nonfinite_gradients_total", "Own gradients that were not finite.")
         self._micro_batch = gauge("micro_batch_samples", "Most samples that the device computes at once.")
         self._loss = gauge("loss", "Last mean loss per sample in nats; NaN until known.", split=Split)
@@ -521,6 +536,8 @@ class Metrics:
         self._roster.set(event.peers)
         self._averaged.inc(event.samples)
         self._samples.labels(Fate.COUNTED).inc(event.mine)
+        for fate in DataFate:
+            self._data.labels(fate).set(getattr(event, fate))
         self._tokens.inc(event.mine * self._sample_tokens)
         if 0 < self._clip_norm < event.gradient_norm:
             self._clips.inc()

@@ -36,6 +36,7 @@ from p2ptrain import allreduce, trainer
 from p2ptrain import config as config_module
 from p2ptrain.allreduce import Attempt, Contribution, Rounds
 from p2ptrain.config import RunConfig
+from p2ptrain.protocol.ledger import Ranges
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Apply, Begin, Effect, Send
 from p2ptrain.records import Averaged, Call, Chunk, Commit, Done, GetEntry, GetPiece, PeerId
@@ -112,8 +113,8 @@ def accumulating(rogue: Rogue) -> None:
     """In its micro-batch number N (1) of a step, computed and not yet added."""
     nth, gradients = rogue.number or 1, Peer._gradients
 
-    def computed(self: Peer, step: int, first: int, count: int) -> float:
-        loss = gradients(self, step, first, count)
+    def computed(self: Peer, step: int, first: int, count: int, held: Ranges) -> float:
+        loss = gradients(self, step, first, count, held)
         if first // count + 1 >= nth:
             rogue.die(step=step, samples=first)
         return loss

@@ -20,6 +20,7 @@ VARIANTS = {
     "stays away": CALM,
     "comes back": replace(CALM, restarts=True, forgets=False),
     "comes back without its log": replace(CALM, restarts=True),
+    "comes back, leased": replace(CALM, restarts=True, leased=True),
     "stays away, majority": replace(CALM, quorum="majority"),
     "comes back, majority": replace(CALM, restarts=True, forgets=False, quorum="majority"),
 }

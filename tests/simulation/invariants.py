@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from p2ptrain.protocol.ledger import follows
 from p2ptrain.protocol.lineage import advance, heavier
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import Answer, Ballot, Commit, Done, EntryHeader, Message, PeerId, Position
@@ -46,6 +47,10 @@ class Invariants:
         """When the first member began each attempt."""
         self.sealed: dict[tuple[AttemptName, PeerId], int] = {}
         """How many samples each member brought to an attempt."""
+        self.skipped: dict[tuple[AttemptName, PeerId], tuple[int, ...]] = {}
+        """The leased samples that it took out of the data besides, by their numbers."""
+        self._taken: dict[str, frozenset[int]] = {}
+        """The leased samples that all entries up to a lineage have taken out of the data."""
         self._holders: dict[tuple[AttemptName, str], set[PeerId]] = defaultdict(set)
         """Who has ever held every span of an attempt, by the digest of what was held."""
         self._leading: dict[str, EntryHeader] = {}
@@ -127,6 +132,8 @@ class Invariants:
         if lineage not in self._entries:
             self._entries[lineage] = header
             self._count(header, content)
+            if self.sim.rules.leased:
+                self._taken[lineage] = self._take(log[:-1], header, content)
 
     def rose(self, peer: Peer, before: Position, after: Position) -> None:
         """A replica changes its place in the log: only upwards (I3, I8)."""
@@ -174,6 +181,33 @@ class Invariants:
                 raise Violation(f"I4: entry {header.step} holds a sample of elsewhere: {one}")
         if per_peer != Counter({name: n for name, n in zip(header.roster, header.samples, strict=True) if n}):
             raise Violation(f"I4: entry {header.step} counts {header.samples} samples of {per_peer}")
+
+    def _take(self, before: Log, header: EntryHeader, content: str) -> frozenset[int]:
+        """Of leased samples none is taken twice in a lineage, and each that comes before the next one is
+        taken or will be given out again: none that a dead peer held is lost (I4)."""
+        attempt = (header.parent, header.ballot)
+        ids = [one for group in content.rstrip("!").split(";") for one in group.split(",") if one]
+        counted = [int(one.rpartition("/")[2]) for one in ids]
+        skipped = [
+            number
+            for peer, count in zip(header.roster, header.skipped, strict=False)
+            for number in self.skipped[attempt, peer][:count]
+        ]
+        earlier = self._taken.get(header.parent, frozenset())
+        taken = earlier.union(counted, skipped)
+        if len(taken) != len(earlier) + len(counted) + len(skipped):
+            raise Violation(f"I4: entry {header.step} counts samples again: {sorted(earlier & {*counted})}")
+        data = header.data
+        if data is None:
+            raise Violation(f"I4: entry {header.step} does not say where the data stands")
+        returned = {number for start, stop in data.returned for number in range(start, stop)}
+        if taken | returned != set(range(data.next)) or taken & returned:
+            raise Violation(f"I4: {data} after entry {header.step}, which leaves {sorted(taken)} taken")
+        try:
+            follows(before[-1][0] if before else None, header, self.sim.rules.target_batch_size)
+        except ValueError as error:
+            raise Violation(f"I4: entry {header.step} would not be applied: {error}") from error
+        return taken
 
     def _few_remember(self, siblings: set[str]) -> bool:
         """Whether half of those who had the say have forgotten what they held for each of these entries, so

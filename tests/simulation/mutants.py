@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from p2ptrain.protocol.leader import Leader
+from p2ptrain.protocol.ledger import START, Leases
 from p2ptrain.protocol.member import Member, Stage
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.protocol.round import Apply, Cancel, Effect
@@ -85,6 +87,24 @@ class CountsNobody(Member):
         return leader
 
 
+class ForgetsWhatWasTaken(Member):
+    """Leases as if no sample had been taken yet."""
+
+    def leases(self, leader: PeerId | None = None) -> Leases | None:
+        leases = super().leases(leader)
+        return None if leases is None else replace(leases, data=START)
+
+
+class LeasesToNewcomers(Member):
+    """Gives peers that are on no roster the lease of somebody who is."""
+
+    def leases(self, leader: PeerId | None = None) -> Leases | None:
+        leases = super().leases(leader)
+        if leases is None or self.me in leases.holders:
+            return leases
+        return replace(leases, holders=(self.me, *leases.holders[1:]))
+
+
 class BelievesAnyChunk(Reduction):
     """A reducer that checks nothing of what a member sends."""
 
@@ -101,7 +121,7 @@ class BelievesAnyMean(Reduction):
         got = self._averaged[self._rank(reducer)]
         self._missing -= averaged.number not in got
         got.add(averaged.number)
-        self._counts = averaged.samples
+        self._counts = averaged.samples, averaged.skipped
         return True
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from p2ptrain.errors import BadMessage
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import Phase
+from p2ptrain.protocol.ledger import Leases, Ranges, lease, numbers
 from p2ptrain.protocol.lineage import digest_of, heavier
 from p2ptrain.protocol.member import Stage
 from p2ptrain.protocol.reduction import Reduction
@@ -80,6 +81,7 @@ class Frame:
 @dataclass
 class Attempt:
     freeze: Freeze
+    leases: Leases | None
     reduction: Reduction
     sealed: float | None = None
     """When this peer brought its contribution."""
@@ -116,6 +118,10 @@ class Peer:
         self.batch_at: Position | None = None
         """Where the micro-batch in flight began; None while there is none."""
         self.drawn = 0
+        self.lease: Ranges = ()
+        """Where samples are leased: what this peer draws from."""
+        self.skipped: list[int] = []
+        """Numbers of leased samples whose gradient was not finite."""
         self.attempt: Attempt | None = None
         self.applying = False
         self.early: deque[tuple[PeerId, Frame]] = deque(maxlen=MAX_EARLY)
@@ -184,22 +190,52 @@ class Peer:
 
     def work(self) -> None:
         """Start a micro-batch, unless one runs or an attempt goes on; say how far this peer is."""
+        self.keep_lease(self.machine.leases())
         full = len(self.samples) >= self.sim.rules.target_batch_size
+        if not full and not self.to_draw() and self.attempt is None:
+            self.forget_samples()  # too many of them were not finite
+            self.keep_lease(self.machine.leases())
+        full = full or not self.to_draw()
         idle = self.batch_at is None and self.attempt is None and not full
         if idle and self.machine.stage is not Stage.OUTSIDE:
             self.batch_at = self.position
-            self.later(self.pace * self.sim.chance.uniform(0.9, 1.2), self.worked)
+            self.later(self.pace * self.sim.chance.uniform(0.9, 1.2), self.worked, self.lease)
         in_flight = self.batch if self.batch_at == self.position else 0
         now = self.sim.network.now
         self.carry_out(self.machine.progressed(len(self.samples), in_flight, self.pace, self.pace, None, now))
 
-    def worked(self) -> None:
+    def to_draw(self) -> int:
+        """How many samples it may still begin."""
+        if not self.sim.rules.leased:
+            return self.batch
+        return min(self.batch, sum(stop - start for start, stop in self.lease) - self.drawn)
+
+    def keep_lease(self, leases: Leases | None) -> None:
+        """Go by the lease that holds now; what was computed on another is lost."""
+        held = () if leases is None else lease(leases, self.name)
+        if held != self.lease:
+            self.forget_samples()
+            self.lease = held
+
+    def forget_samples(self) -> None:
+        self.samples, self.late, self.skipped = [], [], []
+        if self.sim.rules.leased:
+            self.drawn, self.lease = 0, ()
+
+    def worked(self, leased: Ranges) -> None:
         began, self.batch_at = self.batch_at, None
-        if began is not None and began == self.position:
+        if began is not None and began == self.position and leased == self.lease:
             origin = f"{computed_at(began.step, began.lineage)}/{self.name}/{self.incarnation}"
-            ids = [f"{origin}/{self.drawn + i}" for i in range(self.batch)]
-            self.drawn += self.batch
-            if self.attempt is None or self.attempt.sealed is None:
+            count = self.to_draw()
+            drawn = list(range(self.drawn, self.drawn + count))
+            if self.sim.rules.leased:
+                drawn = numbers(self.lease, self.drawn, count)
+            ids = [f"{origin}/{number}" for number in drawn]
+            self.drawn += count
+            if self.lease and self.sim.chance.random() < self.sim.story.skips:
+                self.sim.happened["skipped"] += 1
+                self.skipped += drawn
+            elif self.attempt is None or self.attempt.sealed is None:
                 self.samples += ids
             else:
                 self.late += ids
@@ -210,9 +246,10 @@ class Peer:
     # -- one attempt -----------------------------------------------------------------------------------------
 
     def begin(self, freeze: Freeze) -> None:
-        attempt = Attempt(
-            freeze, Reduction(freeze, self.name, self.sim.story.chunk_values, self.sim.rules.most_samples)
-        )
+        leases = self.machine.leases(freeze.ballot.leader)
+        most = self.sim.rules.most_samples
+        reduction = Reduction(freeze, self.name, self.sim.story.chunk_values, most, leases)
+        attempt = Attempt(freeze, leases, reduction)
         self.attempt = attempt
         self.sim.invariants.frozen.setdefault((freeze.parent, freeze.ballot), self.sim.network.now)
         self.later(freeze.deadline_seconds, self.give_up, attempt, AbortCause.DEADLINE)
@@ -234,11 +271,13 @@ class Peer:
         if self.attempt is not attempt or attempt.sealed is not None:
             return
         attempt.sealed = self.sim.network.now
-        freeze, mine = attempt.freeze, tuple(self.samples)
+        self.keep_lease(attempt.leases)
+        freeze, mine, skipped = attempt.freeze, tuple(self.samples), tuple(self.skipped)
+        self.sim.invariants.skipped[(freeze.parent, freeze.ballot), self.name] = skipped
         self.sim.invariants.sealed[(freeze.parent, freeze.ballot), self.name] = len(mine)
         for chunks, reducer in zip(attempt.reduction.chunks, freeze.roster, strict=True):
             for number in range(chunks if mine else min(1, chunks)):
-                header = Chunk(**named(freeze), number=number, samples=len(mine))
+                header = Chunk(**named(freeze), number=number, samples=len(mine), skipped=len(skipped))
                 self.send_data(attempt, reducer, Frame(header, mine))
 
     def send_data(self, attempt: Attempt, to: PeerId, frame: Frame) -> None:
@@ -305,6 +344,7 @@ class Peer:
             **named(attempt.freeze),
             number=number,
             samples=reduction.samples,
+            skipped=reduction.skipped,
             squared_norm=1.0 if number == reduction.chunks[reduction.rank] - 1 else None,
         )
         frame = Frame(header, content)
@@ -418,6 +458,8 @@ class Peer:
     def wake(self) -> None:
         self.alarm = float("inf")
         self.carry_out(self.machine.tick(self.sim.network.now))
+        if self.sim.rules.leased and self.batch_at is None and self.attempt is None:
+            self.work()  # who leads now has a lease
 
     def on_link(self, peer: PeerId, up: bool) -> None:
         self.sim.note(self.name, f"link to {peer} {'reset' if up else 'lost'}")
@@ -448,7 +490,7 @@ class Peer:
         for index in range(shared, len(log)):
             self.sim.invariants.applied(log[: index + 1])
         self.log, self.position = log, after
-        self.samples, self.late = [], []
+        self.forget_samples()
 
     def fetch(self, donor: PeerId) -> None:
         """State transfer: one message there, one back, with a deadline."""
@@ -480,6 +522,9 @@ class Peer:
 
     def back_in(self) -> None:
         self.fetching = 0
+        if self.sim.rules.leased:
+            self.forget_samples()  # another incarnation begins its lease anew
+            self.batch_at = None
         self.carry_out(self.machine.advance(self.position, self.last, self.sim.network.now, settled=False))
         self.work()
 

@@ -44,6 +44,7 @@ def rules_of(story: Story) -> Rules:
         silence_most_seconds=60.0,
         attempt_most_seconds=3600.0,
         quorum=story.quorum,
+        leased=story.leased,
     )
 
 

@@ -54,6 +54,10 @@ class Story:
     """Everything to and from p0 takes four times as long."""
     liars: tuple[str, ...] = ()
     quorum: Literal["any", "majority"] = "any"
+    leased: bool = False
+    """Samples are numbered, and each counts once in all of a lineage."""
+    skips: float = 0.0
+    """Chance that the gradient of a leased micro-batch is not finite."""
     chunk_values: int = 4
     seconds: float = 7.0
     """All faults are over by then."""
@@ -92,6 +96,8 @@ class Story:
             liars=tuple(lie for lie in LIES if chance.random() < 0.05),
             quorum="majority" if majority else "any",
             chunk_values=chance.choice([2, 4, 4]),
+            leased=chance.random() < 0.4,
+            skips=chance.choice([0.0, 0.0, 0.05]),
         )
 
     @property

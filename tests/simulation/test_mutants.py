@@ -41,6 +41,8 @@ def complaint(machine: type[Member] = Member, story: Story | None = None) -> str
         (mutants.AsksNobody, CRASHES, ("I1",)),
         (mutants.MindsNoSilence, None, ("stuck",)),
         (mutants.LooksForNobody, None, ("I1", "disagree")),
+        (mutants.ForgetsWhatWasTaken, Story(leased=True), ("I4",)),
+        (mutants.LeasesToNewcomers, Story(leased=True, joins=2), ("I4", "I5")),
         (mutants.CountsNobody, replace(CUTS, quorum="majority", partitions=2), ("fork",)),
     ],
 )

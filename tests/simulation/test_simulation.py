@@ -26,7 +26,7 @@ ANSWERS = (
     *("abort peer_lost", "abort leader_lost", "abort deadline", "abort superseded", "abort bad_chunk"),
     *("abort digest_mismatch", "TookOver", "forks", "rollbacks", "heal", "lost", "link reset", "link lost"),
     *("refused number", "refused count", "refused contradiction", "refused nothing", "refused roster"),
-    *("Distrusted", "refused norm", "refused a donor's log", "frame before its freeze"),
+    *("skipped", "Distrusted", "refused norm", "refused a donor's log", "frame before its freeze"),
 )
 
 

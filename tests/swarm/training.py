@@ -32,6 +32,8 @@ from p2ptrain.trainer import Peer, train
 torch.set_num_threads(1)  # for so little work, threads only wait for each other
 
 INPUTS, HIDDEN, OUTPUTS = 32, 64, 32
+DATA = 1000
+"""Samples that have a number, for runs that lease them."""
 APPLY_SECONDS = 0.002
 """Of virtual time, for everything on the compute thread that is no micro-batch."""
 
@@ -43,6 +45,10 @@ class Regression:
 
     def __init__(self) -> None:
         self._teacher = _network(torch.Generator().manual_seed(4711))
+        self.asked: list[int] = []
+        """Numbers of the samples that were leased and asked for, by whatever peer."""
+        self.poisoned: set[int] = set()
+        """Of those whose gradient is not finite."""
 
     def build_model(self, seed: int) -> nn.Module:
         """4,192 parameters: two or three chunks of 1,024 for each of two reducers."""
@@ -51,6 +57,18 @@ class Regression:
     def batch(self, step: int, peer: str, first: int, count: int) -> tuple[Tensor, Tensor]:
         """(float32 [count, INPUTS], float32 [count, OUTPUTS])"""
         inputs = torch.stack([_sample(step, peer, number) for number in range(first, first + count)])
+        with torch.no_grad():
+            return inputs, self._teacher(inputs)
+
+    @property
+    def size(self) -> int:
+        return DATA
+
+    def samples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        self.asked.extend(numbers)
+        inputs = torch.stack([_sample(0, "data", number) for number in numbers])
+        if self.poisoned & set(numbers):
+            inputs.fill_(torch.nan)
         with torch.no_grad():
             return inputs, self._teacher(inputs)
 
@@ -207,7 +225,7 @@ class Trainer:
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         async with self._thread:  # one thread: first come, first served
             if getattr(function, "__name__", "") == "_gradients":
-                step, first, count = arguments
+                step, first, count, _ = arguments
                 self.drawn.setdefault(step, set()).update(range(first, first + count))
                 await asyncio.sleep(self._batch_seconds * count / self._micro_batch_size)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from p2ptrain.events import (
     AbortCause,
     Carrier,
@@ -64,6 +66,9 @@ COMMITTED = RoundCommitted(
     apply_seconds=0.1,
     lineage="a1" * 32,
     digest="b2" * 32,
+)
+LEASED = replace(
+    COMMITTED, parent="d4" * 32, taken=((0, 4000), (8192, 8304)), unique=150_000, lost=8, returned=4192
 )
 ABORTED = RoundAborted(step=41, attempt=2, cause=AbortCause.PEER_LOST, dropped=(BERT,), seconds=1.3)
 WASTED = SamplesWasted(step=41, samples=512, cause=WasteCause.BEHIND)

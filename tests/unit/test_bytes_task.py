@@ -65,6 +65,13 @@ def test_batch_reaches_every_window_of_the_training_text_and_no_byte_held_out(tm
     assert set(batch[:, 0].tolist()) == set(range(40, 76))
 
 
+def test_samples_lie_side_by_side_and_are_all_of_the_text_but_an_incomplete_window(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(100)[40:]) + b"\xff" * 60)  # 60 bytes to train on
+    task = BytesTask(TINY.model_copy(update={"holdout": 0.5}), 7, str(tmp_path / "text"))
+    assert task.size == 2
+    assert task.samples([1, 0]).tolist() == [list(range(64, 89)), list(range(40, 65))]
+
+
 def test_training_and_heldout_windows_share_no_text_when_files_are_held_out(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_bytes(bytes([100 + number]) * 200)

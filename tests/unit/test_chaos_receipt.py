@@ -11,6 +11,7 @@ import pytest
 from p2ptrain.errors import ConfigError
 from peers.chaos_receipt import BesideTwin, Crowd, Heldout, Receipt, beside_twin, read_twin, receipt_lines
 from peers.ledger import Samples, Spread
+from peers.passes import Data
 
 NEVER = Spread(count=0, median=None, worst=None)
 QUIET = Receipt(
@@ -24,6 +25,7 @@ QUIET = Receipt(
     rounds_attempted=0,
     rounds_committed=0,
     samples=Samples(computed=0, used=0, wasted={}, lost=0),
+    data=None,
     participation=None,
     resume_seconds=NEVER,
     survivors_gave_up=0,
@@ -58,6 +60,12 @@ def printed(tmp_path: Path, receipt: Receipt) -> Path:
     path = tmp_path / "receipt"
     path.write_text(f"    0:05  step 3\n\nrounds  3\n{json.dumps(dataclasses.asdict(receipt))}\n")
     return path
+
+
+def test_receipt_says_what_became_of_leased_samples() -> None:
+    data = Data(unique=51_200, repeated=0, lost=3, returned=1_024)
+    expected = "51,200 samples counted, 0 repeated, 3 lost; 1,024 given back and next"
+    assert fact("data", data=data) == expected
 
 
 def test_receipt_says_what_was_not_measured_when_nothing_happened() -> None:

@@ -72,16 +72,17 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "5e948b5bdc5df50ef1719162fbd8c75f6bcd8e97d0dbf7e322bd553641cae19a",
-    "digits": "5348f6f5ac3ade68a7b5c059eae989ee445f6901f5f75bd31379e867ce6d278d",
-    "local": "24b730c5cc139a53a707d93db602432eb65367696208e104ccbb137ca4d0bba2",
-    "own-text": "6cfad7a6df6c7b698fe10134baeefdede1f72aa977d89dda921f08af4b33fce2",
-    "rehearsal": "e6f5258866755037af0263bfddbfdb1ae04d4b6d93b00d87446c675590494a5c",
-    "rehearsal-slow": "3f01d3a04e9f167f9de34c973457d707e2472e72faac7c90f134dddfbb8fd454",
-    "rehearsal-tiny": "4ceb0b28dd817aca9148e199dd0b49264cbd4d13889dd9933beb9bdafce07ea2",
-    "tiny": "d19a864be2c58c30321d85409cc37e69239871876209ca2b94585872f98226b8",
-    "web-text-125m": "60716f3500af770a4d036993b48a34a0e6f02c4050bbd8344da3b5472b6b36ef",
-    "wikitext-lora": "e476213577b184a2b61f350f73260f49be4882ccc42f55c73e000e67aa5168b8",
+    "default": "8727ed8473f3b26ba4e3a2062b847efcfba24bb8fda67e65ca34fe9f85f40e0c",
+    "digits": "b7d52fa3a6004dd58ffc8e531e563863d1c72769c4b04ddee4312ba139a17171",
+    "local": "e721200f11491fb23329b3fbc5ccb0faab7f716427d94a7d18b77aac54f801c5",
+    "own-text": "fa569f39a3086cfd0ca26c7c814fa7c77bf31a05982e2c1c3ebe5418851ba5b4",
+    "rehearsal": "e939dfe851062bfef02c44f580624c038e6ac5d6c9ff974c959cac3fdff2b45e",
+    "rehearsal-leased": "c497e2f540a0f4cdb668a3a0a97456721105ce94f9dafa7caeacc5daf47eed2d",
+    "rehearsal-slow": "5772023bf712ac0e80193a27828dfe78bbc1c442ad90ef17b57e7a7caf8db5e8",
+    "rehearsal-tiny": "b91fa3e4130adbd381c9a08c0496fed24d3e4fc58945577f524839ac9c5c8802",
+    "tiny": "863e08675f9980bb14ee76789c5f98b2732ee7c450109813a6bfcd13561e8bbc",
+    "web-text-125m": "f68c0ff86b7ebe1a20bfbf045752a88a5584bf9027e39b16b7be72ceebfd139e",
+    "wikitext-lora": "680cbfe01d7a8a08c35fbb1d5b44066346ae240f83a6dcf751c3e5e6546160be",
 }
 
 
@@ -238,6 +239,14 @@ WRONG_RUNS = {
         "FILE: audit (1) allows max_peers of at most 128, not 200: what a peer signs must name all others; "
         "lower max_peers or set audit to 0"
     ),
+    'data = "leased"\ndelay = 1': (
+        'FILE: data = "leased" needs delay = 0, not 1: who may take which samples follows from the last '
+        'round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
+    ),
+    'data = "leased"': (
+        'FILE: data = "leased" needs task.exact = true: a sample is leased by its number, so all peers must '
+        'have the same text; set task.exact to true or data to "drawn"'
+    ),
     # not TOML
     "seed = 1\nlr =\n": "FILE is not valid TOML: Invalid value (at line 2, column 5)",
     "seed = 1\nseed = 2\n": "FILE is not valid TOML: Cannot overwrite a value (at line 2, column 9)",
@@ -375,7 +384,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "11aea065d9cb1f9a829de6a595150cd3d464e568e2bd38613444570f608819ea"
+        "929544a56361af665537871beff62f4b8945930e0caa5520dd1520c9debf0dd2"
     )
 
 

@@ -208,6 +208,19 @@ def test_status_reads_well() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((5120, 0, 0, 96), "5,120 samples counted, each once; 96 given back and next"),
+        ((5120, 8, 0, 0), "5,120 samples counted, each once, 8 lost (not finite); 0 given back and next"),
+        ((5120, 0, 16, 0), "5,120 samples counted, 16 of them twice; 0 given back and next"),
+    ],
+)
+def test_status_says_what_became_of_leased_samples(data: tuple[int, ...], words: str) -> None:
+    status = STATUS | {"data": dict(zip(("unique", "lost", "repeated", "returned"), data, strict=True))}
+    assert any(line.split(maxsplit=1) == ["data", words] for line in status_lines(status, 0.0))
+
+
 def test_status_says_first_what_keeps_a_peer_from_training() -> None:
     waiting = {**STATUS, "state": "paused", "pauses": [PAUSED_UNTIL], "waiting": "1 of 2 peers are here"}
     first, why, kept, whom = status_lines(waiting, 600.0)[:4]

@@ -42,6 +42,14 @@ def test_sample_depends_on_step_peer_and_number_alone(task: DigitsTask) -> None:
         assert not torch.equal(pictures, other[0])
 
 
+def test_numbered_samples_are_all_that_is_not_held_out_each_once(task: DigitsTask) -> None:
+    pictures, digits = task.samples(range(task.size))
+    assert task.size == len(pictures) == len(digits) == 1797 - 300
+    one, digit = task.samples([41])
+    assert torch.equal(one[0], pictures[41])
+    assert digit[0] == digits[41]
+
+
 def test_held_out_pictures_are_never_trained_on(task: DigitsTask) -> None:
     held = {tuple(each.tolist()) for each in task._pictures[task._heldout]}
     trained = {tuple(each.tolist()) for each in task.batch(0, "alice", 0, 20_000)[0]}

@@ -9,6 +9,7 @@ from transcripts import RULES, Story, standing_at, tell
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol.leader import blame
+from p2ptrain.protocol.ledger import lease
 from p2ptrain.protocol.lineage import advance
 from p2ptrain.protocol.member import BENCH_SECONDS, Member, Stage
 from p2ptrain.protocol.roster import call_for
@@ -19,6 +20,7 @@ from p2ptrain.records import Abort, Answer, Ask, Ballot, Call, Freeze, PeerId, P
 A, B, C, D, E = (PeerId(name) for name in "abcde")
 RULES_OF_12 = replace(RULES, target_batch_size=12)
 RULES_OF_16 = replace(RULES, target_batch_size=16)
+LEASED = replace(RULES, leased=True)
 
 
 # -- the round as it should be -------------------------------------------------------------------------------
@@ -752,6 +754,74 @@ def test_peer_that_claims_more_samples_than_it_can_have_does_not_fill_the_batch(
           → c: freeze 1/a of a c
         """
     )
+
+
+# -- samples that are leased ---------------------------------------------------------------------------------
+
+
+def test_first_entry_needs_no_whole_batch_since_it_is_what_gives_leases() -> None:
+    story = tell(
+        """
+        a starts at step 0
+        b starts at step 0 seeing a
+        b did 0
+          → a: report 0
+        a ← b
+          waits: 0 of 1 samples are done or in flight
+        a did 0, 4 more in 0.5 s
+          begins 1/a
+          → b: freeze 1/a of a b
+        b ← a
+          begins 1/a
+        """,
+        LEASED,
+    )
+    of = story.machines[B].leases()
+    assert of is not None
+    assert (lease(of, A), lease(of, B)) == (((0, 16),), ())
+
+
+def test_samples_of_a_peer_without_a_lease_do_not_fill_the_batch() -> None:
+    tell(
+        """
+        a b stand at step 6
+        c starts at step 6 seeing a b
+        c did 8
+          → a: report 8
+        a did 4
+          waits: 4 of 8 samples; 1 peers have not reported yet
+        a ← c
+        b did 3
+          → a: report 3
+        a ← b
+          waits: 7 of 8 samples are done or in flight
+        b did 4
+          → a: report 4
+        a ← b
+          begins 1/a
+          → b: freeze 1/a of a b c
+          → c: freeze 1/a of a b c
+        """,
+        LEASED,
+    )
+
+
+def test_successor_from_outside_the_roster_has_a_lease_that_is_nobody_elses() -> None:
+    story = tell(
+        """
+        a stand at step 6
+        c starts at step 6 seeing a
+        a dies
+        c loses a
+          takes over as 1/c
+          waits: 0 of 1 peers are here
+          waits: 0 of 1 samples are done or in flight
+        """,
+        LEASED,
+    )
+    of = story.machines[C].leases()
+    assert of is not None
+    assert (lease(of, A), lease(of, C)) == (((0, 16),), ((16, 32),))
 
 
 # -- who breaks the contract ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from event_examples import (
     ABORTED,
     CAUGHT_UP,
     COMMITTED,
+    LEASED,
     ONE_OF_EACH,
     PAUSED,
     RESUMED,
@@ -146,11 +147,20 @@ def test_round_is_counted_when_committed(metrics: Metrics) -> None:
     assert value(metrics, "round_phase_seconds_sum", phase="apply") == 0.1
     assert value(metrics, "samples_total", outcome="counted") == 512
     assert value(metrics, "averaged_samples_total") == 4112
+    assert value(metrics, "data_samples", fate="unique") == 0
     assert value(metrics, "roster_peers") == 7
     assert value(metrics, "last_commit_timestamp_seconds") == NOW
     assert value(metrics, "loss", split="train") == 2.25
     assert value(metrics, "gradient_norm") == 0.5
     assert value(metrics, "learning_rate") == 0.002
+
+
+def test_leased_samples_are_told_of_by_what_became_of_them(metrics: Metrics) -> None:
+    metrics.observe(LEASED)
+    assert value(metrics, "data_samples", fate="unique") == 150_000
+    assert value(metrics, "data_samples", fate="lost") == 8
+    assert value(metrics, "data_samples", fate="repeated") == 0
+    assert value(metrics, "data_samples", fate="returned") == 4192
 
 
 def test_loss_is_unknown_when_none_was_measured(metrics: Metrics) -> None:

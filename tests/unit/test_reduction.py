@@ -3,8 +3,9 @@
 import pytest
 
 from p2ptrain.errors import BadMessage
+from p2ptrain.protocol.ledger import Leases
 from p2ptrain.protocol.reduction import Reduction
-from p2ptrain.records import Averaged, Ballot, Chunk, Freeze, PeerId
+from p2ptrain.records import Averaged, Ballot, Chunk, DataPosition, Freeze, PeerId
 
 A, B, C = (PeerId(name) for name in "ABC")
 BALLOT = Ballot(number=1, leader=A)
@@ -20,19 +21,30 @@ FREEZE = Freeze(
 )
 
 
-def chunk(number: int, samples: int = 4) -> Chunk:
-    return Chunk(step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples)
+LEASES = Leases(DataPosition(next=40, returned=((20, 30),)), (B, A), size=16)
+"""C is a newcomer."""
 
 
-def mean(number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4)) -> Averaged:
-    norm = 2.0 if last else None
+def chunk(number: int, samples: int = 4, skipped: int = 0) -> Chunk:
+    return Chunk(step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples, skipped=skipped)
+
+
+def mean(
+    number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4), skipped: tuple[int, ...] = ()
+) -> Averaged:
     return Averaged(
-        step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples, squared_norm=norm
+        step=3,
+        parent=FREEZE.parent,
+        ballot=BALLOT,
+        number=number,
+        samples=samples,
+        skipped=skipped,
+        squared_norm=2.0 if last else None,
     )
 
 
-def fresh() -> Reduction:
-    return Reduction(FREEZE, B, chunk_values=2, most_samples=16)
+def fresh(leases: Leases | None = None) -> Reduction:
+    return Reduction(FREEZE, B, chunk_values=2, most_samples=16, leases=leases)
 
 
 def test_chunk_is_averaged_only_when_it_is_here_from_every_member() -> None:
@@ -126,3 +138,52 @@ def test_claim_of_more_samples_than_a_peer_can_bring_is_refused() -> None:
         fresh().accept(A, chunk(0, samples=17))
     with pytest.raises(BadMessage, match=r"counts more samples than a peer can bring"):
         fresh().receive(A, mean(0, last=False, samples=(4, 17, 4)))
+
+
+# -- samples that are leased ---------------------------------------------------------------------------------
+
+
+def test_header_says_where_the_data_stands_when_samples_are_leased() -> None:
+    reduction = fresh(LEASES)
+    for reducer, count in ((A, 2), (B, 2), (C, 1)):
+        for number in range(count):
+            last = number == count - 1
+            reduction.receive(reducer, mean(number, last=last, samples=(4, 12, 0), skipped=(1, 0, 0)))
+    header = reduction.header("f" * 64)
+    assert header.skipped == (1, 0, 0)
+    assert header.data == DataPosition(next=51, returned=((42, 46),))  # B took 20 to 30 and two, A five
+
+
+def test_what_is_skipped_is_told_to_all() -> None:
+    reduction = fresh(LEASES)
+    assert reduction.skipped == ()
+    reduction.accept(A, chunk(0, samples=4, skipped=2))
+    assert reduction.skipped == (2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("leases", "sender", "header", "reason"),
+    [
+        (LEASES, C, chunk(0, samples=1), "claims 1 samples; a peer brings at most 0"),
+        (LEASES, A, chunk(0, samples=16, skipped=1), "claims 17 samples; a peer brings at most 16"),
+        (LEASES, B, mean(0, last=False, samples=(4, 4, 1)), "more samples than a peer can bring"),
+        (LEASES, B, mean(0, last=False, samples=(4, 4, 0), skipped=(0, 13, 0)), "more samples than"),
+        (LEASES, B, mean(0, last=False, samples=(4, 4, 0), skipped=(0, 0, 0)), "should not name"),
+        (LEASES, B, mean(0, last=False, samples=(4, 4, 0), skipped=(1,)), "for this roster"),
+        (None, A, chunk(0, samples=4, skipped=1), "this run leases none"),
+        (None, B, mean(0, last=False, skipped=(1, 0, 0)), "should not name"),
+    ],
+)
+def test_frame_is_refused_when_it_takes_what_was_not_leased(
+    leases: Leases | None, sender: PeerId, header: Chunk | Averaged, reason: str
+) -> None:
+    reduction = fresh(leases)
+    with pytest.raises(BadMessage, match=reason):
+        reduction.accept(sender, header) if isinstance(header, Chunk) else reduction.receive(sender, header)
+
+
+def test_peer_that_tells_two_stories_about_skipped_samples_is_refused() -> None:
+    reduction = fresh(LEASES)
+    reduction.accept(A, chunk(0, samples=4, skipped=1))
+    with pytest.raises(BadMessage, match="skips 2 samples after 1"):
+        reduction.accept(A, chunk(1, samples=4, skipped=2))

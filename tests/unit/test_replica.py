@@ -16,12 +16,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from p2ptrain.config import Optimizer
+from p2ptrain.config import BytesTask, Optimizer
 from p2ptrain.errors import BadMessage, LocalFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.aggregation import mean_chunk
 from p2ptrain.protocol.lineage import advance, genesis
-from p2ptrain.records import Manifest, Position
+from p2ptrain.records import DataPosition, Manifest, Position
+from p2ptrain.replica.log import Entry
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import PIECE_BYTES, Assembly, Snapshot, unpack
 
@@ -234,6 +235,35 @@ def test_apply_changes_nothing_when_the_spans_are_not_of_this_model(spans: tuple
     with pytest.raises(BadMessage, match="spans"):
         replica.apply(replace(entry, header=header))
     assert state_of(replica) == before
+
+
+def test_apply_changes_nothing_when_the_entry_takes_samples_that_were_not_leased() -> None:
+    run = small_run(data="leased", task=BytesTask(exact=True), target_batch_size=8)
+    replica = small_replica(run)
+    before = state_of(replica)
+    header = replace_samples(next_entry(replica), samples=(8, 0), data=DataPosition(next=8, returned=()))
+    stray = replace_samples(header, samples=(8, 0), data=DataPosition(next=9, returned=()))
+    newcomer = replace_samples(header, samples=(8, 1), data=DataPosition(next=9, returned=()))
+    for entry in (stray, newcomer, next_entry(replica)):
+        with pytest.raises(BadMessage, match="entry 0 takes samples that it must not"):
+            replica.apply(entry)
+    assert state_of(replica) == before
+    replica.apply(header)
+    assert replica.last is not None
+    assert replica.last.data == DataPosition(next=8, returned=())
+
+
+def test_apply_changes_nothing_when_samples_are_leased_and_the_run_draws_them() -> None:
+    replica = small_replica()
+    before = state_of(replica)
+    entry = replace_samples(next_entry(replica), samples=(8, 8), data=DataPosition(next=16, returned=()))
+    with pytest.raises(BadMessage, match="does not fit data = 'drawn'"):
+        replica.apply(entry)
+    assert state_of(replica) == before
+
+
+def replace_samples(entry: Entry, **fields: object) -> Entry:
+    return replace(entry, header=entry.header.model_copy(update=fields))
 
 
 # -- snapshot and load ---------------------------------------------------------------------------------------
