@@ -548,6 +548,11 @@ class RunConfig(Section):
                 f'delay ({self.delay}) must be 0 with strategy = "local": before an average is there, nobody '
                 "knows where to take the next steps from"
             )
+        if self.audit:
+            raise ValueError(
+                f'audit ({self.audit:g}) must be 0 with strategy = "local": what a peer has brought is '
+                "gone when it takes its next steps, so nobody could read it again"
+            )
         if self.payload == "lora":
             raise ValueError(
                 'payload = "lora" needs strategy = "sync": the mean of adapters trained apart is not the '

@@ -206,8 +206,10 @@ class Peer:
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
         elsewhere = replica.gradient.device if replica.moved else None
-        self._accumulator = Accumulator(replica.numel, elsewhere)
-        if run.audit:
+        self._accumulator = (
+            replica.train_apart() if run.strategy == "local" else Accumulator(replica.numel, elsewhere)
+        )
+        if run.audit and isinstance(self._accumulator, Accumulator):
             self._accumulator.keep_one_more()
         self._ahead = Accumulator(replica.numel, elsewhere) if run.delay else None
         """What is computed for the next step while this one's round is under way."""

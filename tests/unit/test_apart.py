@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p2ptrain.config import Local, Optimizer, RunConfig
+from p2ptrain.config import CausalLmTask, Local, Optimizer, RunConfig
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.replica.apart import LocalSteps, effective_steps
 from p2ptrain.replica.optimizers import FlatOptimizer, build_optimizer, outer_optimizer
@@ -262,5 +262,9 @@ def test_what_a_codec_lost_comes_with_the_next_change() -> None:
 def test_run_files_that_cannot_work_are_refused_by_the_fields() -> None:
     with pytest.raises(ValueError, match="delay"):
         RunConfig(strategy="local", delay=1)
+    with pytest.raises(ValueError, match="audit"):
+        RunConfig(strategy="local", audit=1.0, codec="fp16")
+    with pytest.raises(ValueError, match="adapters"):
+        RunConfig(strategy="local", payload="lora", task=CausalLmTask())
     with pytest.raises(ValueError, match="inner_batch_size"):
         RunConfig(strategy="local", target_batch_size=8, local=Local(inner_batch_size=16))
