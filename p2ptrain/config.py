@@ -606,6 +606,11 @@ class RunConfig(Section):
                 f'data = "leased" needs delay = 0, not {self.delay}: who may take which samples follows from '
                 'the last round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
             )
+        if self.data == "leased" and self.strategy != "sync":
+            raise ValueError(
+                f'data = "leased" needs strategy = "sync", not "{self.strategy}", with which it was '
+                'never tried; set data to "drawn"'
+            )
         if self.data == "leased" and isinstance(self.task, BytesTask) and not self.task.exact:
             raise ValueError(
                 'data = "leased" needs task.exact = true: a sample is leased by its number, so all peers '

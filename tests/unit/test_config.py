@@ -243,6 +243,10 @@ WRONG_RUNS = {
         'FILE: data = "leased" needs delay = 0, not 1: who may take which samples follows from the last '
         'round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
     ),
+    'data = "leased"\nstrategy = "local"': (
+        'FILE: data = "leased" needs strategy = "sync", not "local", with which it was never tried; set data '
+        'to "drawn"'
+    ),
     'data = "leased"': (
         'FILE: data = "leased" needs task.exact = true: a sample is leased by its number, so all peers must '
         'have the same text; set task.exact to true or data to "drawn"'
