@@ -313,7 +313,8 @@ class Leader:
             target = 1  # nobody but the leader has a lease: whatever it has makes an entry that gives all one
         elif self.lease_size:
             # The target may have grown since these leases were made.
-            target = min(target, self.lease_size * len((self.lessees | {self.me}) & paces.keys()))
+            holders = (self.lessees | {self.me}) & (paces.keys() | self.expected)
+            target = min(target, self.lease_size * len(holders))
         match progress.decide(paces, len(self.expected), target, self.rules.min_peers, now):
             case progress.Filling(reason):
                 return self._wait(reason)

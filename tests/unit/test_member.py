@@ -806,6 +806,18 @@ def test_samples_of_a_peer_without_a_lease_do_not_fill_the_batch() -> None:
     )
 
 
+def test_batch_is_full_when_all_leases_are_used_though_the_target_has_grown_since() -> None:
+    story = Story(LEASED)
+    story.play("a b stand at step 6")
+    leader = story.machines[A].leader
+    assert leader is not None
+    assert leader.lease_size == 16
+    leader.lease_size = 3
+    story.play("a did 3")
+    story.play("b did 3")
+    assert "begins 1/a" in story.play("a ← b")
+
+
 def test_successor_from_outside_the_roster_has_a_lease_that_is_nobody_elses() -> None:
     story = tell(
         """
