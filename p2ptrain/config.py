@@ -358,27 +358,37 @@ class Lora(Section):
 class Optimizer(Section):
     """The rule that turns the averaged gradient into a step; every peer applies it to the same bytes."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
+    kind: Literal["adamw", "sgd", "lamb"] = "adamw"
     """`adamw` scales each parameter's step by its gradient's history and keeps 8 bytes of state per
-    parameter, which newcomers download; `sgd` keeps 4 and needs its `lr` tuned more carefully."""
+    parameter, which newcomers download; `sgd` keeps 4 and needs its `lr` tuned more carefully; `lamb`, for
+    very large batches, is `adamw` whose step moves each tensor by the share `lr` of its length."""
 
     lr: Annotated[float, Field(gt=0, le=10)] = 1.5e-3
     """Learning rate after warm-up. Setting it high will make the loss rise or turn into noise, setting it low
-    will waste rounds. It suits one `target_batch_size`: change both together."""
+    will waste rounds. It suits one `target_batch_size`: change both together, or see `batch_rule`."""
+
+    batch_rule: Literal["none", "linear", "sqrt"] = "none"
+    """What becomes of these settings where `target_batch_size` is k times `tuned_batch_size`: `none` leaves
+    them, `linear` multiplies `lr` by k, which suits `sgd`, `sqrt` by the root of k; then with `adamw` the
+    betas and `epsilon` follow, so that averages span as many samples as before. Both rules hold up to the
+    critical batch; beyond it the rate that they give is too high."""
+
+    tuned_batch_size: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """The `target_batch_size` that these settings were found with, for `batch_rule`; 0: not said."""
 
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share by which matrices shrink in each step, times the learning rate, apart from the gradient; vectors
     such as norms are spared."""
 
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """adamw: how much of the running mean of gradients is kept in each step."""
+    """adamw, lamb: how much of the running mean of gradients is kept in each step."""
 
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """adamw: how much of the running mean of squared gradients is kept in each step. Setting it high will
-    keep steps small long after a burst of large gradients; setting it low will make steps noisy."""
+    """adamw, lamb: how much of the running mean of squared gradients is kept in each step. Setting it high
+    will keep steps small long after a burst of large gradients; setting it low will make steps noisy."""
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """adamw: added to the root of the mean squared gradient, so that nothing is ever divided by zero."""
+    """adamw, lamb: added to the root of the mean squared gradient, so that nothing is divided by zero."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """sgd: how much of the last step is repeated in the next; 0 for none."""
@@ -409,6 +419,29 @@ class Local(Section):
     weighting: Literal["samples", "fednova"] = "samples"
     """How peers that took unlike numbers of steps are weighed. `samples`: by their samples, so the fast ones
     pull the most; `fednova`: as if all had taken equally many, which keeps to the goal where data differ."""
+
+
+class Outer(Section):
+    """A second momentum around the optimizer's steps (DiLoCo's outer step), which costs no communication."""
+
+    every: Annotated[int, Field(ge=0, lt=10**9)] = 0
+    """Steps between two outer steps, such as 30; 0: none at all. With it a replica keeps 8 bytes more per
+    parameter, which newcomers download, and tolerates larger batches. Choose `optimizer.lr` anew: steps
+    become learning_rate / (1 - momentum) times as long in the end."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """How much of the last outer step is repeated in the next (Nesterov)."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Share of how far the steps have led that is taken. Setting it to 1 and `momentum` to 0 changes
+    nothing."""
+
+
+class Sync(Section):
+    """Settings of strategy `sync`."""
+
+    outer: Outer = Outer()
+    """A second momentum, over many steps at once."""
 
 
 class Schedule(Section):
@@ -540,9 +573,17 @@ class RunConfig(Section):
     schedule: Schedule = Schedule()
     """How the learning rate moves over the run."""
 
+    sync: Sync = Sync()
+    """How strategy `sync` applies what it averages."""
+
     def _check_local(self) -> None:
         if self.strategy != "local":
             return
+        if self.sync.outer.every:
+            raise ValueError(
+                'sync.outer.every must be 0 with strategy = "local", which has an outer step of its own; set '
+                "local.outer_learning_rate and local.outer_momentum"
+            )
         if self.delay:
             raise ValueError(
                 f'delay ({self.delay}) must be 0 with strategy = "local": before an average is there, nobody '
@@ -616,7 +657,32 @@ class RunConfig(Section):
                 'data = "leased" needs task.exact = true: a sample is leased by its number, so all peers '
                 'must have the same text; set task.exact to true or data to "drawn"'
             )
+        self._check_batch_rule()
         return self
+
+    @property
+    def stepped_batch_size(self) -> int:
+        """Samples in one step of `optimizer`: with strategy `local`, of those that a peer takes alone."""
+        return self.local.inner_batch_size if self.strategy == "local" else self.target_batch_size
+
+    def _check_batch_rule(self) -> None:
+        optimizer = self.optimizer
+        if optimizer.batch_rule == "none":
+            return
+        if not optimizer.tuned_batch_size:
+            raise ValueError(
+                f'optimizer.batch_rule is "{optimizer.batch_rule}", but optimizer.tuned_batch_size is not '
+                "set; say which target_batch_size the settings were found with"
+            )
+        factor = self.stepped_batch_size / optimizer.tuned_batch_size
+        least = min(optimizer.beta1, optimizer.beta2)
+        if optimizer.batch_rule == "sqrt" and optimizer.kind == "adamw" and factor * (1.0 - least) > 1.0:
+            most = int(optimizer.tuned_batch_size / (1.0 - least))
+            raise ValueError(
+                f"a step's batch ({self.stepped_batch_size}) is more than what optimizer.batch_rule "
+                f'"sqrt" can carry settings over to from tuned_batch_size ({optimizer.tuned_batch_size}): a '
+                f"beta of {least:g} would become negative; lower it to {most}, or tune at a larger batch"
+            )
 
 
 # -- the peer ------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def centered_clip(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     ordered = _in_order(means)
     centre = _middle(ordered)
     differences = [mean.sub(centre) for mean in means]
-    lengths = [math.sqrt(_squared_norm_in_order(difference)) for difference in differences]
+    lengths = [math.sqrt(squared_norm_in_order(difference)) for difference in differences]
     radius, everyone = sorted(lengths)[(len(lengths) - 1) // 2], math.fsum(weights)
     clipped = centre.clone()
     for difference, length, weight in zip(differences, lengths, weights, strict=True):
@@ -125,7 +125,7 @@ def multi_krum(totals: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
     noise = [1 / count for count in samples if count > 0]
     apart = [[0.0 for _ in members] for _ in members]
     for one, other in combinations(members, 2):
-        squared = _squared_norm_in_order(means[one].sub(means[other]))
+        squared = squared_norm_in_order(means[one].sub(means[other]))
         apart[one][other] = apart[other][one] = squared / (noise[one] + noise[other])
     # Each is at no distance from itself, and comes first among its own neighbours.
     score = [math.fsum(sorted(distances)[:kept]) for distances in apart]
@@ -234,6 +234,19 @@ def squared_norm(values: Tensor) -> float:
     return float(np.add.reduce(np.multiply(double, double, out=double)))
 
 
+def squared_norm_in_order(values: Tensor) -> float:
+    """Σ x², to the same bit everywhere: squares of float32 are exact in float64, and are added in pairs,
+    halving the vector, where `squared_norm` adds in the kernel's own order."""
+    double = values.double()
+    squares = double.mul_(double)
+    while len(squares) > 1:
+        half = (len(squares) + 1) // 2
+        rest = squares[half:]
+        squares = squares[:half]
+        squares[: len(rest)].add_(rest)
+    return squares.item()
+
+
 # -- inside --------------------------------------------------------------------------------------------------
 
 
@@ -269,19 +282,6 @@ def _middle(ordered: Sequence[Tensor]) -> Tensor:
         return ordered[at]
     half = _scalar(0.5)  # of each before adding: the sum of two could be beyond float32
     return ordered[at - 1].mul(half).add_(ordered[at].mul(half))
-
-
-def _squared_norm_in_order(values: Tensor) -> float:
-    """Σ x², to the same bit everywhere: squares of float32 are exact in float64, and are added in pairs,
-    halving the vector, where `squared_norm` adds in the kernel's own order."""
-    double = values.double()
-    squares = double.mul_(double)
-    while len(squares) > 1:
-        half = (len(squares) + 1) // 2
-        rest = squares[half:]
-        squares = squares[:half]
-        squares[: len(rest)].add_(rest)
-    return squares.item()
 
 
 def _within(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

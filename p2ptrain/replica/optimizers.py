@@ -1,4 +1,4 @@
-"""SGD and AdamW on one flat vector, equal to the last bit on every machine.
+"""SGD, AdamW and LAMB on one flat vector, equal to the last bit on every machine.
 
 torch's own optimizers use fused multiply-adds (`addcmul`, `lerp`, `add(alpha=…)`), which round once where
 other kernels round twice, so replicas on different processors drift apart. Here every operation is one that
@@ -10,6 +10,7 @@ each of them to it.
 - Scalars are 0-dim float32 tensors on the same device, rounded once: on CUDA a Python scalar, or a tensor
   that lives on the CPU, is turned into its reciprocal before a division.
 - Powers of beta are repeated products, because `pow` is the C library's.
+- Norms are added up in a stated order, which no BLAS and no number of threads changes.
 
 Each step goes over the vectors block by block, so that a block is still in the cache for the next operation.
 """
@@ -26,11 +27,16 @@ from torch import Tensor
 
 from p2ptrain.config import Local as LocalConfig
 from p2ptrain.config import Optimizer as OptimizerConfig
+from p2ptrain.gradients.aggregation import squared_norm_in_order
 from p2ptrain.protocol.spans import chunk_ranges
 
 BLOCK_VALUES = 2**18
 """Measured on 20 million parameters: blocks of 2^17 to 2^19 values take two thirds of the time that the whole
 vector at once takes, since they stay in the cache; smaller ones lose it again to the calls."""
+
+NORM_VALUES = 2**18
+"""A norm is that of pieces of so many values, added left to right. A part of the formula: with another number
+its last bits would be others."""
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -58,13 +64,17 @@ class FlatOptimizer(Protocol):
         ...
 
 
-def build_optimizer(config: OptimizerConfig, numel: int, decayed: Ranges) -> FlatOptimizer:
-    """A fresh optimizer for `numel` parameters; `decayed` are the ranges [start, stop) under weight decay."""
+def build_optimizer(config: OptimizerConfig, tensors: Ranges, decayed: Ranges) -> FlatOptimizer:
+    """A fresh optimizer for the vector that `tensors` make, the ranges [start, stop) of each, in order;
+    `decayed` are the ranges under weight decay."""
+    numel = tensors[-1][1]
     match config.kind:
         case "adamw":
             return AdamW(config, numel, decayed)
         case "sgd":
             return SGD(config, numel, decayed)
+        case "lamb":
+            return LAMB(config, tensors, decayed)
         case _:
             assert_never(config.kind)
 
@@ -173,6 +183,86 @@ class AdamW:
         self._mean.copy_(tensors["mean"])
         self._square_mean.copy_(tensors["square_mean"])
         self._beta1_power, self._beta2_power = scalars["beta1_power"], scalars["beta2_power"]
+
+
+class LAMB:
+    """θ ← θ - lr · (‖θ‖ / ‖r‖) · r for each tensor apart, with r = m̂ / (√v̂ + ε) + decay · θ, and m̂ and v̂ as
+    AdamW has them; where either norm is 0, their ratio is 1 (You et al., "Large batch optimization for deep
+    learning").
+
+    So each tensor moves by the share `lr` of its own length, whatever its gradient. The paper leaves open
+    bounds on ‖θ‖; there are none here.
+    """
+
+    def __init__(self, config: OptimizerConfig, tensors: Ranges, decayed: Ranges) -> None:
+        numel = tensors[-1][1]
+        self._config = config
+        self.weight_decay = config.weight_decay
+        self._tensors, self._decayed = tensors, decayed
+        self._mean = torch.zeros(numel)
+        self._square_mean = torch.zeros(numel)
+        self._beta1_power = 1.0
+        self._beta2_power = 1.0
+        self._direction = torch.empty(numel)
+        self._scratch = torch.empty(min(numel, BLOCK_VALUES))
+
+    def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
+        config = self._config
+        self._beta1_power *= config.beta1
+        self._beta2_power *= config.beta2
+        beta1, beta2, rest1, rest2, root_correction, epsilon, correction, decay = (
+            _scalar(value, parameters)
+            for value in (
+                config.beta1,
+                config.beta2,
+                1.0 - config.beta1,
+                1.0 - config.beta2,
+                math.sqrt(1.0 - self._beta2_power),
+                config.epsilon,
+                1.0 / (1.0 - self._beta1_power),
+                self.weight_decay,
+            )
+        )
+        for g, mean, square_mean, direction in _blocks(
+            gradient, self._mean, self._square_mean, self._direction
+        ):
+            scratch = self._scratch[: len(g)]
+            mean.mul_(beta1).add_(torch.mul(g, rest1, out=scratch))
+            square_mean.mul_(beta2).add_(torch.mul(g, g, out=scratch).mul_(rest2))
+            np.sqrt(square_mean.numpy(), out=scratch.numpy())
+            scratch.div_(root_correction).add_(epsilon)
+            torch.div(mean, scratch, out=direction).mul_(correction)
+        if self.weight_decay > 0:
+            for start, stop in self._decayed:
+                for theta, direction in _blocks(parameters[start:stop], self._direction[start:stop]):
+                    direction.add_(torch.mul(theta, decay, out=self._scratch[: len(theta)]))
+        for start, stop in self._tensors:
+            weights, whole = parameters[start:stop], self._direction[start:stop]
+            rate = _scalar(lr * trust_ratio(_norm(weights), _norm(whole)), parameters)
+            for theta, direction in _blocks(weights, whole):
+                theta.sub_(direction.mul_(rate))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"mean": self._mean, "square_mean": self._square_mean}
+
+    def scalars(self) -> dict[str, float]:
+        return {"beta1_power": self._beta1_power, "beta2_power": self._beta2_power}
+
+    def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
+        self._mean.copy_(tensors["mean"])
+        self._square_mean.copy_(tensors["square_mean"])
+        self._beta1_power, self._beta2_power = scalars["beta1_power"], scalars["beta2_power"]
+
+
+def trust_ratio(weights_norm: float, direction_norm: float) -> float:
+    """By how much LAMB lengthens a tensor's step: 1 where there is nothing to go by."""
+    return weights_norm / direction_norm if weights_norm > 0 and direction_norm > 0 else 1.0
+
+
+def _norm(values: Tensor) -> float:
+    """√Σ x², to the same bit everywhere."""
+    pieces = chunk_ranges(0, len(values), NORM_VALUES)
+    return math.sqrt(_sum_in_order([squared_norm_in_order(values[start:stop]) for start, stop in pieces]))
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from p2ptrain.records import EntryHeader, Position
 from p2ptrain.replica.apart import LocalSteps, effective_steps
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
 from p2ptrain.replica.optimizers import build_optimizer, clip_factor, outer_optimizer
-from p2ptrain.replica.schedule import learning_rate
+from p2ptrain.replica.outer import Outer
+from p2ptrain.replica.schedule import learning_rate, optimizer_for_batch
 from p2ptrain.replica.snapshot import Packed, Snapshot, State, pack, unpack
 
 ParameterTable = list[tuple[str, tuple[int, ...], str]]
@@ -88,12 +89,13 @@ class Replica:
             if parameter.ndim >= 2:
                 decayed.append((start, stop))
 
-        self._decayed = decayed
+        self._tensors, self._decayed = list(pairwise(bounds)), decayed
         self._optimizer = (
-            build_optimizer(outer_optimizer(run.local), self.numel, ())
+            build_optimizer(outer_optimizer(run.local), self._tensors, ())
             if run.strategy == "local"
-            else build_optimizer(run.optimizer, self.numel, decayed)
+            else build_optimizer(optimizer_for_batch(run), self._tensors, decayed)
         )
+        self._outer = Outer(run.sync.outer, self.parameters) if run.sync.outer.every else None
         self._codec = codec_named(run.codec)
         # What lies in `gradient` when a step is taken is of no use any more, unless it was computed ahead. If
         # the model moves to another device, `gradient` moves along, and this stays.
@@ -162,6 +164,8 @@ class Replica:
         if run.strategy == "sync":  # an outer optimizer has none
             self._optimizer.weight_decay = run.optimizer.weight_decay
         self._optimizer.step(self.parameters, self._mean, rate)
+        if self._outer is not None:
+            self._outer.after(position.step, self.parameters)
         self._update_copy()
         self.position, self.last, self.state_digest = position, header, None
 
@@ -184,7 +188,7 @@ class Replica:
         if copy is None:
             trained = [parameter for _, parameter in _trained(self.model)]
             copy = self._copy_for(trained, self.parameters.device)
-        inner = build_optimizer(self.run.optimizer, self.numel, self._decayed)
+        inner = build_optimizer(optimizer_for_batch(self.run), self._tensors, self._decayed)
         return LocalSteps(
             self.run.local,
             self.parameters,
@@ -224,6 +228,8 @@ class Replica:
         for name, view in self._views.items():
             view.copy_(theirs.parameters[name])
         self._optimizer.load(theirs.optimizer, theirs.scalars)
+        if self._outer is not None:
+            self._outer.load(theirs.optimizer)
         self._update_copy()
         self.position, self.last, self.state_digest = snapshot.position, snapshot.last, snapshot.state_digest
 
@@ -239,7 +245,10 @@ class Replica:
             self._copy.copy_(self.parameters)
 
     def _state(self) -> State:
-        return State(self._views, self._optimizer.state_tensors(), self._optimizer.scalars())
+        tensors = self._optimizer.state_tensors()
+        if self._outer is not None:
+            tensors |= self._outer.state_tensors()
+        return State(self._views, tensors, self._optimizer.scalars())
 
     def _check_samples(self, header: EntryHeader) -> None:
         """No sample counts twice (I4): an entry takes what was leased for its step, and nothing else."""

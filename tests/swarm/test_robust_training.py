@@ -58,7 +58,7 @@ def final_loss(rule: str, lie: str) -> float:
     """Held-out loss after training with the last of the peers lying; no lie: an honest one."""
     run, model = small_run(), TASK.build_model(0)
     replica = Replica(model, run, fingerprint(run, parameter_table(model)))
-    optimizer, mean = build_optimizer(run.optimizer, replica.numel, []), torch.empty(replica.numel)
+    optimizer, mean = build_optimizer(run.optimizer, [(0, replica.numel)], []), torch.empty(replica.numel)
     for step in range(STEPS):
         totals = []
         for peer in range(PEERS):

@@ -21,7 +21,7 @@ Gradient = Callable[[Tensor, int, int, int], Tensor]
 
 def optimizer(dtype: torch.dtype = torch.float64, **settings: Any) -> FlatOptimizer:
     """Its state in that dtype, for identities that float32 would blur."""
-    built = build_optimizer(Optimizer(**{"weight_decay": 0.0, "clip_norm": 0.0, **settings}), SIZE, ())
+    built = build_optimizer(Optimizer(**{"weight_decay": 0.0, "clip_norm": 0.0, **settings}), [(0, SIZE)], ())
     for name, value in vars(built).items():
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.numel() == SIZE:
             setattr(built, name, value.to(dtype))
@@ -241,7 +241,7 @@ def test_what_a_codec_lost_comes_with_the_next_change() -> None:
     codec = codec_named("int4")
     anchor = torch.linspace(-1, 1, 128)
     working = anchor.clone()
-    inner = build_optimizer(Optimizer(kind="sgd", momentum=0.0, weight_decay=0.0), 128, ())
+    inner = build_optimizer(Optimizer(kind="sgd", momentum=0.0, weight_decay=0.0), [(0, 128)], ())
     steps = LocalSteps(averaging(), anchor, working, inner, 0.0, lambda: 0.1)
     steps.add(4 * torch.linspace(0, 1, 128), 4)
     steps.gather()

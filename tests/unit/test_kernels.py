@@ -24,25 +24,33 @@ CHILD = """
 import hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch
-from p2ptrain.config import Optimizer
+from p2ptrain.config import Optimizer, Outer as OuterConfig
 from p2ptrain.gradients.aggregation import AGGREGATIONS, mean_chunk, norm_clip
 from p2ptrain.gradients.codecs import CODECS, codec_named
 from p2ptrain.replica.optimizers import build_optimizer
+from p2ptrain.replica.outer import Outer
 
 NUMEL = 20_011  # no multiple of a vector register
 
 
-def train(kind):
+TENSORS = [(0, 7), (7, 10_005), (10_005, NUMEL)]
+
+
+def train(kind, every=0):
     # Uniform numbers of numpy are the same everywhere; torch.randn is not, not even on one machine.
     random, codec = np.random.default_rng(7), codec_named("fp16")
     draw = lambda: torch.from_numpy(random.random(NUMEL, np.float32) - np.float32(0.5))
     parameters, mean = draw(), torch.empty(NUMEL)
-    optimizer = build_optimizer(Optimizer(kind=kind, weight_decay=0.1), NUMEL, [(0, NUMEL // 2)])
+    optimizer = build_optimizer(Optimizer(kind=kind, weight_decay=0.1), TENSORS, TENSORS[:2])
+    outer = Outer(OuterConfig(every=every), parameters) if every else None
     for step in range(30):
         totals = [draw().mul_(torch.tensor(0.5**step)) for _ in range(3)]
         codec.decode(codec.encode(mean_chunk(totals, [3, 7, 5])), mean)
         optimizer.step(parameters, mean, 0.01 / (step + 1))
-    tensors = [parameters, *(tensor for _, tensor in sorted(optimizer.state_tensors().items()))]
+        if outer:
+            outer.after(step + 1, parameters)
+    state = optimizer.state_tensors() | (outer.state_tensors() if outer else {})
+    tensors = [parameters, *(tensor for _, tensor in sorted(state.items()))]
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
@@ -101,7 +109,8 @@ for capability in sys.argv[2:]:
     if not (child := os.fork()):
         os.environ["ATEN_CPU_CAPABILITY"] = capability
         torch.set_num_threads(1)
-        result = {"adamw": train("adamw"), "sgd": train("sgd"), "robust": robust()}
+        result = {kind: train(kind) for kind in ("adamw", "sgd", "lamb")}
+        result |= {"outer": train("sgd", every=7), "robust": robust()}
         result["wrong bits"] = wrong_bits()
         result["decoded"] = decoded(Path(sys.argv[1]))
         result["capability"] = torch.backends.cpu.get_cpu_capability().lower()
@@ -141,7 +150,7 @@ def result_of(capability: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb", "outer"])
 def test_30_steps_of_training_end_in_the_same_state_when_the_kernels_differ(
     kind: str, capability: str
 ) -> None:
@@ -168,6 +177,8 @@ def test_codec_decodes_to_the_same_bits_when_the_kernels_differ(codec: str, capa
 PINNED = {
     "adamw": "8970ecd957e608ec4c982f2eb1ce9c58fa553c8333e00023995198d05e7ff71d",
     "sgd": "a6278c30f51b2d87f95d86b01e8a658a15ca5fe4b23f69da476edb3b0a098ab5",
+    "lamb": "73faa073e64006e81548c07a5525c3feafef250aa35efef509f72c771bd37ac3",
+    "outer": "2d1b1753d48881f17e4191bd6b22833c2c903389b304e2c23badaa47549ff1f0",
     "robust": "5296a2404f25a504607c93e43693295beea12b85ec7b1986f1332d7ad62ca953",
 }
 """SHA-256 of parameters and optimizer state, and of what the robust rules give, on every machine. Whoever

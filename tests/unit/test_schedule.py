@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from p2ptrain.config import Optimizer, RunConfig, Schedule
-from p2ptrain.replica.schedule import half_cosine, learning_rate
+from p2ptrain.replica.schedule import half_cosine, learning_rate, optimizer_for_batch
 
 
 def run_with(kind: str, warmup_steps: int = 10, final_ratio: float = 0.1) -> RunConfig:
@@ -71,3 +71,43 @@ def test_half_cosine_is_within_its_stated_error_when_compared_with_the_library()
 )
 def test_half_cosine_has_these_bits_when_run_anywhere(progress: float, bits: str) -> None:
     assert half_cosine(progress).hex() == bits
+
+
+def run_for_batch(rule: str, factor: int, kind: str = "adamw") -> RunConfig:
+    optimizer = Optimizer(
+        kind=kind, lr=0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, batch_rule=rule, tuned_batch_size=16
+    )
+    return RunConfig(optimizer=optimizer, target_batch_size=16 * factor)
+
+
+def test_rate_is_multiplied_by_the_batch_factor_or_its_root_when_the_rule_says_so() -> None:
+    assert [optimizer_for_batch(run_for_batch(rule, 4)).lr for rule in ("none", "linear", "sqrt")] == [
+        0.01,
+        0.04,
+        0.02,
+    ]
+    assert learning_rate(run_for_batch("sqrt", 4), 5000) == 0.02
+
+
+def test_averages_of_adam_span_as_many_samples_as_before_when_the_rule_is_sqrt() -> None:
+    scaled = optimizer_for_batch(run_for_batch("sqrt", 4))
+    assert (1 - scaled.beta1, 1 - scaled.beta2) == (pytest.approx(0.4), pytest.approx(0.04))
+    assert scaled.epsilon == pytest.approx(0.5e-8)
+    for untouched in (run_for_batch("linear", 4), run_for_batch("sqrt", 4, "sgd"), run_for_batch("none", 4)):
+        assert optimizer_for_batch(untouched).beta1 == 0.9
+
+
+@pytest.mark.parametrize("rule", ["none", "linear", "sqrt"])
+def test_no_setting_moves_when_the_batch_is_the_one_that_they_were_tuned_for(rule: str) -> None:
+    run = run_for_batch(rule, 1)
+    same = optimizer_for_batch(run)
+    assert same.lr == run.optimizer.lr
+    assert (same.beta1, same.epsilon) == (pytest.approx(0.9, rel=1e-15), run.optimizer.epsilon)
+
+
+def test_run_is_refused_when_its_batch_rule_cannot_be_followed() -> None:
+    with pytest.raises(ValueError, match="tuned_batch_size is not set"):
+        RunConfig(optimizer=Optimizer(batch_rule="sqrt"))
+    with pytest.raises(ValueError, match="lower it to 160"):
+        run_for_batch("sqrt", 11)
+    assert optimizer_for_batch(run_for_batch("sqrt", 10)).beta1 == pytest.approx(0.0, abs=1e-15)
