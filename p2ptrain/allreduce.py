@@ -30,6 +30,7 @@ from p2ptrain.gradients.aggregation import Aggregation, mean_chunk
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness, StoodOut, Watch
+from p2ptrain.gradients.noise import UNMEASURED, Spread, Strangers, Unlike
 from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk, check_chunk, encode_chunk
 from p2ptrain.protocol.ledger import Leases, Ranges, lease
 from p2ptrain.protocol.lineage import joint_digest
@@ -81,6 +82,8 @@ class Committed:
     newcomers: tuple[PeerId, ...]
     sent: Sequence[Sent]
     """This peer's contribution as the entry has it, if the codec loses something."""
+    spread: Spread | None
+    """How far the members' gradients were apart, if that can be told."""
     sealed: float
     """Loop time of sealing the contribution, and of holding every span."""
     held: float
@@ -406,6 +409,13 @@ class Attempt:
             pace.sent_bytes / pace.seconds if pace.sent_bytes >= LEAST_SENT_BYTES and pace.seconds else None
         )
 
+    def spread(self) -> Spread | None:
+        """How far the members' gradients were apart, if all reducers could tell."""
+        samples = [count for count in self._reduction.averaged_over if count]
+        if (told := self._reduction.spread()) is None or len(samples) < 2:
+            return None
+        return Spread(len(samples), sum(samples), *told)
+
     def payload(self) -> Buffer:
         """The averaged bytes, spans in roster order, once all are here."""
         return self._shadow.payload()
@@ -556,6 +566,7 @@ class Attempt:
                 except BadInput as fault:
                     self._fail([fault.member], AbortCause.BAD_CHUNK, str(fault))
                     return
+        spread = self.likeness.spread() if ends and self._codec.name not in UNMEASURED else None
         header = Averaged(
             step=self.freeze.step,
             parent=self.freeze.parent,
@@ -564,6 +575,7 @@ class Attempt:
             samples=samples,
             skipped=reduction.skipped,
             squared_norm=self._norm if ends else None,
+            spread=None if spread is None else (spread.of_groups, spread.of_mean),
             **signed,
         )
         for outbox in self._outboxes.values():
@@ -666,7 +678,7 @@ class Attempt:
 # -- the machine and its surroundings ------------------------------------------------------------------------
 
 
-Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut | Convicted
+Note = TookOver | Waiting | Diverged | Distrusted | Benched | Faulted | Gone | StoodOut | Unlike | Convicted
 """What the driver has to tell besides outcomes."""
 Serve = Callable[[PeerId, Request], Awaitable[tuple[Reply, Buffer]]]
 
@@ -700,7 +712,7 @@ class Rounds:
         self._codec = codec
         self._owed = Owed(codec)
         self._aggregation = aggregation
-        self._watch = Watch()
+        self._watch, self._strangers = Watch(), Strangers()
         self._chunk_values = chunk_values
         self._serve = serve
         self._spawn = spawn
@@ -956,9 +968,13 @@ class Rounds:
                     self._owed = attempt.owed
                     if self.auditor is not None and attempt.evidence is not None:
                         self.auditor.committed(attempt.evidence, header, entry.payload, attempt.digests())
-                    for stood_out in self._watch.saw(header.roster, attempt.likeness):
-                        self._note(stood_out)
-                    self._end(Committed(entry, newcomers, attempt.sent, attempt.sealed, attempt.held))
+                    for note in self._judge(header.roster, attempt.likeness):
+                        self._note(note)
+                    self._end(
+                        Committed(
+                            entry, newcomers, attempt.sent, attempt.spread(), attempt.sealed, attempt.held
+                        )
+                    )
                 case CatchUp(donor, position, afresh, undo):
                     self._end(Behind(donor, position, afresh, undo))
                 case TookOver() | Waiting() | Diverged() | Distrusted() | Benched():
@@ -966,6 +982,13 @@ class Rounds:
                 case _:
                     assert_never(effect)
         self._arm()
+
+    def _judge(self, roster: Sequence[PeerId], likeness: Likeness) -> Sequence[StoodOut | Unlike]:
+        """Whom to name, from what this peer saw of the members' gradients."""
+        odd = self._watch.saw(roster, likeness)
+        if self._codec.name in UNMEASURED:
+            return odd
+        return [*odd, *self._strangers.saw(roster, likeness.ranks, likeness.samples, likeness.products)]
 
     def _arm(self) -> None:
         due = self.member.deadline()

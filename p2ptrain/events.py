@@ -281,6 +281,13 @@ class RoundCommitted(_Happened):
     """That count twice."""
     returned: int = 0
     """That were leased and not brought in: they come next."""
+    noise_scale: float | None = None
+    """Samples beyond which a larger batch hardly improves a step, by the last rounds; None while unknown."""
+    signal_norm_squared: float | None = None
+    """Of the gradient without noise, over the last rounds."""
+    noise_excess: float | None = None
+    """Noise between peers over that within this one: 1 where all draw from the same data, less where they
+    draw the same samples, more where data differ."""
 
     @property
     def seconds(self) -> float:
@@ -688,6 +695,48 @@ class PeerStoodOut(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataUnlike(_Happened):
+    """A peer's gradients are off the others' by more than chance explains, in the span that this peer adds
+    up: it trains on other data, or on far noisier ones. Told again only after it was over."""
+
+    event: ClassVar[str] = "data_unlike"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    peer: PeerId
+    noise_excess: float
+    """How many times farther off, squared, than chance explains."""
+
+    def sentence(self) -> str:
+        return (
+            f"step {self.step}: {short(self.peer)} seems to train on other data than the others; its "
+            f"gradients are off theirs by {self.noise_excess:.1f} times what chance explains"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDuplicated(_Happened):
+    """The peers' gradients are more alike than those of independent samples: several peers are worth one.
+    Told again only after it was over."""
+
+    event: ClassVar[str] = "data_duplicated"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    noise_excess: float | None
+    """Noise between peers over that within this one; None if they bring the very same gradients."""
+
+    def sentence(self) -> str:
+        share = (
+            "none at all"
+            if self.noise_excess is None
+            else f"{self.noise_excess:.0%} of that within this peer"
+        )
+        return (
+            f"step {self.step}: peers seem to compute on the same samples (noise between them: {share}); "
+            "draw them by peer, not by step alone"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReachChanged(_Happened):
     """A peer has dialled this one back, with another result than before."""
 
@@ -751,6 +800,8 @@ Event = (
     | PeerConvicted
     | CarrierChanged
     | PeerStoodOut
+    | DataUnlike
+    | DataDuplicated
     | ReachChanged
     | DaemonRestarted
 )

@@ -30,6 +30,7 @@ Id = Annotated[PeerId, Field(min_length=1, max_length=128)]
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)]
+SquaredNorm = Annotated[float, Field(ge=0.0)]
 BytesPerSecond = Annotated[float, Field(ge=0.0, le=1e15, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=300)]
 Incarnation = Annotated[str, Field(max_length=32)]
@@ -395,6 +396,10 @@ class Averaged(Record):
     """What the members skipped, likewise; empty if none did."""
     squared_norm: Annotated[float, Field(ge=0)] | None = None
     """Of the decoded span, in float64; on the last chunk only."""
+    spread: tuple[SquaredNorm, SquaredNorm] | None = None
+    """Squared norms in the span: of the members' mean gradients, weighted by samples, and of the mean of
+    these, as they arrived here, before any rule (see `gradients.noise`). On the last chunk only; None where
+    it says nothing. For figures alone: nobody can check it, and no state follows from it."""
     inputs: Annotated[tuple[Digest, ...], Field(max_length=MAX_AUDITED)] | None = None
     """The root of what each member sent me, in roster order; on the last chunk, where the run is audited."""
     signature: Signature | None = None

@@ -41,6 +41,7 @@ from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.engine import Engine
 from p2ptrain.gradients.likeness import StoodOut
+from p2ptrain.gradients.noise import NoiseMeter, Spread, Unlike
 from p2ptrain.protocol.ledger import Account, Ranges, account, follows, lease, numbers, shuffled
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds, milestone, standing
@@ -189,6 +190,7 @@ class Peer:
         """Those that were looked for in the log of whoever gave the last snapshot."""
         self._milestones: tuple[Milestone, ...] = ()
         """Which states it had at some of its last steps, for its presence record."""
+        self._noise = NoiseMeter()
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -436,7 +438,10 @@ class Peer:
         self.donor.appended()
         await self._digested()
         rate = learning_rate(in_force(self.run, header.terms, header.step), header.step)
-        await self._compute(self._apply_now, committed)
+        within = await self._compute(self._apply_now, committed)
+        # How far peers came apart from each other tells nothing of single samples.
+        between = committed.spread if self.run.strategy == "sync" else None
+        reading = self._noise.round(between, within)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -456,8 +461,13 @@ class Peer:
                 digest=header.digest,
                 parent=header.parent,
                 **taken,
+                noise_scale=reading.noise_scale,
+                signal_norm_squared=reading.signal,
+                noise_excess=reading.excess,
             )
         )
+        if reading.duplicated:
+            self._observe(events.DataDuplicated(step=header.step, noise_excess=reading.excess))
         self.rounds_joined += 1
         self.samples_given += mine
         if self._lease or self._numbered is None:
@@ -835,12 +845,16 @@ class Peer:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _apply_now(self, committed: Committed) -> None:
-        """On the compute thread."""
+    def _apply_now(self, committed: Committed) -> Spread | None:
+        """On the compute thread; returns how far this peer's micro-batches were apart."""
         self.replica.apply(committed.entry)
-        self._accumulator.settle(self._codec, committed.sent)
-        if isinstance(self._accumulator, Accumulator) and self._ahead is not None:
+        if not isinstance(self._accumulator, Accumulator):
+            self._accumulator.settle(self._codec, committed.sent)
+            return None
+        within = self._accumulator.settle(self._codec, committed.sent)
+        if self._ahead is not None:
             self._accumulator.absorb(self._ahead)
+        return within
 
     def _reset(self) -> None:
         """On the compute thread."""
@@ -964,6 +978,9 @@ class Peer:
             case StoodOut(peer, rounds):
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
+            case Unlike(peer, excess):
+                step = self.replica.position.step
+                self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.gradients.codecs import LARGEST, Buffer, Codec
+from p2ptrain.gradients.noise import UNMEASURED, Spread, Within
 
 LARGEST_GRADIENT = LARGEST / 2**25
 """A value beyond ± this counts as not finite: `config` allows no more than 2^24 samples a step, and so many
@@ -37,6 +38,7 @@ class Accumulator:
         self._before: Tensor | None = None
         self.samples = 0
         self.loss_sum = 0.0
+        self._within = Within()
 
     def add(self, gradient: Tensor, samples: int, loss_sum: float = 0.0) -> bool:
         """Add the gradient (float32 [numel]) and the loss, both summed over `samples` samples.
@@ -59,6 +61,7 @@ class Accumulator:
         else:
             self._there.add_(gradient)
             self._waits = True
+        self._within.add(_squared_norm(gradient), samples)
         self.samples += samples
         self.loss_sum += loss_sum
         return True
@@ -86,16 +89,21 @@ class Accumulator:
         if self._there is not None and other._there is not None:
             self._there.add_(other._there)
             self._waits = self._waits or other._waits
+        self._within.absorb(other._within)
         self.samples += other.samples
         self.loss_sum += other.loss_sum
         other.reset()
 
-    def settle(self, codec: Codec, sent: Iterable[Sent]) -> None:
+    def settle(self, codec: Codec, sent: Iterable[Sent]) -> Spread | None:
         """The round is committed, and the total is in it as `sent`, or not at all if it had no samples.
+        Returns how far the micro-batches in it were apart, if that can be told.
 
         What a codec with `feedback` lost stays in the total, to be sent with the next samples. It is a part
         of a sum, so it counts for as much as it would have then, whatever the number of samples.
         """
+        spread = None
+        if codec.name not in UNMEASURED and self._within.groups > 1:
+            spread = self._within.spread(_squared_norm(self.total))
         if codec.feedback:
             for start, stop, data in sent:
                 lost, decoded = self.total[start:stop], torch.empty(stop - start)
@@ -105,7 +113,8 @@ class Accumulator:
             self.total, self._before = self._before.zero_(), self.total
         else:
             self.total.zero_()
-        self.samples, self.loss_sum = 0, 0.0
+        self.samples, self.loss_sum, self._within = 0, 0.0, Within()
+        return spread
 
     def keep_one_more(self) -> None:
         """From now on a total that was settled stays as it is until the next one is: an audit may ask for
@@ -118,4 +127,11 @@ class Accumulator:
         if self._there is not None:
             self._there.zero_()
             self._waits = False
-        self.samples, self.loss_sum = 0, 0.0
+        self.samples, self.loss_sum, self._within = 0, 0.0, Within()
+
+
+def _squared_norm(vector: Tensor) -> float:
+    """For figures only: to the millionth part, and infinite where float32 cannot hold it. On a CPU in
+    pieces, as a sum in one go rounds more there."""
+    size = 2**17 if vector.device.type == "cpu" else len(vector)
+    return math.fsum(torch.dot(piece, piece).item() for piece in torch.split(vector, size))

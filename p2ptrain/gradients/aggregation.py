@@ -156,7 +156,7 @@ def norm_clip(totals: Sequence[Tensor], samples: Sequence[int], usual: float = 0
         return mean_chunk(totals, samples)
     bound = CLIP_AT * math.sqrt(len(means)) * usual
     for mean in means if bound else ():
-        length = math.sqrt(_squared_norm_in_order(mean))
+        length = math.sqrt(squared_norm_in_order(mean))
         if length > bound:
             mean.mul_(_scalar(bound / length))
     summed = torch.zeros_like(means[0])
@@ -201,19 +201,17 @@ OUTSIZED = 1e4
 """Honest peers differ in the norm of their mean gradients by less than a hundred."""
 
 
-def outsized(totals: Sequence[Tensor], samples: Sequence[int], usual: float) -> int | None:
+def outsized(squares: Sequence[float], samples: Sequence[int], usual: float) -> int | None:
     """Index of a member whose mean gradient is more than `OUTSIZED` times as long as the median one; None if
     there is none, if there are fewer than three to compare, or if the median is nothing (rows that few use).
 
-    Arguments as in `mean_chunk`, but of those who brought samples; `usual`, the norm of the last averaged
+    `squares`: ‖total‖² of those who brought samples; `usual`, the norm of the last averaged
     gradient, counts as one more, 0 for unknown. Such a member would own the average, whatever the others
     bring (I5).
     """
-    if len(totals) + bool(usual) < 3:
+    if len(squares) + bool(usual) < 3:
         return None
-    norms = [
-        math.sqrt(about_squared_norm(total)) / count for total, count in zip(totals, samples, strict=True)
-    ]
+    norms = [math.sqrt(square) / count for square, count in zip(squares, samples, strict=True)]
     known = sorted([*norms, usual] if usual else norms)
     if not (median := known[(len(known) - 1) // 2]):
         return None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.gradients.aggregation import FEWEST
+from p2ptrain.gradients.noise import Spread, spread_of
 from p2ptrain.records import PeerId
 
 LEAST_AGREEMENT = 0.05
@@ -32,23 +33,35 @@ ODD_ROUNDS = 8
 
 
 class Likeness:
-    """Inner products of the mean gradients of those who brought samples, over the chunks so far."""
+    """Inner products of the totals of those who brought samples, over the chunks so far."""
 
     def __init__(self) -> None:
         self.ranks: Sequence[int] = ()
-        self._samples: Sequence[int] = ()
-        self._products = torch.zeros(0, 0)
+        self.samples: Sequence[int] = ()
+        self.products = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, ranks: Sequence[int], totals: Sequence[Tensor], samples: Sequence[int]) -> None:
+    def add(
+        self,
+        ranks: Sequence[int],
+        totals: Sequence[Tensor],
+        samples: Sequence[int],
+        squares: Sequence[float],
+    ) -> None:
         """One more chunk of the same members: their ranks in the roster, and totals and samples as in
-        `Aggregation`, but only of those who brought any."""
-        if len(totals) < FEWEST:
-            return
+        `Aggregation`, but only of those who brought any; `squares` are ‖total‖²."""
         if not self.ranks:
-            self.ranks, self._samples = tuple(ranks), tuple(samples)
-            self._products = torch.zeros(len(ranks), len(ranks))
-        rows = torch.stack(list(totals))
-        self._products.addmm_(rows, rows.T)
+            self.ranks, self.samples = tuple(ranks), tuple(samples)
+            self.products = torch.zeros(len(ranks), len(ranks), dtype=torch.float64)
+        if len(totals) == 2:  # as quick as it can be, as it is done between two chunks
+            (one, other), cross = squares, torch.dot(*totals).item()
+            self.products += torch.tensor([[one, cross], [cross, other]], dtype=torch.float64)
+        elif len(totals) > 2:
+            rows = torch.stack(list(totals))
+            self.products += rows @ rows.T
+
+    def spread(self) -> Spread | None:
+        """How far the members' gradients are apart, in the chunks so far."""
+        return spread_of(self.samples, self.products)
 
     def odd(self) -> list[int] | None:
         """Ranks of the members that stand out; None if that cannot be told.
@@ -59,7 +72,7 @@ class Likeness:
         members = len(self.ranks)
         if members < FEWEST:
             return None
-        products = self._products.tolist()
+        products = self.products.tolist()
         lengths = [math.sqrt(products[at][at]) for at in range(members)]
 
         def cosine(one: int, other: int) -> float:
@@ -70,13 +83,13 @@ class Likeness:
             _median([cosine(one, other) for other in range(members) if other != one])
             for one in range(members)
         ]
-        usual_agreement, usual_samples = _median(agreements), _median(self._samples)
-        usual_length = _median([length / count for length, count in zip(lengths, self._samples, strict=True)])
+        usual_agreement, usual_samples = _median(agreements), _median(self.samples)
+        usual_length = _median([length / count for length, count in zip(lengths, self.samples, strict=True)])
         if usual_agreement < LEAST_AGREEMENT:
             return None
         odd = []
         for rank, agreement, length, samples in zip(
-            self.ranks, agreements, lengths, self._samples, strict=True
+            self.ranks, agreements, lengths, self.samples, strict=True
         ):
             allowance = min(1.0, math.sqrt(samples / usual_samples))
             if (

@@ -116,9 +116,10 @@ def average_chunk(
         except BadMessage as fault:
             raise Spoilt(index, str(fault), finite=False) from None
         totals.append(total)
-    if (odd := outsized(totals, samples, rule.usual_norm)) is not None:
+    squares = [about_squared_norm(total) for total in totals]
+    if (odd := outsized(squares, samples, rule.usual_norm)) is not None:
         raise Spoilt(odd, f"over {OUTSIZED:,.0f} times as long as the others'", finite=True)
-    rule.likeness.add(ranks, totals, samples)
+    rule.likeness.add(ranks, totals, samples, squares)
     mean = for_chunk(rule.aggregation, rule.last, start, start + count)(totals, samples)
     encoded, decoded = rule.owed.encode(start, mean, scratch.take(len(parts), count))
     place[:] = encoded

@@ -50,6 +50,9 @@ class Reduction:
         self._missing = sum(self.chunks)
         """Averaged chunks that are not here."""
         self._norms: list[float | None] = [0.0 if count == 0 else None for count in self.chunks]
+        self._spreads: list[tuple[float, float] | None] = [
+            (0.0, 0.0) if count == 0 else None for count in self.chunks
+        ]
         self._counts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         """What all have brought and skipped, as the reducers say."""
 
@@ -99,6 +102,11 @@ class Reduction:
             self._next += 1
         return complete
 
+    @property
+    def averaged_over(self) -> tuple[int, ...]:
+        """The sample counts that the averages here were divided by; none so far: empty."""
+        return self._counts[0] if self._counts is not None else ()
+
     def contributors(self) -> list[int]:
         """Ranks of the members that bring samples, in roster order."""
         return [rank for rank, count in enumerate(self._samples) if count]
@@ -123,6 +131,7 @@ class Reduction:
         self._missing -= 1
         if averaged.squared_norm is not None:
             self._norms[rank] = averaged.squared_norm
+            self._spreads[rank] = averaged.spread
         return True
 
     @property
@@ -150,6 +159,13 @@ class Reduction:
         if self._leases is None:
             return header
         return header.model_copy(update={"data": after(self._leases, counts(header))})
+
+    def spread(self) -> tuple[float, float] | None:
+        """`Averaged.spread` of all spans together; None if a reducer could not tell."""
+        told = [spread for spread in self._spreads if spread is not None]
+        if len(told) < len(self._spreads):
+            return None
+        return sum(groups for groups, _ in told), sum(mean for _, mean in told)
 
     def suspects(self) -> list[PeerId]:
         """Whom this peer waits for: members whose chunks it lacks, or else reducers that are late with

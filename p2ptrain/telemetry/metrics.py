@@ -49,6 +49,8 @@ from p2ptrain.events import (
     CheckpointFailed,
     CheckpointSaved,
     DaemonRestarted,
+    DataDuplicated,
+    DataUnlike,
     DeadlinesChanged,
     DeviceChosen,
     Evaluated,
@@ -160,6 +162,13 @@ class Path(StrEnum):
 
     DIRECT = "direct"
     RELAY = "relay"
+
+
+class DataAlarm(StrEnum):
+    """What gradients tell about the data that peers train on."""
+
+    UNLIKE = "unlike"
+    DUPLICATED = "duplicated"
 
 
 class Split(StrEnum):
@@ -328,6 +337,27 @@ class Metrics:
             "gradient_norm", "Norm of the last averaged gradient, before clipping; NaN until known."
         )
         self._rate = gauge("learning_rate", "Learning rate of the last step.")
+        self._noise_scale = gauge(
+            "gradient_noise_scale_samples",
+            "Samples beyond which a larger batch hardly improves a step; NaN until known.",
+        )
+        self._signal = gauge(
+            "gradient_signal_norm_squared", "Squared norm of the gradient without its noise; NaN until known."
+        )
+        self._efficiency = gauge(
+            "batch_efficiency_ratio",
+            "Progress per sample at the last round's batch over that of small batches; NaN until known.",
+        )
+        self._excess = gauge(
+            "gradient_noise_excess_ratio",
+            "Noise between peers over that within this one: 1 for like data, more for unlike, less for the "
+            "same samples; NaN until known.",
+        )
+        self._data_alarms = counter(
+            "data_alarms_total",
+            "Times that a peer's data looked unlike the others', or the same as theirs.",
+            alarm=DataAlarm,
+        )
         self._computed = counter(
             "compute_seconds_total", "Time in micro-batches; its rate is the share of the time put to use."
         )
@@ -419,6 +449,10 @@ class Metrics:
         for unknown in (
             self._norm,
             self.clock_offset_seconds,
+            self._noise_scale,
+            self._signal,
+            self._efficiency,
+            self._excess,
             *(self._loss.labels(split) for split in Split),
         ):
             unknown.set(math.nan)  # 0 would be the best loss of all
@@ -487,6 +521,10 @@ class Metrics:
                 self._carrier_changes.labels(event.carrier).inc()
             case PeerStoodOut():
                 self._stood_out(event.peer, event.rounds)
+            case DataUnlike():
+                self._data_alarms.labels(DataAlarm.UNLIKE).inc()
+            case DataDuplicated():
+                self._data_alarms.labels(DataAlarm.DUPLICATED).inc()
             case DaemonRestarted():
                 self._restarts.inc()
             case DeadlinesChanged():
@@ -544,6 +582,12 @@ class Metrics:
         if event.loss is not None:
             self._loss.labels(Split.TRAIN).set(event.loss)
         self._norm.set(event.gradient_norm)
+        scale = math.nan if event.noise_scale is None else event.noise_scale
+        self._noise_scale.set(scale)
+        self._signal.set(math.nan if event.signal_norm_squared is None else event.signal_norm_squared)
+        # Where there is no noise, nothing is gained by a second sample.
+        self._efficiency.set(1 / (1 + event.samples / scale) if scale else 0.0)
+        self._excess.set(math.nan if event.noise_excess is None else event.noise_excess)
         self._rate.set(event.learning_rate)
 
 

@@ -21,6 +21,7 @@ from p2ptrain.gradients.aggregation import (
     OUTSIZED,
     Aggregation,
     EmptyRound,
+    about_squared_norm,
     for_chunk,
     mean_chunk,
     norm_clip,
@@ -299,22 +300,26 @@ def test_squared_norm_is_taken_in_float64_when_float32_would_lose_it() -> None:
     assert squared_norm(torch.tensor([2.0**13, 1.0])) == 2.0**26 + 1
 
 
+def outsized_of(totals: list[torch.Tensor], samples: list[int], usual: float) -> int | None:
+    return outsized([about_squared_norm(total) for total in totals], samples, usual)
+
+
 def test_member_whose_gradient_is_out_of_all_proportion_is_named() -> None:
     honest = [torch.randn(100, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    assert outsized([honest[0] * 8, honest[1], honest[2] * 1e6], [8, 1, 1], 0.0) == 2
-    assert outsized([honest[0] * 1e6, honest[1], honest[2]], [10**6, 1, 1], 0.0) is None, (
+    assert outsized_of([honest[0] * 8, honest[1], honest[2] * 1e6], [8, 1, 1], 0.0) == 2
+    assert outsized_of([honest[0] * 1e6, honest[1], honest[2]], [10**6, 1, 1], 0.0) is None, (
         "a sum of many samples"
     )
-    assert outsized([honest[0] * 100, honest[1], honest[2]], [1, 1, 1], 0.0) is None, "peers differ"
+    assert outsized_of([honest[0] * 100, honest[1], honest[2]], [1, 1, 1], 0.0) is None, "peers differ"
 
 
 def test_nobody_is_named_when_there_is_nothing_to_compare_with() -> None:
     value = torch.ones(4)
-    assert outsized([value, value * 1e9], [1, 1], 0.0) is None, "two: either may be the odd one"
-    assert outsized([value, value * 1e9], [1, 1], 5.0) == 1, "but the last gradient tells"
-    assert outsized([value * 1e9], [1], 5.0) is None, "alone"
-    assert outsized([value * 0, value * 0, value], [1, 1, 1], 0.0) is None, (
+    assert outsized_of([value, value * 1e9], [1, 1], 0.0) is None, "two: either may be the odd one"
+    assert outsized_of([value, value * 1e9], [1, 1], 5.0) == 1, "but the last gradient tells"
+    assert outsized_of([value * 1e9], [1], 5.0) is None, "alone"
+    assert outsized_of([value * 0, value * 0, value], [1, 1, 1], 0.0) is None, (
         "rows of a table that only one has used"
     )
-    assert outsized([value, value, value * OUTSIZED * 1.01], [1, 1, 1], 0.0) == 2
-    assert outsized([value, value, value * OUTSIZED * 0.99], [1, 1, 1], 0.0) is None
+    assert outsized_of([value, value, value * OUTSIZED * 1.01], [1, 1, 1], 0.0) == 2
+    assert outsized_of([value, value, value * OUTSIZED * 0.99], [1, 1, 1], 0.0) is None

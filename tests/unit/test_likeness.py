@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from p2ptrain.gradients.aggregation import about_squared_norm
 from p2ptrain.gradients.likeness import ODD_ROUNDS, Likeness, StoodOut, Watch
 from p2ptrain.records import PeerId
 
 PEERS = [PeerId(name) for name in "ABCDE"]
 NUMEL = 2000
 TRUE = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
+
+
+def add(likeness: Likeness, ranks: Sequence[int], totals: Sequence[Tensor], samples: Sequence[int]) -> None:
+    likeness.add(ranks, totals, samples, [about_squared_norm(total) for total in totals])
 
 
 def total(number: int, samples: int, noise: float = 3.0) -> Tensor:
@@ -27,7 +32,7 @@ def seen(totals: Sequence[Tensor], samples: Sequence[int]) -> Likeness:
     """In two chunks."""
     likeness = Likeness()
     for part in (slice(0, 700), slice(700, NUMEL)):
-        likeness.add(range(len(totals)), [total[part] for total in totals], samples)
+        add(likeness, range(len(totals)), [total[part] for total in totals], samples)
     return likeness
 
 
@@ -56,7 +61,7 @@ def test_nobody_stands_out_among_honest_members_when_some_bring_few_samples() ->
 
 def test_ranks_are_those_in_the_roster_when_a_member_brought_nothing() -> None:
     likeness = Likeness()
-    likeness.add([0, 2, 3, 4], [total(0, 16), total(2, 16), -total(3, 16), total(4, 16)], [16] * 4)
+    add(likeness, [0, 2, 3, 4], [total(0, 16), total(2, 16), -total(3, 16), total(4, 16)], [16] * 4)
     assert likeness.odd() == [3]
 
 
