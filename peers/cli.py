@@ -19,6 +19,7 @@ import typer
 from p2ptrain.errors import P2PTrainError
 from peers import (
     adapters_cli,
+    batch_cli,
     config_cli,
     control_cli,
     identity_cli,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(config_cli.app, name="config")
+app.add_typer(batch_cli.app, name="batch")
 app.add_typer(invite_cli.app, name="invite")
 app.add_typer(run_cli.app, name="run")
 app.add_typer(identity_cli.app, name="identity")

@@ -70,6 +70,8 @@ class Standing:
     heldout_loss: float | None = None
     bits_per_byte: float | None = None
     roster: int = 0
+    noise_scale: float | None = None
+    noise_excess: float | None = None
     deadlines: dict[str, float] = field(default_factory=dict)
     samples: int = 0
     """Given by this peer, and by all, since its start."""
@@ -88,6 +90,7 @@ class Standing:
                 if event.loss is not None:
                     self.losses.append(event.loss)
                 self.roster = event.peers
+                self.noise_scale, self.noise_excess = event.noise_scale, event.noise_excess
                 self.samples += event.mine
                 self.samples_of_all += event.samples
             case _:
@@ -290,6 +293,10 @@ class Daemon:
             "samples_per_second": mine,
             "swarm_samples_per_second": all_,
             "roster": standing.roster,
+            "target_batch_size": peer.run.target_batch_size,
+            "delay": peer.run.delay,
+            "noise_scale": standing.noise_scale,
+            "noise_excess": standing.noise_excess,
             "connected": swarm.connected_peers(),
             "links": dict(swarm.links()),
             "carriers": {other: carrier.value for other, carrier in swarm.carrier_of.items()},

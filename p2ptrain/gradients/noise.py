@@ -15,8 +15,8 @@ peers that compute on the same samples it is smaller. So the ratio of the two te
 The noise scale is what SGD's critical batch is about. With Adam the critical one can be larger by far
 (Merrill et al. 2025, "Critical batch size revisited"), so take it for a lower bound there.
 
-Not covered: what travels is not the gradient (see `UNMEASURED`; strategy `local`); samples that are not independent, such as
-windows of one text that overlap.
+Not covered: what travels is not the gradient (see `UNMEASURED`; strategy `local`); samples that are not
+independent, such as windows of one text that overlap.
 """
 
 from __future__ import annotations
