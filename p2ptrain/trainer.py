@@ -979,8 +979,9 @@ class Peer:
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
             case Unlike(peer, excess):
-                step = self.replica.position.step
-                self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
+                if not self._noise.duplicates:
+                    step = self.replica.position.step
+                    self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
             case Gone(peer):
                 self._observe(events.PeerFaulted(peer=peer, cause=events.FaultCause.UNREACHABLE, detail=""))
             case _:

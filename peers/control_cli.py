@@ -190,7 +190,7 @@ def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
         "loss": f"{_number(status['loss'])}, held out {_number(status['heldout_loss'])}",
         "speed": f"{status['samples_per_second']:,.1f} samples/s of the swarm's "
         f"{status['swarm_samples_per_second']:,.1f}",
-        "batch": _batch(status["target_batch_size"], status["noise_scale"]),
+        "batch": _batch(status.get("target_batch_size"), status.get("noise_scale")),
         "upload": _traffic(status["sent_bytes"], status["sent_bytes_per_second"]),
         "download": _traffic(status["received_bytes"], status["received_bytes_per_second"]),
         "peers": f"{status['roster']} in the last round, {_links(status)}",
@@ -221,7 +221,9 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def _batch(size: int, noise_scale: float | None) -> str:
+def _batch(size: int | None, noise_scale: float | None) -> str:
+    if size is None:  # a peer of an older version does not say
+        return ""
     scale = "" if noise_scale is None else f", noise scale {noise_scale:,.0f} (see `p2ptrain batch advise`)"
     return f"{size:,} samples a step{scale}"
 

@@ -38,6 +38,9 @@ MEMORY_ROUNDS = 100
 """Means reach back about so far: S and G² of a single round are mostly chance."""
 LEAST_ROUNDS = 30
 """Fewer rounds tell nothing yet."""
+STRANGER_ROUNDS = 40
+"""Nobody is called a stranger before: among peers that draw the same samples one may look like that, and by
+then it is known whether they do."""
 DUPLICATED = 0.4
 """Share of the noise within this peer below which that between peers is too small for independent samples. Of
 two peers that draw the same ones, one b_1 and the other b_2 > b_1 of them, it is (b_2 - b_1)/(b_2 + b_1)."""
@@ -142,9 +145,9 @@ class Mean:
         return self._sum / self._weight
 
 
-def _ratio(above: Mean, below: Mean) -> float | None:
+def _ratio(above: Mean, below: Mean, least: int = LEAST_ROUNDS) -> float | None:
     """Of the means, and not the mean of ratios, which is biased; None while it cannot be told."""
-    if min(above.rounds, below.rounds) < LEAST_ROUNDS or below.value <= 0:
+    if min(above.rounds, below.rounds) < least or below.value <= 0:
         return None
     return max(above.value, 0.0) / below.value
 
@@ -189,6 +192,11 @@ class NoiseMeter:
             duplicated=self._is_news(excess),
         )
 
+    @property
+    def duplicates(self) -> bool:
+        """Whether peers seem to compute on the same samples now: then nobody can be told from the others."""
+        return self._told
+
     def _is_news(self, excess: float | None) -> bool:
         same = self._identical >= LEAST_ROUNDS
         if same or (excess is not None and excess < DUPLICATED):
@@ -232,7 +240,7 @@ class Strangers:
             above, below = self._seen.setdefault(roster[rank], (Mean(), Mean()))
             above.add(distance)
             below.add(noise)
-            if (excess := _ratio(above, below)) is None:
+            if (excess := _ratio(above, below, STRANGER_ROUNDS)) is None:
                 continue
             if excess > UNLIKE and roster[rank] not in self._told:
                 self._told.add(roster[rank])

@@ -11,7 +11,7 @@ from training import Regression, Training, check_replicas, small_run
 
 from p2ptrain import allreduce, events
 from p2ptrain.allreduce import Attempt, Contribution
-from p2ptrain.gradients.noise import LEAST_ROUNDS, NoiseMeter, spread_of
+from p2ptrain.gradients.noise import LEAST_ROUNDS, STRANGER_ROUNDS, NoiseMeter, spread_of
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
@@ -74,7 +74,8 @@ class SameForAll(Regression):
 
 def test_peers_that_draw_the_same_samples_are_warned() -> None:
     async def story(training: Training) -> None:
-        await training.until(lambda: all(life.of(events.DataDuplicated) for life in training.lives))
+        await training.until_step(STRANGER_ROUNDS + 5)
+        assert all(len(life.of(events.DataDuplicated)) == 1 for life in training.lives)
         assert not [event for life in training.lives for event in life.of(events.DataUnlike)]
 
     play(story, SameForAll())
