@@ -979,7 +979,7 @@ class Peer:
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
             case Unlike(peer, excess):
-                if not self._noise.duplicates:
+                if self.run.strategy == "sync" and not self._noise.duplicates:
                     step = self.replica.position.step
                     self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
             case Gone(peer):
