@@ -34,7 +34,7 @@ from p2ptrain.telemetry.journal import shown_moment
 MAX_EVENTS = 2048
 """That are kept."""
 MAX_ANSWER_BYTES = 256 * 1024
-MAX_ANSWERED = 512
+MAX_ANSWERED = 400
 """Events in one answer."""
 GATHER_SECONDS = 0.2
 """After the first event, before the answer: steps may be many in a second."""
