@@ -132,13 +132,13 @@ def test_history_is_there_when_the_monitor_was_killed_and_started_again(scene: S
     with history.open("a") as torn:
         torn.write('{"kind":"round","row":[1,')
     scene.start()
-    until(lambda: scene.state().get("rounds"), lambda: f"the page again: {scene.monitor}")
+    until(lambda: scene.state().get("rounds"), lambda: f"the page again: {scene.monitor}", 180)
     assert scene.state()["rounds"][0] == before
 
 
 def test_what_is_seen_is_printed_once_with_json(scene: Scene) -> None:
     looking = scene.people.start("monitor", scene.watch, "--json")
-    assert looking.end(60) == 0, str(looking)
+    assert looking.end(180) == 0, str(looking)
     seen = looking.result()
     assert seen["run"]["training"] == 2
     assert sum(peer["answered"] for peer in seen["peers"].values()) == 2
@@ -211,6 +211,6 @@ def test_monitor_ends_and_says_why_when_its_invite_was_revoked(scene: Scene) -> 
     words = (str(scene.run), "2", "--data-dir", str(scene.folder / "bootstrap"))
     assert scene.people.start("invite", "revoke", *words).end() == 0
     scene.start()
-    assert scene.monitor.end(60) == 2, str(scene.monitor)
+    assert scene.monitor.end(180) == 2, str(scene.monitor)
     assert "has been revoked by the organizer; ask the organizer" in scene.monitor.errors.read_text()
     assert "Traceback" not in str(scene.monitor)
