@@ -139,7 +139,9 @@ class _Mute:
 
 async def reduced_again(member: Recorded, chance: Random) -> str:
     """What this member says and holds when the same things come in another order."""
-    freeze, swarm, *terms, _spawn, work, _scratch, _memory, _on_held, _on_failed = member.arguments
+    freeze, swarm, *terms, _spawn, work, _scratch, _memory, evidence, _held, _failed, last, leases = (
+        member.arguments
+    )
     ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     Recorded.made = []
     attempt = Recorded(
@@ -150,8 +152,11 @@ async def reduced_again(member: Recorded, chance: Random) -> str:
         work,
         Scratch(),
         None,
+        evidence,
         lambda header, seconds: ended.set_result(""),
         lambda suspects, cause, detail: ended.set_result(f"{cause}: {detail}"),
+        last,
+        leases,
     )
     inputs: list[Any] = [member.contribution, *member.given]
     chance.shuffle(inputs)
