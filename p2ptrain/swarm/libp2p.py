@@ -792,7 +792,12 @@ class Libp2pSwarm:
         said: dict[str, tuple[int, float]] = {}
         told: set[Kick] = set()
         while True:
-            for kind, keepers in (await self._hear(gate)).items():
+            heard = await self._hear(gate)
+            for kick in set(gate.kicks) - told:
+                seconds = None if kick.until is None else max(kick.until - time.time(), 0.0)
+                self._on_event(PeerKicked(peer=kick.who, seconds=seconds, reason=kick.reason))
+            told = set(gate.kicks)
+            for kind, keepers in heard.items():
                 newest = gate.decrees[kind]
                 revision, at = said.get(kind, (-1, 0.0))
                 due = newest.revision > revision or time.monotonic() > at + DECREE_SECONDS / 3
@@ -800,10 +805,6 @@ class Libp2pSwarm:
                     said[kind] = newest.revision, time.monotonic()
                     ours = SIGNED.validate_python(newest.model_copy(update={"peer": self.peer_id}))
                     await self.publish(ours, ttl_seconds=DECREE_SECONDS)
-            for kick in set(gate.kicks) - told:
-                seconds = None if kick.until is None else max(kick.until - time.time(), 0.0)
-                self._on_event(PeerKicked(peer=kick.who, seconds=seconds, reason=kick.reason))
-            told = set(gate.kicks)
             self._lanes.review()
             await asyncio.sleep(REVIEW_SECONDS)
 

@@ -149,7 +149,6 @@ def with_little_log(trial: Trial, peers: int) -> Iterator[Swarm]:
     fault="joiner killed during a download",
     injected="SIGKILL by itself, after its first piece",
     criterion="no member waits more than 5 s for it",
-    ci=True,
 )
 def joiner_killed(trial: Trial) -> Figures:
     with with_little_log(trial, trial.pick(4, 2)) as swarm:

@@ -129,7 +129,6 @@ def _fill(disk: Path) -> None:
     injected="memory cgroup of one peer, and a program in it that takes what is left",
     criterion="survivors commit within 15 s; its end is reported as SIGKILL; it comes back",
     gate=False,
-    ci=True,
 )
 def out_of_memory(trial: Trial) -> Figures:
     with trial.swarm(peers=2, tells="p2ptrain_peer_faults_total") as swarm:

@@ -92,6 +92,7 @@ def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_p
     assert chaos.left() == []
 
 
+@pytest.mark.long
 def test_both_sides_end_on_one_lineage_when_the_network_was_cut(start: Callable[..., Started]) -> None:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.fail("this test parts a network: run it as root, with iproute2 (apt-get install iproute2)")
