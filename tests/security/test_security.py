@@ -10,7 +10,7 @@ from tests.security.__main__ import play
 from tests.security.behaviours import BEHAVIOURS, Field
 from tests.security.stage import swarm
 
-pytestmark = pytest.mark.security
+pytestmark = [pytest.mark.security, pytest.mark.long]
 
 SOME = ("no invite", "stolen pass", "wiping the dht", "giant lengths", "strange http")
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.swarm.processes import Crew, crew, until
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.long]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from p2ptrain.config import load_run
 from p2ptrain.errors import ConfigError
 from tests.swarm.rehearsals import Started
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.long]
 
 RUN = Path(__file__).parents[2] / "configs/runs/rehearsal-tiny.toml"
 
@@ -92,7 +92,6 @@ def test_rehearsal_ends_with_the_receipt_so_far_when_ctrl_c_is_pressed_while_a_p
     assert chaos.left() == []
 
 
-@pytest.mark.long
 def test_both_sides_end_on_one_lineage_when_the_network_was_cut(start: Callable[..., Started]) -> None:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.fail("this test parts a network: run it as root, with iproute2 (apt-get install iproute2)")

@@ -18,7 +18,7 @@ import pytest
 
 from tests.swarm.processes import Crew, Process, crew, run_file, until
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.long]
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
