@@ -51,17 +51,16 @@ class Accumulator:
                 f"expected a gradient of {list(self.total.shape)} over at least 1 sample, "
                 f"not {list(gradient.shape)} over {samples}"
             )
-        # A sum of squares that float32 holds has only values below 2^64 in it, and takes a fifth of the time.
-        if not math.isfinite(torch.dot(gradient, gradient).item()):
-            low, high = (extreme.item() for extreme in torch.aminmax(gradient))
-            if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
-                return False
+        squares = _squared_norm(gradient)
+        # Squares whose sum float32 holds are of values below 2^64; to look at each takes five times as long.
+        if not (math.isfinite(squares) or in_bounds(gradient)):
+            return False
         if self._there is None:
             self.total.add_(gradient)
         else:
             self._there.add_(gradient)
             self._waits = True
-        self._within.add(_squared_norm(gradient), samples)
+        self._within.add(squares, samples)
         self.samples += samples
         self.loss_sum += loss_sum
         return True
@@ -128,6 +127,12 @@ class Accumulator:
             self._there.zero_()
             self._waits = False
         self.samples, self.loss_sum, self._within = 0, 0.0, Within()
+
+
+def in_bounds(gradient: Tensor) -> bool:
+    """Whether each value is finite and within ± `LARGEST_GRADIENT`."""
+    low, high = (extreme.item() for extreme in torch.aminmax(gradient))
+    return low >= -LARGEST_GRADIENT and high <= LARGEST_GRADIENT  # a NaN is neither
 
 
 def _squared_norm(vector: Tensor) -> float:

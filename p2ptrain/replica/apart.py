@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.config import Local
-from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent, in_bounds
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.replica.optimizers import FlatOptimizer, clip_factor
 
@@ -76,8 +76,7 @@ class LocalSteps:
                 f"expected a gradient of {list(self._sum.shape)} over 1 to {self.room} samples, "
                 f"not {list(gradient.shape)} over {samples}"
             )
-        low, high = (extreme.item() for extreme in torch.aminmax(gradient))
-        if math.isnan(low) or low < -LARGEST_GRADIENT or high > LARGEST_GRADIENT:
+        if not in_bounds(gradient):
             return False
         self._sum.add_(gradient)
         self._summed += samples
