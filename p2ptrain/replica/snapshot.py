@@ -100,7 +100,7 @@ def _header(blob: bytes) -> tuple[dict[str, Any], memoryview]:
     return json.loads(blob[8:begin]), memoryview(blob)[begin:]
 
 
-def digest_of(blob: bytes) -> str:
+def state_digest_of(blob: bytes) -> str:
     """What `State.digest` says of the state in a blob of ours."""
     notes, content = _header(blob)
     _, _, scalars = notes.pop("__metadata__")[METADATA].partition("\n")
@@ -185,7 +185,7 @@ class Packed:
 
     def snapshot(self) -> Snapshot:
         """The same with all its digests."""
-        digest = self.state_digest or digest_of(self.blob)
+        digest = self.state_digest or state_digest_of(self.blob)
         snapshot = Snapshot(self.position, self.last, digest, self.blob)
         snapshot.manifest()  # hashes the pieces, once
         return snapshot
