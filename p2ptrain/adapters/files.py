@@ -30,8 +30,8 @@ from torch import Tensor
 from p2ptrain.adapters.factors import Factors
 from p2ptrain.errors import AdapterError, StorageError
 from p2ptrain.records import Digest
+from p2ptrain.replica.adapter_files import ADAPTER, ADAPTER_CONFIG, NOTE
 
-CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "p2ptrain.json"
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 4 * 2**20
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -110,14 +110,14 @@ class Adapter:
 
 def load_adapter(path: Path) -> Adapter:
     """Read the folder. Raises AdapterError that names the file, what is wrong with it and what to do."""
-    config = read_json(path / CONFIG, path)
+    config = read_json(path / ADAPTER_CONFIG, path)
     try:
         settings = LoraSettings.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(
-            f"{path / CONFIG}: {where}: {first['msg']}; it must be as PEFT writes it"
+            f"{path / ADAPTER_CONFIG}: {where}: {first['msg']}; it must be as PEFT writes it"
         ) from None
     if settings.peft_type != "LORA":
         raise AdapterError(
@@ -132,31 +132,31 @@ def load_adapter(path: Path) -> Adapter:
             )
 
     halves: dict[str, dict[str, Tensor]] = {}
-    with opened(path / WEIGHTS, path) as file:
+    with opened(path / ADAPTER, path) as file:
         for key in file.keys():  # noqa: SIM118  (it is no mapping)
             if (found := _FACTOR.fullmatch(key)) is None:
                 raise AdapterError(
-                    f"{path / WEIGHTS} holds {key[:80]!r}, which is no factor of a LoRA adapter"
+                    f"{path / ADAPTER} holds {key[:80]!r}, which is no factor of a LoRA adapter"
                 )
             halves.setdefault(found["module"], {})[found["side"]] = file.get_tensor(key).double()
     factors = {}
     for module, half in sorted(halves.items()):
         if half.keys() != {"A", "B"}:
-            raise AdapterError(f"{path / WEIGHTS} has only one factor of {module}; copy the folder again")
+            raise AdapterError(f"{path / ADAPTER} has only one factor of {module}; copy the folder again")
         a, b = half["A"], half["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise AdapterError(
-                f"{path / WEIGHTS}: the factors of {module} are {list(a.shape)} and {list(b.shape)}; "
+                f"{path / ADAPTER}: the factors of {module} are {list(a.shape)} and {list(b.shape)}; "
                 "expected [rank, in] and [out, rank] (convolutions cannot be combined)"
             )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise AdapterError(
-                f"{path / WEIGHTS}: a value of {module} is not finite; its training went wrong"
+                f"{path / ADAPTER}: a value of {module} is not finite; its training went wrong"
             )
         factors[module] = Factors(a, settings.scaling(module, a.shape[0]) * b)
     if not factors:
-        raise AdapterError(f"{path / WEIGHTS} holds no factor at all; copy the folder again")
-    return Adapter(path, config, settings, factors, _read_note(path), file_digest(path / WEIGHTS))
+        raise AdapterError(f"{path / ADAPTER} holds no factor at all; copy the folder again")
+    return Adapter(path, config, settings, factors, _read_note(path), file_digest(path / ADAPTER))
 
 
 def check_together(adapters: list[Adapter]) -> None:
@@ -216,8 +216,8 @@ def save_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = each.a.float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = each.b.float().contiguous()
     with writing(folder):
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        write_json(folder / CONFIG, config)
+        save_file(tensors, folder / ADAPTER, {"format": "pt"})
+        write_json(folder / ADAPTER_CONFIG, config)
         write_json(folder / NOTE, note)
 
 
@@ -320,7 +320,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise StorageError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C, too, leaves nothing half-written
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise StorageError(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from p2ptrain.adapters.files import file_digest, opened, read_json, write_json, writing
 from p2ptrain.adapters.route import Router
 from p2ptrain.errors import AdapterError
+from p2ptrain.replica.adapter_files import ADAPTER
 
 ROUTER, NOTE = "router.safetensors", "router.json"
 
@@ -71,7 +72,7 @@ def load_router(folder: Path) -> tuple[Router, RouterNote]:
     if {name: tuple(each.shape) for name, each in tensors.items()} != shapes:
         raise AdapterError(f"{folder / ROUTER} is not of {choices} choices, as its note says; train it again")
     for choice in note.adapters:
-        file = Path(choice.path) / "adapter_model.safetensors"
+        file = Path(choice.path) / ADAPTER
         if not file.is_file() or file_digest(file) != choice.digest:
             raise AdapterError(
                 f"{choice.path} is not the adapter {choice.name!r} that {folder} was trained with; put "

@@ -17,6 +17,7 @@ from p2ptrain.adapters.panel import BASE, Panel
 from p2ptrain.adapters.routers import Choice, RouterNote, load_router
 from p2ptrain.adapters.texts import split, tokenizer_of, windows
 from p2ptrain.errors import AdapterError
+from p2ptrain.replica.adapter_files import ADAPTER
 
 MERGED = "merged"
 Table = dict[str, dict[str, float]]
@@ -51,9 +52,7 @@ def trained(
     note = RouterNote(
         base=str(base.resolve()),
         adapters=tuple(
-            Choice(
-                name=name, path=str(path.resolve()), digest=file_digest(path / "adapter_model.safetensors")
-            )
+            Choice(name=name, path=str(path.resolve()), digest=file_digest(path / ADAPTER))
             for name, path in adapters.items()
         ),
         prefix=prefix,

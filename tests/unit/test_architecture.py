@@ -111,7 +111,7 @@ ROOMS = {
     ),
     # beside: tools that need no swarm
     "p2ptrain.adapters": Room(
-        WORDS | {"p2ptrain.tasks"},
+        WORDS | {"p2ptrain.tasks", "p2ptrain.replica.adapter_files"},
         TORCH | names("peft pydantic transformers"),
         ANY - names("asyncio random socket threading time"),
     ),
