@@ -157,6 +157,7 @@ def test_newcomer_ends_where_the_others_are_and_not_where_the_liar_is(
 
 
 @pytest.mark.xfail(
+    strict=True,
     raises=ExceptionGroup,
     reason="known, and to be mended: if it is a later lie that is proven, the newcomer goes back to a state "
     "that is heavier than the others', and they wait for it to lead them from where they are",
