@@ -55,7 +55,7 @@ NEIGHBOUR = "import hashlib; data = bytes(2**24)\nwhile True: hashlib.sha256(dat
 class Blocks:
     """A task of `values` parameters in layers beside each other, with hardly any activations."""
 
-    note = ""
+    note = shared_note = ""
 
     def __init__(self, values: int) -> None:
         self._outputs = values // BLOCKS // INPUTS

@@ -188,7 +188,7 @@ async def train_here(
     class Pauses:
         """A task whose micro-batch takes `batch_ms` ± 20 %, and hardly any of the processor."""
 
-        note = ""
+        note = shared_note = ""
 
         def build_model(self, seed: int) -> nn.Module:
             torch.manual_seed(seed)

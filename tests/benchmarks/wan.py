@@ -379,6 +379,8 @@ class Homes:
         self._insides = [lab.place(name)[1] for name in names]
         self.addresses = [lab.address(name) for name in names]
         lab.relay(delay_seconds=chosen.rtt_ms / 2000, mbit=chosen.megabits)
+        for inside in self._insides:
+            subprocess.run([*inside, "ip", "link", "set", "wan0", "mtu", str(chosen.packet_bytes)], check=True)
         self._road, self._before = lab.road, lab.road()
         if chosen.congestion:
             control = ("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={chosen.congestion}")
@@ -578,6 +580,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--megabits", type=float, default=100.0, help="of each host, up and down")
     parser.add_argument("--rtt-ms", type=float, default=50.0)
+    parser.add_argument("--packet-bytes", type=int, default=1400, help="at most, of a packet")
     parser.add_argument("--values", type=int, default=10_000_000, help="of the gradient, for rounds")
     parser.add_argument("--rounds", type=int, default=8, help="that count")
     parser.add_argument("--codecs", nargs="+", default=["fp16", "int8"])
