@@ -380,7 +380,9 @@ class Homes:
         self.addresses = [lab.address(name) for name in names]
         lab.relay(delay_seconds=chosen.rtt_ms / 2000, mbit=chosen.megabits)
         for inside in self._insides:
-            subprocess.run([*inside, "ip", "link", "set", "wan0", "mtu", str(chosen.packet_bytes)], check=True)
+            subprocess.run(
+                [*inside, "ip", "link", "set", "wan0", "mtu", str(chosen.packet_bytes)], check=True
+            )
         self._road, self._before = lab.road, lab.road()
         if chosen.congestion:
             control = ("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={chosen.congestion}")

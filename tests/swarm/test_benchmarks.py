@@ -1,6 +1,6 @@
 """The benchmarks that train real peers still start, and end with a report.
 
-Not covered: their figures, which are the machine's, and those that take minutes (`wan`, `lora`, `noise_scale`).
+Not covered: their figures, which are the machine's, and `wan`, `lora` and `noise_scale`, which take minutes.
 """
 
 from __future__ import annotations
