@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
@@ -144,8 +145,8 @@ class Gone:
     peer: PeerId
 
 
-LEAST_SENT_BYTES = 64 * 1024
-"""So much fits into the buffers on the way: how long it took says nothing."""
+STRETCH_SECONDS, LOOK_SECONDS = 0.25, 0.05
+"""How much is delivered is looked at so often, and over at least so long: confirmations come in bursts."""
 
 NORM_DOUBT = 0.01
 """By so much of it a receiver, which adds up squares in float32 and in any order, may find another one."""
@@ -192,27 +193,32 @@ class _Outbox:
         self.wake.set()
 
 
-@dataclass
-class _Pace:
-    """How fast this peer sends while it has something to send."""
+class Pace:
+    """How fast this peer can send: what it delivered in the best stretch of an attempt.
 
-    sent_bytes: int = 0
-    seconds: float = 0.0
-    _sending: int = 0
-    _since: float = 0.0
+    The mean over an attempt would say nothing. Spans are such that all end together, so each peer sends, on
+    average, as fast as it was taken for: one whose receivers were busy looked slow, got less to reduce, and
+    sent even less in the same time, until one peer reduced all. But for a while each link is full.
+    """
 
-    def begins(self, now: float) -> None:
-        """One more frame is on its way."""
-        if not self._sending:
-            self._since = now
-        self._sending += 1
+    def __init__(self, delivered_bytes: Callable[[], int]) -> None:
+        """`delivered_bytes`: what has reached others so far."""
+        self.bytes_per_second: float | None = None
+        """None as long as nothing was sent in a whole stretch."""
+        self._delivered_bytes = delivered_bytes
+        self._looks: deque[tuple[float, int]] = deque()
 
-    def ends(self, now: float, sent_bytes: int) -> None:
-        """The carrier has taken so much of one of them."""
-        self._sending -= 1
-        self.sent_bytes += sent_bytes
-        if not self._sending:
-            self.seconds += now - self._since
+    def look(self, now: float) -> None:
+        """A frame goes to the carrier now, or was taken by it."""
+        if self._looks and now < self._looks[-1][0] + LOOK_SECONDS:
+            return
+        delivered = self._delivered_bytes()
+        self._looks.append((now, delivered))
+        while len(self._looks) > 1 and self._looks[1][0] <= now - STRETCH_SECONDS:
+            self._looks.popleft()
+        since, before = self._looks[0]
+        if since <= now - STRETCH_SECONDS and delivered > before:
+            self.bytes_per_second = max(self.bytes_per_second or 0.0, (delivered - before) / (now - since))
 
 
 _Key = tuple[int, int]
@@ -337,7 +343,7 @@ class Attempt:
         self._lent: dict[_Key, memoryview] = {}  # the same → where it is being received
         self._shadow = _Shadow(self._ranges, codec, memory)
         self._digests: dict[_Key, bytes] = {}  # of the means that are here and were looked at
-        self._pace = _Pace()
+        self._pace = Pace(lambda: swarm.delivered_bytes)
         self._norm = 0.0
         self._squares = [0.0] * len(freeze.roster)
         """Squared norms of the others' spans, as far as they are here, in float32."""
@@ -403,11 +409,8 @@ class Attempt:
 
     @property
     def sent_at(self) -> float | None:
-        """Bytes per second while this peer had something to send; None if it sent next to nothing."""
-        pace = self._pace
-        return (
-            pace.sent_bytes / pace.seconds if pace.sent_bytes >= LEAST_SENT_BYTES and pace.seconds else None
-        )
+        """Bytes per second at which this peer can send; None if it was not seen to send for long enough."""
+        return self._pace.bytes_per_second
 
     def spread(self) -> Spread | None:
         """How far the members' gradients were apart, if all reducers could tell."""
@@ -662,17 +665,15 @@ class Attempt:
                 continue
             header, payload = outbox.frames[outbox.sent]
             outbox.sent += 1
-            loop, taken = asyncio.get_running_loop(), 0
-            self._pace.begins(loop.time())
+            loop = asyncio.get_running_loop()
+            self._pace.look(loop.time())
             try:
                 await self._swarm.send_chunk(peer, header, payload)
-                taken = len(payload)
             except Unreachable:
                 # Either the link comes back and `rewind` says everything again, or the peer is lost and the
                 # leader ends the attempt.
                 outbox.sent, outbox.lost = len(outbox.frames), True
-            finally:
-                self._pace.ends(loop.time(), taken)
+            self._pace.look(loop.time())
 
 
 # -- the machine and its surroundings ------------------------------------------------------------------------

@@ -21,6 +21,9 @@ _MEDIAN = 48
 """The letter of the median rate, by its place; the least and the most are 48 below and 12 above it."""
 _IN_OCTAVE = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """As literals: what a machine's own `exp2` says may be off by a bit, and all must find the same spans."""
+WORTH_IT = 1.25
+"""Unequal spans must promise to end a round so many times sooner than equal ones. A rate is known within a
+fifth at best, and one that is wrong by a fifth can make a span twice as large as it should be."""
 NO_REDUCER = "-"
 """Of a member that reduces nothing, whatever its rate."""
 
@@ -51,21 +54,26 @@ def shares(levels: str) -> list[float]:
     Of n members, one with share x sends 1 - x to the other reducers and x to each of the n - 1 others:
     1 + (n - 2) x of the gradient in all, and receives as much. Whoever takes longer than the others with no
     share at all gets none; those that have one end together. This is the optimum of the linear program that
-    minimises the longest time, and then the next longest; with two members, shares change nothing and are
-    equal.
+    minimises the longest time, and then the next longest. Where it is not `WORTH_IT`, shares are equal; with
+    two members they change nothing.
     """
     members, reducers = len(levels), len(levels) - levels.count(NO_REDUCER)
     each = [0.0 if x == NO_REDUCER else _medians(LETTERS.index(x) - _MEDIAN) for x in levels]
     if not reducers:
         raise ValueError("nobody reduces")
+    equal = [(1 / reducers if rate else 0.0) for rate in each]
     if members < 3:
-        return [(1 / reducers if rate else 0.0) for rate in each]
+        return equal
     fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
     for count, rate in enumerate(fastest_first[:reducers], 1):
         sum_of_rates += rate
         ends = (members - 2 + count) / sum_of_rates  # if only these have shares
         if count == reducers or fastest_first[count] * ends <= 1:
             break
+    slowest = fastest_first[reducers - 1]
+    ends_equal = (1 + (members - 2) / reducers) / slowest
+    if ends_equal <= WORTH_IT * max(ends, 1 / slowest):
+        return equal
     return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
 
 

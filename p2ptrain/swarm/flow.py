@@ -29,8 +29,8 @@ STALL_SECONDS = 10.0
 """A frame that was begun and does not go on for so long, either way, is the end of its connection."""
 BROKEN_SECONDS = 30
 """A connection on which the network confirms nothing for so long is broken."""
-MIN_RTT_AT = 148
-"""Where Linux has `tcpi_min_rtt`, microseconds, in its `struct tcp_info`."""
+BYTES_ACKED_AT, MIN_RTT_AT = 120, 148
+"""Where Linux has `tcpi_bytes_acked` and `tcpi_min_rtt`, microseconds, in its `struct tcp_info`."""
 RTT_SECONDS = 0.1
 """The kernel is asked again after so long: to ask before each frame costs 2 % of a round."""
 MAX_HEADER_BYTES = 16 * 1024
@@ -98,7 +98,9 @@ class Flow(asyncio.BufferedProtocol):
         self._room.set()
         self._paused_at = 0.0
         self._paused_bytes = 0
+        # what the kernel told
         self._rtt_seconds = self._ask_rtt_at = 0.0
+        self._acked_bytes: int | None = None
 
     # -- for `tls` -------------------------------------------------------------------------------------------
 
@@ -152,15 +154,26 @@ class Flow(asyncio.BufferedProtocol):
     def rtt_seconds(self) -> float:
         """The shortest time to and fro that the kernel has seen, as of a moment ago; 0 where it does not tell
         (but on Linux)."""
-        if self._socket is None or not hasattr(socket, "TCP_INFO"):
-            return 0.0
         if (now := self._loop.time()) >= self._ask_rtt_at:
             self._ask_rtt_at = now + RTT_SECONDS
-            with contextlib.suppress(OSError):
-                info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
-                if len(info) == MIN_RTT_AT + 4:
-                    self._rtt_seconds = struct.unpack_from("=I", info, MIN_RTT_AT)[0] / 1e6
+            self._ask()
         return self._rtt_seconds
+
+    def delivered_bytes(self) -> int:
+        """What the other side has confirmed, encryption included; where the kernel does not tell, what it
+        took."""
+        self._ask()
+        return self.sent_bytes - self.waiting_bytes if self._acked_bytes is None else self._acked_bytes
+
+    def _ask(self) -> None:
+        """Have the kernel tell what it knows of the connection."""
+        if self._socket is None or not hasattr(socket, "TCP_INFO"):
+            return
+        with contextlib.suppress(OSError, ValueError):  # ValueError: uvloop has closed it by now
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
+            if len(info) == MIN_RTT_AT + 4:
+                self._rtt_seconds = struct.unpack_from("=I", info, MIN_RTT_AT)[0] / 1e6
+                self._acked_bytes = struct.unpack_from("=Q", info, BYTES_ACKED_AT)[0]
 
     def fail(self, fault: PeerFault) -> None:
         """End it for this reason, unless it has ended for another."""

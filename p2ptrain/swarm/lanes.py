@@ -124,6 +124,11 @@ class Direct(Protocol):
         """The peer is gone for all we know."""
         ...
 
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes that have reached others so far, as far as can be told."""
+        ...
+
 
 class _Lane:
     """Our end of one outbound stream. It lives as long as the stream does; the next one is another lane."""
@@ -211,6 +216,11 @@ class Lanes:
     def traffic(self) -> Mapping[str, tuple[int, int]]:
         """Lane → bytes (sent, received) so far, framing included."""
         return {kind: (self._sent[kind], self._received[kind]) for kind in KINDS}
+
+    @property
+    def delivered_bytes(self) -> int:
+        """See `port.Swarm`."""
+        return self._sent["data"] + (self._direct.delivered_bytes if self._direct is not None else 0)
 
     @property
     def dial_seconds(self) -> float:

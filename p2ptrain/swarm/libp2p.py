@@ -432,6 +432,10 @@ class Libp2pSwarm:
         return self._lanes.faults
 
     @property
+    def delivered_bytes(self) -> int:
+        return self._lanes.delivered_bytes
+
+    @property
     def traffic(self) -> Mapping[str, tuple[int, int]]:
         """Lane → bytes (sent, received) so far, framing included."""
         return self._lanes.traffic if self._tls is None else {**self._lanes.traffic, "tls": self._tls.traffic}

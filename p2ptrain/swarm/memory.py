@@ -267,6 +267,10 @@ class MemorySwarm:
         return self._lanes.faults
 
     @property
+    def delivered_bytes(self) -> int:
+        return self._lanes.delivered_bytes
+
+    @property
     def traffic(self) -> Mapping[str, tuple[int, int]]:
         """Lane → bytes (sent, received) so far, framing included."""
         return self._lanes.traffic

@@ -55,6 +55,12 @@ class Swarm(Protocol):
         """How long a peer whose link broke is given to answer again, from what reaching peers took so far."""
         ...
 
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes of chunks that have reached others so far, framing included; where the carrier cannot tell,
+        those that it took."""
+        ...
+
     def sign(self, claim: bytes) -> str:
         """This peer's signature, as hex."""
         ...

@@ -95,6 +95,7 @@ class TlsCarrier:
         self._pauses: dict[PeerId, tuple[float, float]] = {}  # peer → (loop time to try again, seconds)
         self._carriers: dict[PeerId, Carrier] = {}  # as told
         self._past_bytes = [0, 0]
+        self._past_delivered_bytes = 0
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -168,6 +169,12 @@ class TlsCarrier:
             self._past_bytes[0] + sum(flow.sent_bytes for flow in now),
             self._past_bytes[1] + sum(flow.received_bytes for flow in now),
         )
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes that have reached others so far, as far as the kernel tells."""
+        now = (flow.delivered_bytes() for flows in self._flows.values() for flow in flows)
+        return self._past_delivered_bytes + sum(now)
 
     @property
     def peers(self) -> Counter[Carrier]:
@@ -361,6 +368,7 @@ class TlsCarrier:
     def _remove(self, peer: PeerId, flow: Flow) -> None:
         self._past_bytes[0] += flow.sent_bytes
         self._past_bytes[1] += flow.received_bytes
+        self._past_delivered_bytes += flow.delivered_bytes()
         self._flows[peer].remove(flow)
         if not self._flows[peer]:
             del self._flows[peer]

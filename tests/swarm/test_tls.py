@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+import uvloop
 from contract import OTHER_RUN, RUN, Recorder, chunk, presence
 from libp2p_fabric import Libp2pFabric
 
@@ -162,6 +163,29 @@ async def test_chunks_go_both_ways_over_one_kept_connection_of_tls_1_3(sides: An
     assert not alice.asked + bob.asked
 
 
+def test_what_was_delivered_is_known_when_the_connection_has_ended_on_uvloop() -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            found: list[Side] = []
+            for name in ("alice", "bob"):
+                found.append(side := Side(name, RUN, await stack.enter_async_context(Crew()), None))
+                await stack.enter_async_context(side.carrier)
+                side.carrier.serve(side.lanes)
+                stack.callback(side.lanes.close)
+            alice, bob = found
+            alice.carrier.meet(bob.id, bob.where)
+            bob.carrier.meet(alice.id, alice.where)
+            await alice.connected(bob)
+            await alice.lanes.send_chunk(bob.id, chunk(alice.id, 0), bytes(LARGEST))
+            await until(lambda: bob.heard.chunks and alice.lanes.delivered_bytes >= LARGEST)
+            alice.carrier.drop(bob.id)
+            await until(lambda: not alice.carrier._flows)
+            assert alice.lanes.delivered_bytes >= LARGEST
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as peers use; the others, asyncio's
+        runner.run(story())
+
+
 @pytest.mark.parametrize("way", ["upload", "download"])
 async def test_limited_side_keeps_its_rate_and_loses_nothing(sides: Any, way: str) -> None:
     rate, content = 400_000.0, bytes(range(250)) * 400
@@ -203,9 +227,11 @@ async def test_sender_waits_when_the_receiver_takes_no_chunk(sides: Any) -> None
     assert sent < 64
     # What the kernel would swallow beyond that counts as sent, and hides how fast the link is.
     assert unsent_in_kernel(flow) <= 2 * UNSENT_BYTES
+    assert alice.lanes.delivered_bytes <= flow.sent_bytes - unsent_in_kernel(flow)
     bob.heard.gate.set()
     await sending
     await bob.heard.until(lambda heard: len(heard.chunks) == 64)
+    await until(lambda: alice.lanes.delivered_bytes >= 64 * LARGEST)
 
 
 def test_one_connection_will_do_unless_much_is_under_way() -> None:

@@ -10,6 +10,7 @@ from p2ptrain.protocol.spans import (
     LETTERS,
     MOST_OF_MEDIAN,
     STEPS_PER_OCTAVE,
+    WORTH_IT,
     balanced,
     chunk_count,
     chunk_ranges,
@@ -58,9 +59,25 @@ def test_members_that_reduce_end_together_and_the_others_could_not_end_earlier(r
     assert sum(parts) == pytest.approx(1)
     # The median of an odd number is one of them, so ratios to it are not rounded either.
     ends = [(1 + reducers * share) / rate for share, rate in zip(parts, rates, strict=True)]
-    together = [end for end, share in zip(ends, parts, strict=True) if share]
-    assert together == pytest.approx([together[0]] * len(together))
-    assert min(ends) == pytest.approx(together[0])
+    if len(set(parts)) > 1:
+        together = [end for end, share in zip(ends, parts, strict=True) if share]
+        assert together == pytest.approx([together[0]] * len(together))
+        assert min(ends) == pytest.approx(together[0])
+
+
+@given(st.lists(exact, min_size=3, max_size=31).filter(lambda rates: len(rates) % 2 == 1))
+def test_round_takes_hardly_longer_than_the_slowest_members_own_gradient_or_all_of_it(
+    rates: list[float],
+) -> None:
+    parts, reducers = balanced(rates), len(rates) - 2
+    ends = max((1 + reducers * share) / rate for share, rate in zip(parts, rates, strict=True))
+    # Neither can be beaten: all that is sent, by all together; one's own gradient, by the slowest.
+    assert ends <= 1.0001 * WORTH_IT * max((reducers + len(rates)) / sum(rates), 1 / min(rates))
+
+
+def test_spans_are_equal_when_rates_differ_by_no_more_than_they_waver() -> None:
+    assert balanced([8e6, 10e6, 12e6, 10e6]) == [0.25] * 4
+    assert balanced([5e6, 10e6, 12e6, 10e6])[0] == 0
 
 
 def test_slow_uplink_sends_its_own_gradient_and_reduces_nothing() -> None:
