@@ -129,12 +129,13 @@ def run(training: Any) -> None:
 
 
 def peer_here(
-    folder: Path, number: int, peers: int, entries: list[str], values: int, codec: str, delay: int
+    folder: Path, number: int, peers: int, entries: list[str], values: int, codec: str, delay: int, log: int
 ) -> None:
     watch = Watch()
     settings = {"codec": codec, "delay": delay}
     task = Blocks(values)
-    run(train_here(folder, number, peers, entries, STEPS, 0.0, data_port=0, settings=settings, task=task))
+    kept = {"data_port": 0, "settings": settings, "task": task, "log_megabytes": log}
+    run(train_here(folder, number, peers, entries, STEPS, 0.0, **kept))
     say(anonymous=watch.most_bytes, resident=status_bytes("VmHWM"))
 
 
@@ -223,7 +224,7 @@ def memory(chosen: argparse.Namespace) -> dict[str, Any]:
         with workers("plain", 1, str(values), script=__file__) as (worker,):
             worker.tell()
             seen["plain"].append(worker.hear(START_SECONDS))
-        words = (str(values), chosen.codec, str(chosen.delay))
+        words = (str(values), chosen.codec, str(chosen.delay), str(chosen.log_megabytes))
         with workers("peer", chosen.peers, *words, script=__file__) as started:
             for worker in started:
                 noted = worker.hear(START_SECONDS + STEPS * 10)
@@ -291,7 +292,7 @@ def main() -> None:
             case "plain":
                 plain_here(int(rest[0]))
             case "peer":
-                peer_here(*who, int(rest[0]), rest[1], int(rest[2]))
+                peer_here(*who, int(rest[0]), rest[1], int(rest[2]), int(rest[3]))
             case "beside":
                 beside_here(*who, int(rest[0]), rest[1], int(rest[2]))
         return
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=100.0, help="of the gradient, as float32")
     parser.add_argument("--codec", default="fp16")
     parser.add_argument("--delay", type=int, default=0, choices=[0, 1], help="of the run, for memory")
+    parser.add_argument("--log-megabytes", type=int, default=256, help="of a peer's file, for memory")
     parser.add_argument("--only", nargs="+", default=["memory", "speed"], choices=["memory", "speed"])
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended, too

@@ -155,6 +155,7 @@ async def train_here(
     settings: dict[str, Any] | None = None,
     task: Any = None,
     micro_batch_size: int = 1,
+    log_megabytes: int = 256,
     stepped: Callable[[int, Any], None] = lambda step, replica: None,
 ) -> None:
     """In a worker: one peer, until `total` steps are made; then it waits for its stdin to end.
@@ -261,7 +262,12 @@ async def train_here(
     swarm = Libp2pSwarm(folder / f"{number}.key", run.run_id, print_, entries, [listen], data_port=data_port)
     async with swarm:
         say(addresses=swarm.visible_addresses())
-        config = PeerConfig(micro_batch_size=micro_batch_size, eval_every_steps=0, checkpoint_every_steps=0)
+        config = PeerConfig(
+            micro_batch_size=micro_batch_size,
+            eval_every_steps=0,
+            checkpoint_every_steps=0,
+            log_megabytes=log_megabytes,
+        )
         peer = Peer(
             swarm,
             run,
