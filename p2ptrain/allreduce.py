@@ -145,8 +145,9 @@ class Gone:
     peer: PeerId
 
 
-STRETCH_SECONDS, LOOK_SECONDS = 0.25, 0.05
-"""How much is delivered is looked at so often, and over at least so long: confirmations come in bursts."""
+STRETCH_SECONDS, LOOK_SECONDS = 0.5, 0.05
+"""How much is delivered is looked at so often, and over at least so long: confirmations come in bursts, when
+they had to wait behind what the other side sends."""
 
 NORM_DOUBT = 0.01
 """By so much of it a receiver, which adds up squares in float32 and in any order, may find another one."""

@@ -15,7 +15,7 @@ Not covered: whether what a peer claims is true. A position that no donor can pr
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import assert_never
@@ -66,8 +66,9 @@ MAX_KNOWN = 1024
 
 MAX_PASSED = 10_000
 MAX_UNHELPFUL = 5
-RATE_GAIN = 0.25
-"""Of what sending a byte took in the last round; spans follow the mean."""
+RATES_KEPT, SUDDENLY_SLOW = 4, 0.25
+"""A peer sends as fast as it was last seen to, in so many rounds: in some its link was not full. But below
+that share of it, the link has changed."""
 OFFENCES_FORGIVEN = 2
 """A bit may flip, and a peer may restart in the middle of something."""
 BENCH_SECONDS = 120.0
@@ -126,7 +127,7 @@ class Member:
         self.lost: set[PeerId] = set()
         self.known: dict[PeerId, Position] = {}
         self._report: Report | None = None
-        self._seconds_per_byte = 0.0
+        self._rates: deque[float] = deque(maxlen=RATES_KEPT)
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
         self._unhelpful: Counter[PeerId] = Counter()
@@ -270,14 +271,14 @@ class Member:
 
     @property
     def _rate(self) -> float:
-        measured = 1 / self._seconds_per_byte if self._seconds_per_byte else self._most_rate
+        measured = max(self._rates, default=self._most_rate)
         return min(measured, self._most_rate) if self._most_rate else measured
 
     def sent_at(self, rate: float) -> None:
-        """In a round that ended, this peer sent so many bytes per second while it had something to send."""
-        # Of times, not of rates: one that has become slow is known to be at once.
-        before = self._seconds_per_byte
-        self._seconds_per_byte += (1 / rate - before) * (RATE_GAIN if before else 1.0)
+        """In a round that ended, this peer sent so many bytes per second at its best."""
+        if rate < SUDDENLY_SLOW * max(self._rates, default=0.0):
+            self._rates.clear()
+        self._rates.append(rate)
 
     def held(self, header: EntryHeader, reduce_seconds: float, now: float) -> list[Effect]:
         """The data plane holds every span of the attempt that `header` names, so long after this peer had

@@ -493,6 +493,18 @@ def test_peer_that_has_become_slow_gets_less_to_reduce_in_the_next_round() -> No
     assert spans[1][1] == 0
 
 
+def test_peer_whose_link_was_not_full_is_taken_for_as_fast_as_before_until_that_lasts() -> None:
+    story = tell("a b c stand at step 6")
+    reported = []
+    for rate in (8e6, 5e6, 3e6, 5e6, 5e6, 9e6):
+        story.machines[B].sent_at(rate)
+        [report] = story.machines[B].progressed(2, 0, 0.0, 0.0, None, story.now)
+        assert isinstance(report, Send)
+        assert isinstance(report.message, Report)
+        reported.append(report.message.rate)
+    assert reported == [8e6, 8e6, 8e6, 8e6, 5e6, 9e6]
+
+
 # -- restarts, promises and a majority -----------------------------------------------------------------------
 
 
