@@ -857,14 +857,20 @@ class PeerConfig(Section):
 # -- reading -------------------------------------------------------------------------------------------------
 
 
+def load(model: type[S], path: Path | str) -> S:
+    """What this TOML file says, as that kind of table; what it leaves out has its default. Raises
+    ConfigError."""
+    return _validated(model, _read_toml(Path(path)), str(path))
+
+
 def load_run(path: Path | str) -> RunConfig:
     """The run that this TOML file describes; what it leaves out has its default. Raises ConfigError."""
-    return _validated(RunConfig, _read_toml(Path(path)), str(path))
+    return load(RunConfig, path)
 
 
 def load_peer(path: Path | str) -> PeerConfig:
     """The peer settings in this TOML file; what it leaves out has its default. Raises ConfigError."""
-    return _validated(PeerConfig, _read_toml(Path(path)), str(path))
+    return load(PeerConfig, path)
 
 
 def with_settings(peer: PeerConfig, settings: dict[str, Any], where: str) -> PeerConfig:
@@ -1117,13 +1123,12 @@ def _shown(value: object) -> str:
 
 
 def _nearest(key: str, model: type[Section]) -> str:
-    """The known key of either file that `key` may have meant, as the end of a sentence."""
-    other = PeerConfig if model is RunConfig else RunConfig
+    """The known key of this file, or of run and peer file, that `key` may have meant, as the end of a
+    sentence."""
+    either: tuple[type[Section], ...] = (RunConfig, PeerConfig)
+    owners = sorted(either, key=lambda each: each is model) if model in either else [model]
     known = {
-        each: _file(owner)
-        for owner in (other, model)
-        for kind in reversed(KINDS)
-        for each in _keys(owner, kind)
+        each: _file(owner) for owner in owners for kind in reversed(KINDS) for each in _keys(owner, kind)
     }
     key = key[:80]  # comparing takes time in proportion, and the key may be a stranger's
     leaf = key.rpartition(".")[2]
@@ -1134,7 +1139,7 @@ def _nearest(key: str, model: type[Section]) -> str:
 
     best = max(known, key=likeness)
     if likeness(best) < 0.6:
-        return "; `p2ptrain config schema` lists all keys"
+        return "; `p2ptrain config schema` lists all keys" if model in either else ""
     if best == key:
         place = "of another task.kind" if known[best] == _file(model) else f"in the {known[best]}"
         return f"; it belongs in a table {place}" if "." in key else f"; it belongs {place}"
@@ -1142,7 +1147,7 @@ def _nearest(key: str, model: type[Section]) -> str:
 
 
 def _file(model: type[Section]) -> str:
-    return "run file" if model is RunConfig else "peer file"
+    return {RunConfig: "run file", PeerConfig: "peer file"}.get(model, "file")
 
 
 @cache
@@ -1154,6 +1159,7 @@ def _keys(model: type[Section], kind: str) -> dict[str, dict[str, Any]]:
     def walk(node: dict[str, Any], prefix: str) -> None:
         for name, about in node["properties"].items():
             keys[prefix + name] = about
+            about = about.get("items", about)  # of a list of tables, one of these
             for choice in about.get("oneOf", [about]):
                 if "$ref" in choice:
                     inner = whole["$defs"][choice["$ref"].rpartition("/")[2]]

@@ -8,7 +8,6 @@ calls: gradients on the compute thread, rounds through `allreduce`, state throug
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict
@@ -39,7 +38,7 @@ from p2ptrain.errors import BadMessage, DeviceError, IncompatibleRun, LocalFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
-from p2ptrain.gradients.engine import Engine
+from p2ptrain.gradients.engine import Engine, chance_of
 from p2ptrain.gradients.likeness import StoodOut
 from p2ptrain.gradients.noise import NoiseMeter, Spread, Unlike
 from p2ptrain.protocol.ledger import Account, Ranges, account, follows, lease, numbers, shuffled
@@ -701,14 +700,12 @@ class Peer:
     def _gradients(self, step: int, first: int, count: int, held: Ranges) -> float:
         """On the compute thread: Σ of the samples' gradients into `replica.gradient`; returns Σ of their
         losses."""
-        peer = self.swarm.peer_id
-        drawn = hashlib.sha256(f"{self.run.seed}/{step}/{peer}/{first}/chance".encode())
         return self.engine.gradients(
             partial(self._samples, step, held),
             self.task.loss_sum,
             first,
             count,
-            int.from_bytes(drawn.digest()[:8], "big"),
+            chance_of(self.run.seed, step, self.swarm.peer_id, first),
         )
 
     def _samples(self, step: int, held: Ranges, first: int, count: int) -> Any:

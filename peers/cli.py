@@ -22,6 +22,7 @@ from peers import (
     batch_cli,
     config_cli,
     control_cli,
+    experiment_cli,
     identity_cli,
     invite_cli,
     monitor_cli,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(config_cli.app, name="config")
 app.add_typer(batch_cli.app, name="batch")
+app.add_typer(experiment_cli.app, name="experiment")
 app.add_typer(invite_cli.app, name="invite")
 app.add_typer(run_cli.app, name="run")
 app.add_typer(identity_cli.app, name="identity")

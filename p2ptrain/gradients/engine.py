@@ -12,6 +12,7 @@ Not covered: what is not finite for other reasons. Whoever takes the gradient lo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -33,6 +34,13 @@ GROWS_AFTER = 2000
 """Micro-batches without overflow after which the loss scale is doubled, as torch's own scaler does."""
 
 Result = TypeVar("Result")
+
+
+def chance_of(seed: int, step: int, peer: str, first: int) -> int:
+    """From which what is random in the model is drawn, in the micro-batch of that peer's step that begins
+    with sample `first`."""
+    drawn = hashlib.sha256(f"{seed}/{step}/{peer}/{first}/chance".encode())
+    return int.from_bytes(drawn.digest()[:8], "big")
 
 
 class LossScale:

@@ -115,9 +115,15 @@ ROOMS = {
         TORCH | names("peft pydantic transformers"),
         ANY - names("asyncio random socket threading time"),
     ),
+    "p2ptrain.experiment": Room(
+        LOWER - {"p2ptrain.swarm.port"},
+        names("matplotlib pydantic torch"),
+        ANY - names("asyncio random socket subprocess threading"),
+    ),
     # roles: they wire
     "peers": Room(
-        LOWER | names("p2ptrain.adapters p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
+        LOWER
+        | names("p2ptrain.adapters p2ptrain.experiment p2ptrain.swarm p2ptrain.telemetry p2ptrain.trainer"),
         names("psutil pydantic rich segno torch typer uvloop"),
     ),
     "peers.top": Room(WORDS | {"peers"}, names("rich textual")),

@@ -42,6 +42,7 @@ from peers.config_cli import app
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.toml"))
 PEERS = sorted((CONFIGS / "peers").glob("*.toml"))
+EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.toml"))  # test_experiment_grid loads these
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_peer_file_loads_and_fits_the_default_run_when_shipped(path):
 
 def test_shipped_files_are_all_tested_when_one_is_added():
     assert {path.stem for path in RUNS} == set(DIGESTS)
-    assert set(CONFIGS.rglob("*.toml")) == {*RUNS, *PEERS}
+    assert set(CONFIGS.rglob("*.toml")) == {*RUNS, *PEERS, *EXPERIMENTS}
 
 
 @pytest.mark.parametrize(("folder", "config"), [("runs", RunConfig()), ("peers", PeerConfig())])

@@ -16,7 +16,7 @@ checks messages takes longer than all the rest."""
 SHOW_HELP = """
 import sys
 from peers import cli
-for words in ([], ["config"], ["identity"], ["service"], ["demo"], ["chaos"], ["monitor"]):
+for words in ([], ["config"], ["identity"], ["service"], ["demo"], ["chaos"], ["monitor"], ["experiment"]):
     sys.argv = ["p2ptrain", *words, "--help"]
     try:
         cli.main()
