@@ -29,6 +29,7 @@ from peers import (
     run_cli,
     service_cli,
 )
+from peers.verbs import needed
 
 if TYPE_CHECKING:  # the verbs import it when they run
     from p2ptrain.config import PeerConfig
@@ -604,7 +605,7 @@ monitor_cli.add_to(app, _run)
 def main() -> None:
     """Entry point: a mistake, or a fault of a peer or the network, is one sentence and its exit code."""
     try:
-        app(prog_name="p2ptrain")
+        needed(app, sys.argv[1:])(prog_name="p2ptrain")
     except (P2PTrainError, BaseExceptionGroup) as error:
         fault = _fault_in(error)
         if fault is None:
