@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ from p2ptrain.records import (
 from p2ptrain.swarm import gate
 from p2ptrain.swarm.access import Invite, decode, encode, issue, redeemed
 from p2ptrain.swarm.identity import Identity, load_or_create
+from peers import decreed
 from peers.durations import parse_seconds
 
 ORGANIZER = "organizer.key"
@@ -334,6 +336,7 @@ def _edited(folder: Path) -> Iterator[Book]:
             raise StorageError(
                 f"the book of invites {path} cannot be written: {error.strerror}; nothing has changed"
             ) from error
+        decreed.write(folder, Book.model_validate_json(before), book, time.time())
 
 
 @contextmanager

@@ -126,6 +126,16 @@ def show(run: Run = "", data_dir: DataDir = "", as_json: Json = False) -> None:
         typer.echo(f"  {len(book.kicks.kicks)} peers are put out")
 
 
+@app.command()
+def log(run: Run = "", data_dir: DataDir = "", as_json: Json = False) -> None:
+    """Tell what was said to the run so far, and when: settings, pauses, invites, who was put out."""
+    from peers import decreed
+
+    records = decreed.read(organized(run, data_dir))
+    for line in [json.dumps(each) for each in records] if as_json else decreed.lines(records):
+        typer.echo(line)
+
+
 @app.command("set")
 def set_(
     setting: Annotated[str, typer.Argument(metavar="KEY=VALUE", help="Such as optimizer.lr=2e-4.")],
