@@ -342,11 +342,13 @@ def test_paused_peer_brings_what_it_has_and_then_holds_nobody_up(turn: int, dela
         bert, others = training.peers["bert"], [training.peers["anna"], training.peers["carl"]]
         await soon(lambda: bert.step % 3 == turn and bert.contributed())
         step, brought, began = bert.step, bert.contributed(), training.now
+        drawn = sum(map(len, bert.drawn.values()))
         await stand_aside(training, "bert")
         assert bert.step <= step + 1 + delay  # who leads next differs with `turn`
         roster, samples = bert.headers()[step].roster, bert.headers()[step].samples
         assert samples[roster.index(bert.name)] >= brought
         aside, computed = training.now, sum(map(len, bert.drawn.values()))
+        assert computed == drawn  # no micro-batch began once it was asked for
         await asyncio.sleep(8)
 
         assert sum(map(len, bert.drawn.values())) == computed
