@@ -12,7 +12,7 @@ const STATES = {
   joining: "joining", catching_up: "catching up", accumulating: "training", averaging: "training", paused: "paused",
   leaving: "leaving", left: "left", gone: "gone", unknown: "no answer", bootstrap: "bootstrap",
 };
-const PHASES = { training: ["▶", ""], waiting: ["⏳", "warn"], paused: ["⏸", "warn"], empty: ["○", "warn"], complete: ["✔", ""] };
+const PHASES = { training: ["▶", ""], waiting: ["⏳", "warn"], paused: ["⏸", "warn"], empty: ["○", "warn"], looking: ["…", "quiet"], complete: ["✔", ""] };
 
 let back = null; // the step that is looked back at; null: live
 let drawn = false;
@@ -79,7 +79,8 @@ function figures(row, place) {
   set($("bits-note"), evaluation?.[4] != null ? `${evaluation[3] < evaluation[4] ? "✔ beats" : "not yet"} zlib at ${evaluation[4].toFixed(2)}` : "held-out text");
   const rate = back === null ? run.samples_per_second : story.rate(place);
   set($("speed"), short(rate == null ? null : Math.round(rate * (run.sample_tokens || 1))));
-  set($("speed-note"), rate ? `${short(rate)} samples/s` : "");
+  const whole = back === null && run.samples ? `${short(run.samples * (run.sample_tokens || 1))} in all` : "";
+  set($("speed-note"), [rate ? `${short(rate)} samples/s` : "", whole].filter(Boolean).join(" · "));
   const training = [...story.peers.values()].filter((peer) => peer.role === "train" && !["left", "gone"].includes(peer.state));
   const paused = training.filter((peer) => peer.state === "paused").length;
   set($("peers-count"), back === null ? `${training.length - paused}` : `${row?.[3] ?? "–"}`);
@@ -112,8 +113,17 @@ function incidents() {
   }));
 }
 
+const AT_ONCE = 25; // rows out of sight that are brought up to date at a time
 const rows = new Map();
-let sorted = 0;
+const inSight = new Set();
+let sorted = 0, turn = 0;
+const sight = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (entry.isIntersecting) inSight.add(entry.target);
+    else inSight.delete(entry.target);
+  }
+  redraw();
+}, { root: $("peers").parentElement, rootMargin: "150px" });
 
 function peerRow(id) {
   const line = make("tr");
@@ -129,6 +139,7 @@ function peerRow(id) {
   line.append(who, state, share, ...cells);
   const made = { line, name, tail, who, word, why, bar, part, figure, cells, facts: null, total: 0 };
   rows.set(id, made);
+  sight.observe(line);
   return made;
 }
 
@@ -138,13 +149,17 @@ function peers() {
   const total = all.reduce((sum, peer) => sum + peer.samples, 0);
   for (const [id, row] of rows) {
     if (!story.peers.has(id)) {
+      sight.unobserve(row.line);
+      inSight.delete(row.line);
       row.line.remove();
       rows.delete(id);
     }
   }
   let fresh = false;
-  for (const peer of all) {
+  turn = turn + AT_ONCE < all.length ? turn + AT_ONCE : 0;
+  for (const [place, peer] of all.entries()) {
     let row = rows.get(peer.id);
+    if (row && !inSight.has(row.line) && !(place >= turn && place < turn + AT_ONCE)) continue;
     if (!row) {
       row = peerRow(peer.id);
       body.append(row.line);
@@ -176,10 +191,12 @@ function peers() {
     sorted = performance.now();
     const rank = (peer) => (peer.role === "train" ? 0 : 1);
     const order = all.sort((a, b) => rank(a) - rank(b) || b.samples - a.samples || (a.id < b.id ? -1 : 1));
-    order.forEach((peer, place) => {
+    let next = body.firstElementChild;
+    for (const peer of order) {
       const line = rows.get(peer.id).line;
-      if (body.children[place] !== line) body.insertBefore(line, body.children[place] ?? null);
-    });
+      if (line === next) next = next.nextElementSibling;
+      else body.insertBefore(line, next);
+    }
   }
 }
 

@@ -35,16 +35,25 @@ export class Timeline {
     if (!story) return;
     const known = [...story.parts.keys()].filter((step) => step <= this.until).sort((a, b) => a - b);
     const steps = known.slice(-ROUNDS);
-    const parts = steps.flatMap((step) => [...story.parts.get(step).values()]);
+    const peers = this.#peers(steps);
+    const rows = this.all ? peers : peers.slice(0, FEW_ROWS);
+    const place = new Map(rows.map((peer, row) => [peer, row]));
+    // Of the rows that are shown alone: of a large swarm the others are most of what there is to look at.
+    const parts = [];
+    for (const step of steps) {
+      const members = story.parts.get(step);
+      for (const peer of rows) {
+        const part = members.get(peer);
+        if (part) parts.push(part);
+      }
+    }
     let began = Infinity, ended = -Infinity;
     for (const part of parts) {
       began = Math.min(began, part[2]);
       ended = Math.max(ended, part[2] + part[3] + part[4] + part[5] + part[6]);
     }
     const aborts = story.aborts.filter((row) => row[0] >= began && row[0] <= ended + 60);
-    const peers = this.#peers(parts, aborts);
     if (Object.keys(this.names).length > 2000) this.names = {};
-    const rows = this.all ? peers : peers.slice(0, FEW_ROWS);
     this.more.hidden = peers.length <= FEW_ROWS;
     this.more.textContent = this.all ? "Show fewer peers" : `Show all ${peers.length} peers`;
 
@@ -78,11 +87,9 @@ export class Timeline {
       pen.fillStyle = this.#color("line");
       pen.fillRect(names, y + ROW - 1, width - names, 1);
     });
-    const place = new Map(rows.map((peer, row) => [peer, row]));
-    const drawn = parts.filter((part) => place.has(part[1]));
     for (const [name, column] of PARTS) {
       pen.fillStyle = this.#color(name);
-      for (const part of drawn) {
+      for (const part of parts) {
         const row = place.get(part[1]);
         let from = part[2];
         for (let before = 3; before < column; before++) from += part[before];
@@ -91,7 +98,7 @@ export class Timeline {
         pen.fillRect(left, TOP + row * ROW + thin, Math.max(right - left - 0.4, 0.3), ROW - 2 * thin - 1);
       }
     }
-    for (const part of drawn) {
+    for (const part of parts) {
       const row = place.get(part[1]);
       this.hits.push([x(part[2]), x(part[2] + part[3] + part[4] + part[5] + part[6]), row, part[0]]);
     }
@@ -108,8 +115,11 @@ export class Timeline {
     this.#describe();
   }
 
-  #peers(parts, aborts) {
-    const seen = new Set([...parts.map((part) => part[1]), ...aborts.map((row) => row[2])]);
+  // Those that took part in one of these steps or failed at one, who gave most first.
+  #peers(steps) {
+    const seen = new Set();
+    for (const step of steps) for (const peer of this.story.parts.get(step).keys()) seen.add(peer);
+    for (const [, step, peer] of this.story.aborts) if (step >= steps[0] && step <= steps.at(-1) + 1) seen.add(peer);
     return [...seen].sort((a, b) => (this.story.peers.get(b)?.samples ?? 0) - (this.story.peers.get(a)?.samples ?? 0) || (a < b ? -1 : 1));
   }
 

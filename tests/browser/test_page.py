@@ -136,6 +136,22 @@ async def test_page_looks_back_and_returns(browser: Browser) -> None:
         await expect(page.locator("#step")).to_have_text("301")
 
 
+async def test_row_out_of_sight_is_up_to_date_when_it_is_scrolled_to(browser: Browser) -> None:
+    simulated = Simulated(80)
+    now = time.time()
+    simulated.present(now)
+    simulated.history(50, now - 1, members=80)
+    async with simulated.served() as url, opened(browser, url) as page:
+        await expect(page.locator("#peers tbody tr")).to_have_count(80)
+        for step in range(50, 53):
+            simulated.round(time.time())
+            simulated.publish(time.time())
+            await expect(page.locator("#step")).to_have_text(str(step + 1))
+        last = page.locator("#peers tbody tr").last
+        await last.scroll_into_view_if_needed()
+        await expect(last.locator("td").nth(3)).to_have_text("52")
+
+
 async def test_everything_is_reached_by_keyboard(browser: Browser) -> None:
     simulated = swarm()
     async with simulated.served() as url, opened(browser, url) as page:
