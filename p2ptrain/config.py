@@ -826,6 +826,10 @@ class PeerConfig(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of metrics and health; 0 takes any free port, which the log names."""
 
+    page: bool = False
+    """Whether the web page of the run is served there, too. It asks the other peers only while somebody has
+    it open."""
+
     tracker: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
     """Where the figures of each step go beside the metrics page: `trackio` keeps them on this machine,
     `wandb` sends them to the account that you are logged in to, `tensorboard` writes files into `data_dir`.

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import secrets
+import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from p2ptrain import PROTOCOL_VERSION
 from p2ptrain.config import RunConfig, canonical_json, run_digest
-from p2ptrain.errors import IncompatibleRun, P2PTrainError, StorageError
+from p2ptrain.errors import ConfigError, IncompatibleRun, P2PTrainError, PortBusy, StorageError
 from p2ptrain.events import clean, short
 from p2ptrain.records import (
     GetRun,
@@ -39,9 +42,13 @@ from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.identity import load_or_create
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
+from p2ptrain.telemetry.health import is_loopback
 from p2ptrain.telemetry.logs import tell
 from peers import invites, present
+from peers.monitor import Monitor, alongside
+from peers.monitor_pages import BOOTSTRAP_PORT, Pages
 from peers.places import made
+from peers.replaying import address
 from peers.signals import Stop
 from peers.speed import Prober
 
@@ -57,6 +64,16 @@ MAX_ADDRESSES = 8
 LOOK_SECONDS = 0.5
 BOOK_SECONDS = 2.0
 """Between two looks at what the organizer has decreed."""
+
+Ready = Callable[[str | None, str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the page is served; port None: the usual one, or any if that is taken."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None
 
 
 class _RunFile(Prober):
@@ -89,14 +106,16 @@ async def bootstrap(
     announce: tuple[str, ...],
     folder: Path,
     public: bool | None,
-    ready: Callable[[str | None], None],
+    ready: Ready,
     *,
     relay_for: int,
     entrances: Sequence[str] = (),
+    page: Place | None = None,
 ) -> dict[str, object]:
     """Serve the run until a signal comes; `ready` is given the invite once peers can enter, None if the run
-    is not `public` (None: as at the last start, at first True). `relay_for`: so many hidden peers meet
-    here; `entrances`: other bootstraps' addresses, which invites name as well."""
+    is not `public` (None: as at the last start, at first True), and the address of the page, which is empty
+    without `page`. `relay_for`: so many hidden peers meet here; `entrances`: other bootstraps' addresses,
+    which invites name as well."""
     key = made(folder) / "bootstrap.key"
     restarted = key.exists()
     swarm = Libp2pSwarm(
@@ -119,15 +138,17 @@ async def bootstrap(
             link = book.link(run)
             invite = link.line if link else None
             _heed(swarm, book, folder, run)
-            ready(invite)
             patience = SETTLE_SECONDS if restarted else 0.0
-            await _serve(
-                stop,
-                _keep_present(swarm, run),
-                _keep_seeing(swarm, folder),
-                _let_in(swarm, run_file, patience),
-                _keep_reading(swarm, folder, run),
-            )
+            mine = _own_invite(folder, run, swarm.peer_id)
+            async with _page(page, swarm, run, mine, folder, run_file, invite or "") as seen_at:
+                ready(invite, seen_at)
+                await _serve(
+                    stop,
+                    _keep_present(swarm, run),
+                    _keep_seeing(swarm, folder),
+                    _let_in(swarm, run_file, patience),
+                    _keep_reading(swarm, folder, run),
+                )
             logger.info("leaving (%s); the swarm goes on without its bootstrap", stop.reason)
             return {"run_id": run.run_id, "peer": swarm.peer_id, "invite": invite}
 
@@ -138,12 +159,14 @@ async def second(
     announce: tuple[str, ...],
     folder: Path,
     invite: Invite,
-    ready: Callable[[list[str]], None],
+    ready: Callable[[list[str], str], None],
     *,
     relay_for: int,
+    page: Place | None = None,
 ) -> dict[str, object]:
     """Be another way into a run that a bootstrap has opened: with its run file and an invite, and no key of
-    the organizer's. `ready` is given this one's addresses. Raises IncompatibleRun for another run's file."""
+    the organizer's. `ready` is given this one's addresses, and the page's. Raises IncompatibleRun for another
+    run's file."""
     if (digest := run_digest(run)) != invite.run_digest:
         raise IncompatibleRun(
             f"the run file has digest {digest[:8]}, and the invite leads to {invite.run_id} with digest "
@@ -165,10 +188,64 @@ async def second(
             run_file.open.set()
             swarm.serve(run_file)
             addresses = _entrances(swarm.visible_addresses())
-            ready(addresses)
-            await _serve(stop, _keep_present(swarm, run))
+            async with _page(page, swarm, run, invite, folder, run_file, "") as seen_at:
+                ready(addresses, seen_at)
+                await _serve(stop, _keep_present(swarm, run))
             logger.info("leaving (%s)", stop.reason)
             return {"run_id": run.run_id, "peer": swarm.peer_id, "addresses": addresses}
+
+
+@contextlib.asynccontextmanager
+async def _page(
+    place: Place | None,
+    swarm: Libp2pSwarm,
+    run: RunConfig,
+    invite: Invite,
+    folder: Path,
+    run_file: _RunFile,
+    share: str,
+) -> AsyncIterator[str]:
+    """The page of the run, with health and metrics, while entered; its address. `invite` is ours, `share`
+    what the page lets others in with."""
+    if place is None:
+        yield ""
+        return
+    watcher = Monitor(invite, folder)
+    watcher.within(swarm, run)
+    public = not is_loopback(place.host)
+    shut = ["newcomers wait until the swarm has found back to this bootstrap"]
+    source = replace(
+        watcher.source("" if public else share),
+        failed_checks=lambda: [] if run_file.open.is_set() else shut,
+    )
+    port = _free(place)
+    async with alongside(watcher, Pages(source, place.host, port, public=public, fault=_page_fault)) as pages:
+        yield address(place.host, pages.port)
+
+
+def _free(place: Place) -> int:
+    """The port to serve on; 0 for any."""
+    if place.port is not None:
+        return place.port
+    with socket.socket(socket.AF_INET6 if ":" in place.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((place.host, BOOTSTRAP_PORT))
+        except OSError:
+            return 0
+    return BOOTSTRAP_PORT
+
+
+def _page_fault(host: str, port: int, error: OSError) -> ConfigError | PortBusy:
+    if error.errno == errno.EADDRINUSE:
+        return PortBusy(
+            f"port {port} on {host} is taken by another process; choose another --page-port, 0 for any, or "
+            "--no-page"
+        )
+    return ConfigError(
+        f"cannot serve the page on {host} port {port} ({error.strerror or error}); choose another "
+        "--page-host or --page-port, or --no-page"
+    )
 
 
 async def _serve(stop: Stop, *work: Coroutine[Any, Any, None]) -> None:
@@ -270,26 +347,38 @@ async def _let_in(swarm: Libp2pSwarm, run_file: _RunFile, patience_seconds: floa
     run_file.open.set()
 
 
-def print_entrances(addresses: list[str], as_json: bool, say: Callable[[str], None]) -> None:
+def print_entrances(addresses: list[str], seen_at: str, as_json: bool, say: Callable[[str], None]) -> None:
     """What the organizer's own bootstrap is started with, to name this one in its invites."""
     if as_json:
-        say(json.dumps({"event": "ready", "addresses": addresses}))
+        say(json.dumps({"event": "ready", "addresses": addresses, "page": seen_at}))
         return
     say("To have invites lead here, too, start the first bootstrap with these options:\n")
     say("    " + " ".join(f"--entrance {address}" for address in addresses) + "\n")
+    _say_where(seen_at, say)
 
 
 def print_invite(
-    invite: str | None, as_json: bool, say: Callable[[str], None], picture: Callable[[str], str] | None = None
+    invite: str | None,
+    seen_at: str,
+    as_json: bool,
+    say: Callable[[str], None],
+    picture: Callable[[str], str] | None = None,
 ) -> None:
-    """What the organizer hands on; `picture` draws it as a QR code."""
+    """What the organizer hands on, and where the run is to be seen; `picture` draws the invite as a QR
+    code."""
     if as_json:
-        say(json.dumps({"event": "ready", "invite": invite}))
+        say(json.dumps({"event": "ready", "invite": invite, "page": seen_at}))
         return
     if invite is None:
         say("The run is private: `p2ptrain invite create` with the same run file lets somebody in.\n")
-        return
-    say("To let somebody in, send this command:\n")
-    say(f"    p2ptrain join {invite}\n")
-    if picture is not None:
-        say(picture(invite))
+    else:
+        say("To let somebody in, send this command:\n")
+        say(f"    p2ptrain join {invite}\n")
+        if picture is not None:
+            say(picture(invite))
+    _say_where(seen_at, say)
+
+
+def _say_where(seen_at: str, say: Callable[[str], None]) -> None:
+    if seen_at:
+        say(f"The run is to be seen at {seen_at}; Prometheus finds its peers at {seen_at}api/v1/sd\n")

@@ -112,6 +112,12 @@ def join(
     temperature_celsius: Annotated[
         float | None, typer.Option(help="Pause while the processor is hotter.")
     ] = None,
+    page: Annotated[
+        bool | None,
+        typer.Option(
+            "--page/--no-page", help="Serve the web page of the run, on this machine.", show_default=False
+        ),
+    ] = None,
     no_doctor: Annotated[
         bool, typer.Option("--no-doctor", help="Do not look first whether this machine will do.")
     ] = False,
@@ -127,6 +133,7 @@ def join(
         config = config.model_copy(update={"data_dir": data_dir})
     options = {
         "threads": threads,
+        "page": page,
         "limits.memory_megabytes": memory_megabytes,
         "limits.upload_mbit": upload_mbit,
         "limits.download_mbit": download_mbit,
@@ -145,15 +152,13 @@ def join(
         doctor_role.insist(doctor_role.look_over(config))
     _begin_log()
     logging.getLogger("p2ptrain").info("loading what trains, which takes a few seconds")
-    from peers.volunteer import volunteer
+    from peers.volunteer import receipt_lines, volunteer
 
     receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     else:
-        typer.echo(f"\nThank you. You gave {receipt.samples:,} samples in {receipt.rounds:,} rounds.")
-        if receipt.checkpoint:
-            typer.echo(f"Your copy of the model: {receipt.checkpoint}")
+        typer.echo("\n".join(receipt_lines(receipt)))
 
 
 @app.command()
@@ -184,6 +189,14 @@ def bootstrap(
         str, typer.Option(metavar="INVITE", help="Be a second bootstrap, beside the one that made INVITE.")
     ] = "",
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code as well.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Serve the web page of the run, with health and metrics.")
+    ] = True,
+    page_host: Annotated[str, typer.Option(help="Address to serve it on.")] = "127.0.0.1",
+    page_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of it.", show_default="9412, or any if that is taken"),
+    ] = None,
     data_dir: Annotated[str, typer.Option(help="Folder for the bootstrap's and the organizer's key.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -206,6 +219,7 @@ def bootstrap(
         )
     from peers import bootstrap as role
 
+    place = role.Place(page_host, page_port) if page else None
     if beside:
         check(invite := decode(beside), time.time())
         folder = folder if data_dir else folder / "second"
@@ -216,8 +230,9 @@ def bootstrap(
             addresses,
             folder,
             invite,
-            lambda found: role.print_entrances(found, as_json, _say),
+            lambda found, seen_at: role.print_entrances(found, seen_at, as_json, _say),
             relay_for=relay_for,
+            page=place,
         )
         told = _run(other)
         if as_json:
@@ -231,8 +246,9 @@ def bootstrap(
             tuple(announce or ()),
             folder,
             public,
-            lambda line: role.print_invite(line, as_json, _say, qr_code if qr else None),
+            lambda line, seen_at: role.print_invite(line, seen_at, as_json, _say, qr_code if qr else None),
             relay_for=relay_for,
+            page=place,
             entrances=tuple(entrance or ())[:4],
         )
     )

@@ -116,7 +116,8 @@ def _about_peer(peer: PeerConfig) -> list[str]:
         f"corpus       {peer.corpus or 'as the run says'}",
         f"listens on   {' '.join(peer.listen) or 'nothing'}",
         f"announces    {' '.join(peer.announce) or 'what it listens on'}",
-        f"metrics on   {peer.metrics_host}:{peer.metrics_port or 'any free port'}",
+        f"metrics on   {peer.metrics_host}:{peer.metrics_port or 'any free port'}"
+        + (", with the page of the run" if peer.page else ""),
         f"checkpoints  {checkpoints}",
     ]
 

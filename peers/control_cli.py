@@ -200,6 +200,7 @@ def status_rows(status: Mapping[str, Any]) -> dict[str, str]:
             f"{short(peer)}, as {clean(reason, 100)}" for peer, reason in status.get("left_out", {}).items()
         ),
         "reach": "behind NAT or a firewall" if status["hidden"] else "",
+        "page": clean(status.get("page", ""), 300),
         "deadlines": ", ".join(
             f"{name.removesuffix('_seconds')} {duration(seconds)}"
             for name, seconds in status["deadlines"].items()

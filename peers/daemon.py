@@ -67,6 +67,7 @@ class Standing:
     waiting: str = ""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSSES))
     """Of this peer's samples in the last rounds."""
+    first_loss: float | None = None
     heldout_loss: float | None = None
     bits_per_byte: float | None = None
     roster: int = 0
@@ -89,6 +90,7 @@ class Standing:
             case events.RoundCommitted():
                 if event.loss is not None:
                     self.losses.append(event.loss)
+                    self.first_loss = event.loss if self.first_loss is None else self.first_loss
                 self.roster = event.peers
                 self.noise_scale, self.noise_excess = event.noise_scale, event.noise_excess
                 self.samples += event.mine
@@ -130,8 +132,20 @@ class Daemon:
         self._began = time.time()
         self._standing, self._rates = Standing(), Rates()
         self._pauses = Pauses()
+        self.page = ""
+        """Where the page of the run is to be seen, if this peer serves it."""
         self._peer: Peer | None = None
         self._swarm: Libp2pSwarm | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """What the peer's events have said."""
+        return self._standing
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.time() - self._began
 
     def attach(self, peer: Peer, swarm: Libp2pSwarm) -> None:
         """From now on there is a peer to ask about; what was asked of it before holds."""
@@ -260,7 +274,7 @@ class Daemon:
             "pid": os.getpid(),
             "run_id": self._run_id,
             "data_dir": str(self._folder),
-            "seconds": time.time() - self._began,
+            "seconds": self.seconds,
             "state": self._state(),
             "pauses": self._shown_pauses(),
         }
@@ -307,6 +321,7 @@ class Daemon:
             "received_bytes_per_second": received_rate,
             "deadlines": standing.deadlines,
             "metrics_port": peer.metrics_port,
+            "page": self.page,
         }
 
     def told(self) -> dict[str, Any]:

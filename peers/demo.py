@@ -151,6 +151,7 @@ class _Demo:
                 f"the bootstrap was not ready after {PATIENCE_SECONDS:.0f} s: {bootstrap.last_words()}"
             )
         stage.note(f"the bootstrap is ready; everything is kept in {stage.folder}")
+        stage.note(f"to be seen, while it lasts, at {stage.pages()[-1]}")
         for name in list(self._chronicle.peers):
             # One is enough to know how good the model is: it is the same on all.
             every = 0 if stage.peers else EVAL_EVERY_STEPS

@@ -5,6 +5,10 @@ events of every peer through the P2P link, so peers behind NAT are seen like oth
 greets as one who only asks, so no peer would let it into a round. What it has seen is kept in its folder and
 is there after a restart.
 
+A bootstrap, and a peer whose owner wishes it, serve the same page from the swarm that they are in already
+(`alongside`). They ask the others only while somebody looks: a page that nobody has open costs the run
+nothing.
+
 Not covered: the truth of what peers say of themselves; see `watching`.
 """
 
@@ -17,13 +21,13 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from p2ptrain import PROTOCOL_VERSION
-from p2ptrain.config import parse_run, run_digest
+from p2ptrain.config import RunConfig, parse_run, run_digest
 from p2ptrain.errors import InviteError, PeerFault, Refused
 from p2ptrain.protocol.presence import look_seconds
 from p2ptrain.records import (
@@ -36,7 +40,7 @@ from p2ptrain.records import (
 )
 from p2ptrain.swarm.access import ASK, Invite
 from p2ptrain.swarm.libp2p import Libp2pSwarm
-from p2ptrain.telemetry.feed import MAX_ANSWER_BYTES, MAX_PAGE_BYTES, read_answer
+from p2ptrain.telemetry.feed import MAX_ANSWER_BYTES, MAX_PAGE_BYTES, Feed, Told, read_answer
 from p2ptrain.telemetry.journal import Journal, read_journal
 from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import PeerState
@@ -68,6 +72,8 @@ MOST_ENTRANCES = 8
 """Peers that are asked for the run file before the next look."""
 READY_SECONDS = 60.0
 HISTORY_BYTES = 12 * 2**20
+LINGER_SECONDS = 60.0
+"""For so long after its last reader a page that only follows while it is read goes on."""
 FIRST_SIGHT_SECONDS = 8.0
 """What `--json` gives the swarm to answer."""
 
@@ -76,7 +82,8 @@ class Monitor:
     """Watches one swarm while `watching` runs."""
 
     def __init__(self, invite: Invite, folder: Path | None) -> None:
-        """`folder`: for key and history; with None nothing is read from disk, and nothing kept."""
+        """`folder`: for key and history; with None nothing is read from disk, and nothing kept. It has yet to
+        be given its way in: a `connection` of its own, or a swarm to watch `within`."""
         self.watch, self.metrics, self.updates = Watch(), SwarmMetrics(), Updates()
         self._invite, self._folder = invite, folder
         self._asked: dict[str, asyncio.Task[None]] = {}
@@ -89,6 +96,12 @@ class Monitor:
         self._journal = Journal(folder / HISTORY, max_bytes=HISTORY_BYTES) if folder else None
         self._identity = (folder if folder else Path()) / "monitor.key"
         self.swarm: Libp2pSwarm | None = None
+        self._embedded = False
+        """Whether the swarm is another role's, which has a presence and an invite of its own."""
+        self._feed: Feed | None = None
+        """Of the peer that this page is a part of: it cannot be asked through the network."""
+        self._read_at = float("-inf")
+        self._reader_came = asyncio.Event()
 
     def restore(self) -> None:
         """Take in what an earlier process saw."""
@@ -120,17 +133,36 @@ class Monitor:
         )
         return self.swarm
 
+    def within(self, swarm: Libp2pSwarm, run: RunConfig, feed: Feed | None = None) -> None:
+        """Watch from this swarm, and only while somebody reads; `feed`: of the peer that we are part of."""
+        self.swarm, self.watch.run, self._embedded, self._feed = swarm, run, True, feed
+        self.watch.sees_bootstraps = feed is None  # a peer is shown the records of those who train with it
+        self.watch.look_away()
+
+    def read(self) -> None:
+        """Somebody reads the page."""
+        self._read_at = time.monotonic()
+        self._reader_came.set()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what the others do is of interest now. A monitor is there for nothing else."""
+        return not self._embedded or time.monotonic() - self._read_at < LINGER_SECONDS
+
     async def watching(self) -> NoReturn:
         """Look, ask and remember until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_looking(group))
-            group.create_task(self._keep_present())
             group.create_task(self._keep_flushing())
+            if not self._embedded:
+                group.create_task(self._keep_present())
+            if self._feed is not None and self.swarm is not None:
+                group.create_task(self._follow(self.swarm.peer_id))
         raise AssertionError("these never end by themselves")
 
     def close(self) -> None:
         """Write down what is known."""
-        self._keep(totals=True)
+        self._keep(totals=bool(self.watch.rounds_seen))
         if self._journal is not None:
             self._journal.close()
 
@@ -138,17 +170,23 @@ class Monitor:
 
     async def _keep_looking(self, group: asyncio.TaskGroup) -> None:
         while True:
+            if not self.is_read:
+                self.watch.look_away()
+                self._reader_came.clear()
+                await self._reader_came.wait()
             began = time.monotonic()
             await self._look()
             self.metrics.refresh_seconds.set(time.monotonic() - began)
             for peer in self.watch.training:
-                if peer.id not in self._asked and peer.protocol == PROTOCOL_VERSION:
+                mine = self._feed is not None and peer.id == self.swarm_id
+                if peer.id not in self._asked and peer.protocol == PROTOCOL_VERSION and not mine:
                     self._asked[peer.id] = group.create_task(self._follow(PeerId(peer.id)))
             await asyncio.sleep(max(LOOK_SECONDS, look_seconds(len(self.watch.peers), urgent=False)))
 
     async def _look(self) -> None:
         assert self.swarm is not None
-        if self.swarm.gate is not None and (flaw := self.swarm.gate.own_flaw()):
+        gate = None if self._embedded else self.swarm.gate
+        if gate is not None and (flaw := gate.own_flaw()):
             raise InviteError(f"the peers no longer tell this monitor how they are: {flaw}; {ASK}")
         there = [each for each in await self.swarm.lookup("presence") if isinstance(each, Presence)]
         rounds = [each for each in await self.swarm.lookup("round") if isinstance(each, RoundRecord)]
@@ -175,18 +213,12 @@ class Monitor:
         return None
 
     async def _follow(self, peer: PeerId) -> None:
-        """Ask this peer for its events while it is there."""
-        assert self.swarm is not None
+        """Ask this peer for its events while it is there; ourselves, always."""
         misses = 0
         try:
-            while (seen := self.watch.peers.get(peer)) is not None and seen.present:
-                life, after = self._after.get(peer, ("", 0))
-                question = GetEvents(life=life, after=after, wait_seconds=WAIT_SECONDS)
+            while self._is_followed(peer):
                 try:
-                    _, payload = await self.swarm.request(
-                        peer, question, timeout_seconds=ASK_SECONDS, max_bytes=MAX_ANSWER_BYTES
-                    )
-                    told = read_answer(payload)
+                    told = await self._ask(peer)
                 except PeerFault as fault:
                     self.metrics.ask_failures.inc()
                     misses += 1
@@ -199,6 +231,25 @@ class Monitor:
                 self.watch.told(peer, told, time.time())
         finally:
             self._asked.pop(peer, None)
+
+    def _is_followed(self, peer: PeerId) -> bool:
+        if self._feed is not None and peer == self.swarm_id:
+            return True
+        seen = self.watch.peers.get(peer)
+        return seen is not None and seen.present
+
+    async def _ask(self, peer: PeerId) -> Told:
+        """What this peer has to tell since it last did. Raises PeerFault."""
+        assert self.swarm is not None
+        life, after = self._after.get(peer, ("", 0))
+        question = GetEvents(life=life, after=after, wait_seconds=WAIT_SECONDS)
+        if self._feed is not None and peer == self.swarm.peer_id:
+            _, payload = await self._feed.answer(peer, question)
+        else:
+            _, payload = await self.swarm.request(
+                peer, question, timeout_seconds=ASK_SECONDS, max_bytes=MAX_ANSWER_BYTES
+            )
+        return read_answer(payload)
 
     async def _keep_present(self) -> None:
         """Say that we watch: who is watched may know."""
@@ -223,6 +274,8 @@ class Monitor:
         written = time.monotonic()
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
+            if self._feed is None and not self.is_read:
+                continue  # nothing comes in
             if (changed := self.watch.changes(time.time())) is not None:
                 self.updates.publish(changed)
             due = time.monotonic() - written > TOTALS_SECONDS
@@ -305,6 +358,8 @@ class Monitor:
 
     async def peer_metrics(self, peer: str) -> bytes:
         """That peer's page, checked. Raises KeyError, PeerFault."""
+        if self._feed is not None and peer == self.swarm_id:
+            return self._feed.page()
         if not self.watch.peers[peer].present or self.swarm is None:
             raise KeyError(peer)
         at, page = self._scrapes.get(peer, (0.0, b""))
@@ -321,11 +376,20 @@ class Monitor:
         self._scrapes[peer] = time.monotonic(), page
         return page
 
+    @property
+    def swarm_id(self) -> str:
+        """By which the swarm knows this process."""
+        return "" if self.swarm is None else self.swarm.peer_id
+
     def failed_checks(self) -> list[str]:
         """What keeps us from being of use."""
         if time.time() - self._seen_at > READY_SECONDS:
             return ["no presence record of this run has been seen for a minute"]
         return []
+
+    def _page(self) -> bytes:
+        self.read()
+        return self.metrics.page()
 
     def source(self, share: str) -> Source:
         """What the pages show."""
@@ -334,11 +398,28 @@ class Monitor:
             timeline=self.watch.timeline,
             updates=self.updates,
             targets=self.targets,
-            metrics=self.metrics.page,
+            metrics=self._page,
             peer_metrics=self.peer_metrics,
             failed_checks=self.failed_checks,
             invite=share,
+            read=self.read,
         )
+
+
+@contextlib.asynccontextmanager
+async def alongside(watcher: Monitor, pages: Pages) -> AsyncIterator[Pages]:
+    """Serve the page of a process that is there for something else. What goes wrong with watching is told,
+    and is no reason for that to end."""
+    with contextlib.closing(watcher):
+        await asyncio.to_thread(watcher.restore)
+        async with pages, _beside(watcher.watching()) as watching:
+            watching.add_done_callback(_told_why)
+            yield pages
+
+
+def _told_why(watching: asyncio.Task[Any]) -> None:
+    if not watching.cancelled() and (error := watching.exception()) is not None:
+        logger.error("the page no longer follows the swarm; please report this", exc_info=error)
 
 
 async def monitor(invite: Invite, options: Options, ready: Callable[[str], None]) -> Json:
@@ -407,5 +488,4 @@ async def _beside(work: Coroutine[Any, Any, Any]) -> Any:
         yield task
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])

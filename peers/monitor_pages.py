@@ -1,4 +1,5 @@
-"""What the monitor serves over HTTP: the page, its data, and what Prometheus asks for.
+"""What the monitor serves over HTTP, and every peer whose owner wishes it: the page, its data, and what
+Prometheus asks for.
 
     /                     the page, from files that ship with p2ptrain
     /api/v1/state         the whole picture, as JSON
@@ -37,8 +38,12 @@ from p2ptrain.errors import ConfigError, PeerFault, PortBusy
 from p2ptrain.telemetry.health import MAX_HEADER_BYTES
 from peers.watching import Json
 
+MONITOR_PORT, BOOTSTRAP_PORT = 9411, 9412
+"""Unless the owner says otherwise; both may run on one machine."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MOST_CONNECTIONS = 256
+QUESTION_SECONDS = 10.0
+"""A connection that has asked nothing by then is cut, or a few idle ones would keep everybody out."""
 MOST_LISTENERS = 64
 """Pages that follow at one time."""
 REMEMBERED = 600
@@ -124,15 +129,35 @@ class Source:
     failed_checks: Callable[[], Sequence[str]]
     invite: str = ""
     """For the join box; empty: there is none."""
+    read: Callable[[], None] = lambda: None
+    """Called whenever somebody asks how the swarm is."""
+    answered: Callable[[str, int], object] = lambda path, status: None
+    """Told the path and status of every answer."""
+
+
+CannotListen = Callable[[str, int, OSError], ConfigError | PortBusy]
 
 
 class Pages:
     """Serves them while entered. Raises PortBusy or ConfigError if it cannot listen."""
 
-    def __init__(self, source: Source, host: str, port: int, *, public: bool) -> None:
-        """`public`: whoever can connect may come by whatever name; else only by one of this machine."""
+    def __init__(
+        self,
+        source: Source,
+        host: str,
+        port: int,
+        *,
+        public: bool,
+        fault: CannotListen = lambda host, port, error: _cannot_listen(host, port, error),
+    ) -> None:
+        """`public`: whoever can connect may come by whatever name; else only by one of this machine. `fault`
+        says what to do where it cannot listen."""
         self._source, self._host, self._port, self._public = source, host, port, public
+        self._fault = fault
         self._listening = 0
+        self._listener: asyncio.Server | None = None
+        self._silent: set[object] = set()
+        """New connections that no whole request has come by yet."""
         self._files = {path: _file(name) for path, (name, _) in PAGE.items()}
         self._runner = web.AppRunner(
             self._application(),
@@ -152,17 +177,33 @@ class Pages:
     async def __aenter__(self) -> Self:
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, self._host, self._port, backlog=128)
-            await site.start()
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(self._accept, self._host, self._port, backlog=128)
         except OSError as error:
             await self._runner.cleanup()
-            raise _cannot_listen(self._host, self._port, error) from error
-        self._port = self._runner.addresses[0][1]
+            raise self._fault(self._host, self._port, error) from error
+        self._port = self._listener.sockets[0].getsockname()[1]
         return self
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        """The protocol of a new connection, which had better ask something."""
+        assert self._runner.server is not None
+        connection = self._runner.server()
+        self._silent.add(connection)
+
+        def cut() -> None:
+            if connection in self._silent and connection.transport is not None:
+                connection.transport.abort()
+            self._silent.discard(connection)
+
+        asyncio.get_running_loop().call_later(QUESTION_SECONDS, cut)
+        return connection
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._listener is not None:
+            self._listener.close()
         if self._runner.server is not None:
             for connection in self._runner.server.connections:
                 if connection.transport is not None:
@@ -190,6 +231,7 @@ class Pages:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response: web.StreamResponse
+        self._silent.discard(request.protocol)
         if flaw := self._flaw(request):
             response = web.Response(status=403, text=f"{flaw}\n")
         else:
@@ -197,9 +239,11 @@ class Pages:
                 response = await handler(request)
             except web.HTTPException as refusal:  # how aiohttp says 404 and 405
                 refusal.headers.update(HEADERS)
+                self._source.answered(request.path, refusal.status)
                 raise
         if not response.prepared:
             response.headers.update(HEADERS)
+        self._source.answered(request.path, response.status)
         return response
 
     def _flaw(self, request: web.Request) -> str:
@@ -214,7 +258,7 @@ class Pages:
         except ValueError:
             return "the Host or Origin of this request is none"
         if not self._public and name not in LOOPBACK | {self._host}:
-            return f"this monitor is for its own machine: open http://127.0.0.1:{self._port}/ there"
+            return f"this page is for its own machine: open http://127.0.0.1:{self._port}/ there"
         return "this request comes from another page" if foreign else ""
 
     # -- the page and its data -------------------------------------------------------------------------------
@@ -224,9 +268,11 @@ class Pages:
         return _zipped(request, self._files[path], PAGE[path][1])
 
     async def _state(self, request: web.Request) -> web.Response:
+        self._source.read()
         state = {**self._source.state(), "id": self._source.updates.last, "invite": self._source.invite}
-        body = json.dumps(state, separators=(",", ":")).encode()
-        return _zipped(request, body, "application/json")
+        # A long history takes a while to write, for which a peer's rounds must not wait.
+        body = await asyncio.to_thread(lambda: json.dumps(state, separators=(",", ":")).encode())
+        return await asyncio.to_thread(_zipped, request, body, "application/json")
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if self._listening >= MOST_LISTENERS:
@@ -241,6 +287,7 @@ class Pages:
         try:
             await response.write(b"retry: 1000\n\n")
             while True:
+                self._source.read()
                 pending = updates.after(known)
                 if pending is None:
                     everything = json.dumps(self._source.state(), separators=(",", ":")).encode()
@@ -261,6 +308,7 @@ class Pages:
             until, count = int(request.query.get("until", "")), int(request.query.get("count", "40"))
         except ValueError:
             return web.json_response({"error": "until and count are numbers"}, status=400)
+        self._source.read()
         return web.json_response({"parts": self._source.timeline(until, max(1, min(count, MOST_TIMELINE)))})
 
     async def _qr(self, request: web.Request) -> web.Response:
@@ -271,6 +319,7 @@ class Pages:
     # -- for Prometheus and supervisors ----------------------------------------------------------------------
 
     async def _sd(self, request: web.Request) -> web.Response:
+        self._source.read()
         return web.json_response(self._source.targets(request.host))
 
     async def _metrics(self, request: web.Request) -> web.Response:

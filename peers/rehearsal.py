@@ -294,13 +294,21 @@ class Rehearsal:
         self.chronicle.peers.pop(name)
         self.peers.pop(name)
 
+    def pages(self) -> list[str]:
+        """Where the bootstrap shows the run: one address for each time that it was ready."""
+        return [str(line["page"]) for line in self._ready()]
+
     def invites(self) -> list[str]:
         """The bootstrap's: one for each time that it was ready."""
+        return [str(line["invite"]) for line in self._ready()]
+
+    def _ready(self) -> list[dict[str, Any]]:
+        """What the bootstrap said each time that it was."""
         if not self.bootstrap.output.exists():
             return []
         *whole, _ = self.bootstrap.output.read_text().split("\n")
         told = [json.loads(line) for line in whole]
-        return [str(line["invite"]) for line in told if line.get("event") == "ready"]
+        return [line for line in told if line.get("event") == "ready"]
 
     # -- watching --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,14 +40,14 @@ from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
 from p2ptrain.replica.replica import Replica, parameter_table
-from p2ptrain.swarm.access import ASK, Invite
+from p2ptrain.swarm.access import ASK, Invite, encode
 from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.swarm.throttle import Throttle
 from p2ptrain.tasks import build_model, build_task
 from p2ptrain.telemetry.feed import Feed
-from p2ptrain.telemetry.health import HealthServer
+from p2ptrain.telemetry.health import HealthServer, cannot_listen, is_loopback
 from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
@@ -57,8 +57,11 @@ from peers import doctor
 from peers.admission import admit, stay_admitted
 from peers.daemon import ControlServer, Daemon, state
 from peers.engines import build_engine
+from peers.monitor import Monitor, alongside
+from peers.monitor_pages import Pages
 from peers.panel import Below
 from peers.places import data_folder
+from peers.replaying import address as url
 from peers.signals import Stop
 
 logger = logging.getLogger("p2ptrain")
@@ -85,10 +88,35 @@ class Receipt:
     step: int
     lineage: str
     state_digest: str
+    seconds: float
+    """Since the command began."""
     rounds: int
     samples: int
+    tokens: int
+    share: float | None
+    """Of all samples in those rounds; None if there were none."""
+    first_loss: float | None
+    """Of this peer's own samples, in its first round and its last."""
+    last_loss: float | None
     heldout_loss: float | None
     checkpoint: str | None
+
+
+def receipt_lines(receipt: Receipt) -> list[str]:
+    """The same for people."""
+    spent = events.duration(receipt.seconds)
+    given = f"Thank you. In {spent} you gave {receipt.samples:,} samples in {receipt.rounds:,} rounds"
+    more = [f"{receipt.tokens:,} tokens"] if receipt.tokens > receipt.samples else []
+    more += [f"{receipt.share:.0%} of all"] if receipt.share is not None else []
+    lines = ["", f"{given}: {', '.join(more)}." if more else f"{given}."]
+    if receipt.first_loss is not None and receipt.last_loss is not None:
+        heldout = "" if receipt.heldout_loss is None else f"; held out {receipt.heldout_loss:.3f}"
+        lines.append(
+            f"Training loss: {receipt.first_loss:.3f} at first, {receipt.last_loss:.3f} now{heldout}."
+        )
+    if receipt.checkpoint:
+        lines.append(f"Your copy of the model, at step {receipt.step:,}: {receipt.checkpoint}")
+    return lines
 
 
 async def volunteer(
@@ -201,27 +229,23 @@ async def volunteer(
             peer.batch_took = metrics.micro_batch_seconds.observe
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)
-            pages = HealthServer(
-                metrics.page,
-                lambda: _failed_checks(peer),
-                host=config.metrics_host,
-                port=config.metrics_port,
-                answered=metrics.answered_http,
-            )
+            pages = _pages(peer, swarm, invite, metrics, feed)
             staying = stay_admitted(swarm, invite, folder)
             lag = watch_event_loop(metrics.event_loop_lag_seconds.observe)
             async with (
-                pages,
+                pages as served,
                 peer,
                 _beside(lag),
                 _beside(daemon.keep_time()),
                 _beside(staying),
                 _panel(daemon),
             ):
-                peer.metrics_port = pages.port
-                logger.info(
-                    "metrics: http://%s:%d/metrics; data: %s", config.metrics_host, pages.port, folder
-                )
+                peer.metrics_port = served.port
+                here = url(config.metrics_host, served.port)
+                logger.info("metrics: %smetrics; data: %s", here, folder)
+                if config.page:
+                    daemon.page = here
+                    logger.info("the run is to be seen at %s", here)
                 assert swarm.gate is not None
                 put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
                 if not (stop.reason or put_out):
@@ -241,14 +265,20 @@ async def volunteer(
                         f"the others no longer let this peer in: {put_out}; {ASK}, and join with it to go on "
                         "from the checkpoint that was kept"
                     )
+                standing = daemon.standing
                 return Receipt(
                     run_id=run.run_id,
                     peer=swarm.peer_id,
                     step=replica.position.step,
                     lineage=replica.position.lineage,
                     state_digest=await aside(replica.compute_state_digest),
+                    seconds=daemon.seconds,
                     rounds=peer.rounds_joined,
                     samples=peer.samples_given,
+                    tokens=peer.samples_given * run.task.tokens_per_sample,
+                    share=standing.samples / standing.samples_of_all if standing.samples_of_all else None,
+                    first_loss=standing.first_loss,
+                    last_loss=standing.losses[-1] if standing.losses else None,
                     heldout_loss=peer.heldout.get("loss"),
                     checkpoint=str(path) if path else None,
                 )
@@ -400,6 +430,33 @@ async def _put_out(gate: Gate) -> str:
         if flaw := gate.own_flaw():
             return flaw
         await asyncio.sleep(GATE_SECONDS)
+
+
+def _pages(
+    peer: Peer, swarm: Libp2pSwarm, invite: Invite, metrics: Metrics, feed: Feed
+) -> contextlib.AbstractAsyncContextManager[HealthServer | Pages]:
+    """Metrics and health, and with them the page of the run where this peer's owner wishes it."""
+    config = peer.config
+    if not config.page:
+        return HealthServer(
+            metrics.page,
+            lambda: _failed_checks(peer),
+            host=config.metrics_host,
+            port=config.metrics_port,
+            answered=metrics.answered_http,
+        )
+    folder = data_folder(config, peer.run.run_id)
+    watcher = Monitor(invite, folder)
+    watcher.within(swarm, peer.run, feed)
+    public = not is_loopback(config.metrics_host)
+    source = replace(
+        watcher.source("" if public else encode(invite)),
+        metrics=feed.page,
+        failed_checks=lambda: _failed_checks(peer),
+        answered=metrics.answered_http,
+    )
+    pages = Pages(source, config.metrics_host, config.metrics_port, public=public, fault=cannot_listen)
+    return alongside(watcher, pages)
 
 
 def _failed_checks(peer: Peer) -> list[str]:

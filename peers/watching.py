@@ -210,6 +210,10 @@ class Watch:
 
     def __init__(self) -> None:
         self.run: RunConfig | None = None
+        self.sees_bootstraps = True
+        """Whether their records are shown to whoever looks for us."""
+        self.away = False
+        """Whether nobody has looked who is there since it was last of interest."""
         self.peers: dict[str, Seen] = {}
         self.rounds: dict[int, Round] = {}
         self.rows: dict[int, list[Any]] = {}
@@ -243,6 +247,7 @@ class Watch:
 
     def present(self, records: Iterable[Presence], rounds: Iterable[RoundRecord], now: float) -> None:
         """Who is there now, by their signed records."""
+        self.away = False
         self._began = now if self._began is None else self._began
         for record in islice(records, MOST_PEERS):
             if record.role == "monitor":
@@ -267,6 +272,12 @@ class Watch:
                 self._went(peer, now)
             if not peer.present and not peer.samples and now - peer.seen > FORGET_SECONDS:
                 del self.peers[peer.id]
+
+    def look_away(self) -> None:
+        """Until the next look nobody knows who is there: who leaves meanwhile is not gone without a word."""
+        self.away = True
+        for peer in self.peers.values():
+            peer.present = peer.answered = False
 
     def told(self, peer: PeerId, told: Told, now: float) -> None:
         """A peer answered."""
@@ -455,6 +466,8 @@ class Watch:
         if self.run is not None and self.step >= self.run.total_steps:
             return "complete", "all steps are done"
         training = self.training
+        if self.away:
+            return "looking", "who is there"
         if not training:
             return "empty", "nobody trains"
         if all(each.state == "paused" for each in training):
@@ -466,7 +479,7 @@ class Watch:
 
     def incidents(self, now: float) -> list[Incident]:
         """What is wrong now, the gravest first."""
-        found = {each.key: each for each in self._wrong(now)}
+        found = {} if self.away else {each.key: each for each in self._wrong(now)}
         for key in list(self._raised):
             if key not in found:
                 del self._raised[key]
@@ -632,8 +645,10 @@ class Watch:
                 "peers tell of different lineages for one step: the swarm has parted",
                 "look at the network between them; once they meet, the side with fewer samples rolls back",
             )
-        if self._began is not None and not any(
-            each.present for each in self.peers.values() if each.role == "bootstrap"
+        if (
+            self.sees_bootstraps
+            and self._began is not None
+            and not any(each.present for each in self.peers.values() if each.role == "bootstrap")
         ):
             yield Incident(
                 "bootstrap",

@@ -38,8 +38,8 @@ MAX_ANSWERED = 400
 """Events in one answer."""
 GATHER_SECONDS = 0.2
 """After the first event, before the answer: steps may be many in a second."""
-MAX_WATCHERS = 8
-"""That wait at one time."""
+MAX_WATCHERS = 32
+"""That wait at one time: monitors, and peers whose page is read just now."""
 PAGE_SECONDS = 1.0
 """A metrics page this fresh is given again as it is."""
 MAX_PAGE_BYTES = 512 * 1024
@@ -53,13 +53,12 @@ class Feed:
     def __init__(
         self,
         status: Callable[[], Mapping[str, Any]],
-        page: Callable[[], bytes],
+        metrics: Callable[[], bytes],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`status`: how the peer stands, as JSON values that may be told to everybody in the run; `page`: its
-        metrics."""
+        """`status`: how the peer stands, as JSON values that may be told to everybody in the run."""
         self.life = secrets.token_hex(8)
-        self._status, self._page, self._clock = status, page, clock
+        self._status, self._metrics, self._clock = status, metrics, clock
         self._events: deque[bytes] = deque(maxlen=MAX_EVENTS)
         self._next = 0
         self._more = asyncio.Event()
@@ -87,7 +86,7 @@ class Feed:
         """The reply to a watcher's request, and its payload."""
         match request:
             case GetMetrics():
-                return Piece(), self._metrics()
+                return Piece(), self.page()
             case GetEvents() if self._watchers >= MAX_WATCHERS:
                 return Refusal(reason=f"more than {MAX_WATCHERS} watch this peer already"), b""
             case GetEvents():
@@ -132,10 +131,11 @@ class Feed:
             b",".join(chosen),
         )
 
-    def _metrics(self) -> bytes:
+    def page(self) -> bytes:
+        """The peer's metrics, written out at most once a second."""
         now = asyncio.get_running_loop().time()
         if now >= self._cached_until:
-            self._cached, self._cached_until = self._page(), now + PAGE_SECONDS
+            self._cached, self._cached_until = self._metrics(), now + PAGE_SECONDS
         return self._cached
 
 

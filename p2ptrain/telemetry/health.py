@@ -73,7 +73,7 @@ class HealthServer:
             )
         except OSError as error:
             await self._runner.cleanup()
-            raise _cannot_listen(self._host, self._port, error) from error
+            raise cannot_listen(self._host, self._port, error) from error
         self._port = self._listener.sockets[0].getsockname()[1]
         return self
 
@@ -134,7 +134,7 @@ class HealthServer:
             "same-site",
         ):
             return "no page of another site reads this"
-        if _is_loopback(self._host) and not _is_loopback(request.url.host or "localhost"):
+        if is_loopback(self._host) and not is_loopback(request.url.host or "localhost"):
             return "this is opened by its address, or as localhost"
         return ""
 
@@ -171,7 +171,8 @@ class _HangUp(asyncio.Protocol):
         cast(asyncio.Transport, transport).abort()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether this address or name is of this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -184,7 +185,8 @@ def _cut(connection: web.RequestHandler) -> None:
         connection.transport.abort()
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError | PortBusy:
+def cannot_listen(host: str, port: int, error: OSError) -> ConfigError | PortBusy:
+    """What to tell a peer's owner who chose where its metrics and page are."""
     if error.errno == errno.EADDRINUSE:
         return PortBusy(
             f"metrics_port {port} on {host} is taken by another process; "

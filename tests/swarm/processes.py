@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +46,17 @@ def until(holds: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what() if callable(what) else what}"
         time.sleep(0.05)  # a poll with a deadline: the other side is a process
     return value
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    """Status and text of that page; 0 if nobody answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read().decode()
+    except OSError:
+        return 0, ""
 
 
 class Process:

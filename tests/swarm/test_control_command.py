@@ -16,7 +16,7 @@ import pytest
 from p2ptrain.errors import ConfigError, NotRunning, P2PTrainError, PortBusy
 from peers import control, daemon
 from peers.daemon import ControlServer
-from tests.swarm.processes import Crew, Process, crew, run_file, until
+from tests.swarm.processes import Crew, Process, crew, get, run_file, until
 
 pytestmark = pytest.mark.swarm
 
@@ -118,6 +118,13 @@ def people(tmp_path: Path) -> Iterator[Crew]:
         yield started
 
 
+def seen_at(page: str) -> list[str]:
+    """Peers whose part in rounds the page there shows, with how they stand."""
+    state = json.loads(get(f"{page}api/v1/state")[1] or "{}")
+    peers = state.get("peers", {}).values()
+    return [each["id"] for each in peers if each["answered"] and each["samples"] and each["speed"]]
+
+
 def told(process: Process, code: int = 0) -> str:
     """What a command printed that ended with this code."""
     assert process.end() == code, process
@@ -125,8 +132,10 @@ def told(process: Process, code: int = 0) -> str:
 
 
 def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Crew, tmp_path: Path) -> None:
-    _, invite = people.bootstrap(run_file(tmp_path, "asked", 1_000_000, batch=64))
-    anna, bert = (people.join(invite, name, checkpoint_every_steps=0) for name in ("anna", "bert"))
+    bootstrap, invite = people.bootstrap(run_file(tmp_path, "asked", 1_000_000, batch=64))
+    anna, bert = (
+        people.join(invite, name, checkpoint_every_steps=0, page=name == "anna") for name in ("anna", "bert")
+    )
     folder = str(tmp_path / "anna")
 
     def ask(verb: str, *words: str) -> dict[str, Any]:
@@ -142,6 +151,16 @@ def test_volunteer_pauses_resumes_and_finishes_while_others_train_on(people: Cre
     assert status["step"] > 0
     until(lambda: len(ask("status")["carriers"]) == 1, "a known way to the other peer")
     elsewhere = people.start("status")  # for whoever has other data
+    opened: dict[str, Any] = json.loads(bootstrap.output.read_text().splitlines()[0])
+    for page in (status["page"], opened["page"]):
+        until(lambda page=page: len(seen_at(page)) == 2, lambda page=page: f"both at {page}: {seen_at(page)}")
+        assert get(f"{page}healthz") == (200, "ok\n")
+        assert get(f"{page}readyz")[0] == 200
+        assert get(page, Host="evil.example")[0] == 403
+        mine = get(f"{page}peers/{status['peer']}/metrics")
+        assert "p2ptrain_global_step " in mine[1], mine
+    assert "p2ptrain_global_step " in get(f"{status['page']}metrics")[1]
+    assert "p2ptrain_swarm_global_step " in get(f"{opened['page']}metrics")[1]
     again = people.join(invite, "anna")
 
     assert ask("pause", "--for", "1h")["state"] == "paused"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peers.control import Running, choose, find, link_name
 from peers.control_cli import pause_lines, status_lines
 from peers.daemon import RATE_SECONDS, Daemon, Rates, Standing
 from peers.signals import Stop
+from peers.volunteer import Receipt, receipt_lines
 
 HERE, THERE = Running("stdlib", Path("/data/one")), Running("digits", Path("/data/two"))
 
@@ -241,3 +243,30 @@ def test_pause_without_an_end_says_how_it_ends() -> None:
     assert pause_lines([{**PAUSED_UNTIL, "until": None}], 0.0) == [
         "paused: you asked for it; resumes with `p2ptrain resume`"
     ]
+
+
+def test_receipt_tells_what_was_given_and_what_came_of_it() -> None:
+    receipt = Receipt(
+        run_id="stdlib",
+        peer="12D3KooWabcdefgh",
+        step=1200,
+        lineage="ab" * 32,
+        state_digest="cd" * 32,
+        seconds=250.0,
+        rounds=1100,
+        samples=5000,
+        tokens=640_000,
+        share=0.34,
+        first_loss=5.5,
+        last_loss=2.25,
+        heldout_loss=2.3,
+        checkpoint="/data/checkpoints/step-00001200",
+    )
+    assert receipt_lines(receipt) == [
+        "",
+        "Thank you. In 4 min 10 s you gave 5,000 samples in 1,100 rounds: 640,000 tokens, 34% of all.",
+        "Training loss: 5.500 at first, 2.250 now; held out 2.300.",
+        "Your copy of the model, at step 1,200: /data/checkpoints/step-00001200",
+    ]
+    nothing = replace(receipt, rounds=0, samples=0, tokens=0, share=None, first_loss=None, checkpoint=None)
+    assert receipt_lines(nothing) == ["", "Thank you. In 4 min 10 s you gave 0 samples in 0 rounds."]

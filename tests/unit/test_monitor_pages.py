@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -244,3 +245,19 @@ async def test_port_that_is_taken_is_named(pages: Pages) -> None:
     with pytest.raises(ConfigError, match="choose another --host"):
         async with Pages(source(), "192.0.2.1", 0, public=False):
             pass
+
+
+async def test_connection_that_asks_nothing_is_cut_and_one_that_has_asked_is_not(
+    updates: Updates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "QUESTION_SECONDS", 0.1)
+    async with Pages(source(updates), "127.0.0.1", 0, public=False) as pages:
+        silent = [await asyncio.open_connection("127.0.0.1", pages.port) for _ in range(3)]
+        silent[1][1].write(b"GET / HTTP/1.1\r\nHost: 127")  # and never the rest
+        following = asyncio.create_task(events(pages, 2))
+        for reader, writer in silent:
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+        updates.publish({"number": 1})
+        assert len(await following) == 2

@@ -112,6 +112,22 @@ def test_peer_went_in_peace_or_was_lost_when_its_presence_ends(watch: Watch) -> 
     assert watch.joined == 3
 
 
+def test_nobody_is_lost_who_left_while_nobody_looked(watch: Watch) -> None:
+    watch.look_away()
+    assert watch.phase(NOW)[0] == "looking"
+    assert watch.incidents(NOW) == [], "that nobody was looked for says nothing"
+    watch.present([presence(ANNA)], [], NOW + 10 * watching.GONE_SECONDS)
+    assert (watch.left, watch.lost) == (0, 0)
+    assert [watch.peers[peer].state for peer in (ANNA, BERT)] == ["unknown", "gone"]
+    assert not [line for line in watch.log if line["event"] == "lost"]
+
+
+def test_peer_that_is_shown_no_bootstrap_misses_none(watch: Watch) -> None:
+    assert "bootstrap" in {each.key for each in watch.incidents(NOW)}
+    watch.sees_bootstraps = False
+    assert "bootstrap" not in {each.key for each in watch.incidents(NOW)}
+
+
 def test_abort_is_shown_with_its_cause(watch: Watch) -> None:
     watch.told(ANNA, told(ABORTED), NOW)
     assert watch.aborts[0][1:] == [41, ANNA, "peer_lost", 1.3]
