@@ -420,6 +420,14 @@ class Local(Section):
     """How peers that took unlike numbers of steps are weighed. `samples`: by their samples, so the fast ones
     pull the most; `fednova`: as if all had taken equally many, which keeps to the goal where data differ."""
 
+    warmup_rounds: Annotated[int, Field(ge=0, lt=10**9)] = 0
+    """Rounds at first in which all take one synchronized step, as with strategy `sync`: to train apart costs
+    the most while the loss falls fast. The steps that each peer then takes alone go on with the optimizer
+    state that these have led to. They are rounds, and count as such in `schedule` and `total_steps`."""
+
+    warmup_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 64
+    """Samples of all peers together in each of these rounds, in place of `target_batch_size`."""
+
 
 class Outer(Section):
     """A second momentum around the optimizer's steps (DiLoCo's outer step), which costs no communication."""
@@ -473,7 +481,8 @@ class RunConfig(Section):
     payload: Literal["full", "lora"] = "full"
     """`full`: all parameters are trained and averaged. `lora`: the model stays as it is, and adapters are
     trained for it, see `[lora]`: about a hundredth of the bytes. It needs the extra `p2ptrain[hf]`, and all
-    peers must have the same model to the bit."""
+    peers must have the same model to the bit. With strategy `local` one factor of each adapter is trained in
+    even rounds and the other in odd ones, so that their mean is exact."""
 
     total_steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
     """Synchronized steps after which the run is over. Changing it changes a `linear` or `cosine` schedule."""
@@ -594,11 +603,10 @@ class RunConfig(Section):
                 f'audit ({self.audit:g}) must be 0 with strategy = "local": what a peer has brought is '
                 "gone when it takes its next steps, so nobody could read it again"
             )
-        if self.payload == "lora":
+        if self.local.warmup_rounds >= self.total_steps:
             raise ValueError(
-                'payload = "lora" needs strategy = "sync": the mean of adapters trained apart is not the '
-                "adapter of mean factors; train them with PEFT, and let `p2ptrain adapters combine` make "
-                "the exact mean"
+                f"local.warmup_rounds ({self.local.warmup_rounds}) must be less than total_steps "
+                f'({self.total_steps}), or peers never train apart; lower it, or set strategy to "sync"'
             )
         if self.target_batch_size < self.local.inner_batch_size:
             raise ValueError(
@@ -647,10 +655,10 @@ class RunConfig(Section):
                 f'data = "leased" needs delay = 0, not {self.delay}: who may take which samples follows from '
                 'the last round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
             )
-        if self.data == "leased" and self.strategy != "sync":
+        if self.data == "leased" and self.strategy not in ("sync", "local"):
             raise ValueError(
-                f'data = "leased" needs strategy = "sync", not "{self.strategy}", with which it was '
-                'never tried; set data to "drawn"'
+                f'data = "leased" needs strategy = "sync" or "local", not "{self.strategy}", with which it '
+                'was never tried; set data to "drawn"'
             )
         if self.data == "leased" and isinstance(self.task, BytesTask) and not self.task.exact:
             raise ValueError(

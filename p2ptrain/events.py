@@ -526,6 +526,40 @@ class Evaluated(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopiesAveraged(_Happened):
+    """Strategy `local`: round `step` made one of the copies that peers had trained apart."""
+
+    event: ClassVar[str] = "copies_averaged"
+    level: ClassVar[int] = logging.DEBUG
+    step: int
+    change_norm: float
+    """Of the mean change, which the outer step then takes (the pseudo-gradient)."""
+    cosine: float | None
+    """Mean cosine between two peers' changes; None if that cannot be told."""
+    consensus_distance: float | None
+    """How far copies were from their average: the root of the mean squared distance."""
+    own_loss: float | None = None
+    """On the probe batch, which is the same for all: of this peer's copy. In nats; None in most rounds."""
+    average_loss: float | None = None
+    """On the same batch: of the average of all copies, before the outer step."""
+
+    @property
+    def barrier(self) -> float | None:
+        """The average's loss less this copy's; its mean over all peers is the averaging barrier, and below
+        zero it helps to average."""
+        if self.own_loss is None or self.average_loss is None:
+            return None
+        return self.average_loss - self.own_loss
+
+    def sentence(self) -> str:
+        alike = "" if self.cosine is None else f", at a cosine of {self.cosine:.2f}"
+        text = f"step {self.step}: the copies' mean change is {self.change_norm:.3g} long{alike}"
+        if self.barrier is None:
+            return text
+        return f"{text}; on the probe batch averaging changed the loss by {self.barrier:+.4f}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Previewed(_Happened):
     """The model at `step` was asked for a sample."""
 
@@ -789,6 +823,7 @@ Event = (
     | RolledBack
     | ReplicaDiverged
     | Evaluated
+    | CopiesAveraged
     | Previewed
     | CheckpointSaved
     | CheckpointFailed

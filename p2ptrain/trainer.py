@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, assert_never
 
 import torch
+from torch import nn
 
 from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.allreduce import (
@@ -60,12 +61,12 @@ from p2ptrain.records import (
     Terms,
     Watching,
 )
-from p2ptrain.replica.apart import LocalSteps
+from p2ptrain.replica.apart import LocalSteps, agreement
 from p2ptrain.replica.bases import Bases
 from p2ptrain.replica.checkpoint import discard_after, save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, outvoted, sent_in_round
-from p2ptrain.replica.log import EntryLog
+from p2ptrain.replica.log import Entry, EntryLog
 from p2ptrain.replica.partial import Partial
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
@@ -86,6 +87,8 @@ PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
 """In the task's units: for text, characters. Others wait for this peer meanwhile."""
+PROBE, PROBE_SAMPLES = "probe", 32
+"""The peer by whose name, and how many, samples are drawn on which copies are compared with their average."""
 MOST_NONFINITE = 20
 """Micro-batches without a finite gradient in a row, after which this peer gives up: nothing it computes
 counts."""
@@ -206,13 +209,12 @@ class Peer:
         self._checkpoints = checkpoints
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
-        elsewhere = replica.gradient.device if replica.moved else None
-        self._accumulator = (
-            replica.train_apart() if run.strategy == "local" else Accumulator(replica.numel, elsewhere)
-        )
+        device = replica.gradient.device
+        self._elsewhere = None if device.type == "cpu" else device
+        self._accumulator = self._fitting_accumulator()
         if run.audit and isinstance(self._accumulator, Accumulator):
             self._accumulator.keep_one_more()
-        self._ahead = Accumulator(replica.numel, elsewhere) if run.delay else None
+        self._ahead = Accumulator(replica.numel, self._elsewhere) if run.delay else None
         """What is computed for the next step while this one's round is under way."""
         upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
         self.donor = Donor(canonical_json(run), replica, self.log, compute, aside, upload_bytes_per_second)
@@ -228,6 +230,8 @@ class Peer:
             attempt_most_seconds=run.attempt_most_seconds,
             quorum=run.quorum,
             leased=run.data == "leased",
+            warmup_rounds=run.local.warmup_rounds if run.strategy == "local" else 0,
+            warmup_batch_size=run.local.warmup_batch_size if run.strategy == "local" else 0,
         )
         self._numbered = _numbered(run, task)
         """None: samples are drawn."""
@@ -278,8 +282,9 @@ class Peer:
         """Samples drawn while the replica stands where it does."""
         self._lease: Ranges = ()
         """Where samples are leased, they are the first of these."""
-        self._skipped = 0
-        """Of them, those whose gradient was not finite."""
+        self._skipped = self._skipped_for_good = 0
+        """Of them, those whose gradient was not finite; and those before the last one that counts, as of a
+        peer that trains apart only full inner batches do."""
         self._compute_seconds = 0.0
         """Of the micro-batches that ended since the last step."""
         self._in_time = False
@@ -406,8 +411,16 @@ class Peer:
                 await self._take_batch(self._accumulator)
         if not self._accumulator.gathered:
             # Not on the compute thread, where a micro-batch that came too late may be under way.
+            before = self._accumulator.samples
             await self._aside(self._accumulator.gather)
-        return Contribution(self._accumulator.total, self._accumulator.samples, self._skipped, self._lease)
+            if lost := before - self._accumulator.samples:
+                cause = events.WasteCause.NONFINITE
+                self._observe(
+                    events.SamplesWasted(step=self.replica.position.step, samples=lost, cause=cause)
+                )
+        return Contribution(
+            self._accumulator.total, self._accumulator.samples, self._skipped_for_good, self._lease
+        )
 
     async def join_round(self, contribution: Contribution) -> Outcome:
         """Average with the swarm, with `delay` computing for the next step meanwhile; whatever the outcome
@@ -436,11 +449,14 @@ class Peer:
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
-        rate = learning_rate(in_force(self.run, header.terms, header.step), header.step)
+        run = in_force(self.run, header.terms, header.step)
+        rate = learning_rate(run, header.step)
+        apart = None
+        if run.strategy == "local":
+            apart = await self._look_at_copies(committed, run, probe=bool(mine))
         within = await self._compute(self._apply_now, committed)
         # How far peers came apart from each other tells nothing of single samples.
-        between = committed.spread if self.run.strategy == "sync" else None
-        reading = self._noise.round(between, within)
+        reading = self._noise.round(None if apart else committed.spread, within)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -465,6 +481,8 @@ class Peer:
                 noise_excess=reading.excess,
             )
         )
+        if apart is not None:
+            self._observe(apart)
         if reading.duplicated:
             self._observe(events.DataDuplicated(step=header.step, noise_excess=reading.excess))
         self.rounds_joined += 1
@@ -478,6 +496,43 @@ class Peer:
         if header.ballot.leader == self.swarm.peer_id and began - self._round_published > PRESENCE_SECONDS:
             self._round_published = began
             self._spawn(self._publish_round(len(header.roster)))
+
+    async def _look_at_copies(
+        self, committed: Committed, run: RunConfig, *, probe: bool
+    ) -> events.CopiesAveraged:
+        """How the copies that an entry averages were to each other; as often as at held-out data also, for
+        peers that have one, what averaging does to the loss."""
+        entry, step = committed.entry, committed.entry.header.step
+        found = agreement(entry.header, committed.spread, self.replica.scale(run, entry.header)[0])
+        every, losses = self.config.eval_every_steps, (None, None)
+        if probe and every and (step + 1) % every == 0:
+            losses = await self._compute(self._probe, entry)
+        return events.CopiesAveraged(
+            step=step,
+            change_norm=found.norm,
+            cosine=found.cosine,
+            consensus_distance=found.consensus_distance,
+            own_loss=losses[0],
+            average_loss=losses[1],
+        )
+
+    def _probe(self, entry: Entry) -> tuple[float, float]:
+        """On the compute thread: mean loss on the probe batch of this peer's copy, and of all copies'
+        average, which the model has then."""
+        own = self.engine.judge(self._probe_loss)
+        self.replica.show_average(entry)
+        return own, self.engine.judge(self._probe_loss)
+
+    @torch.no_grad()
+    def _probe_loss(self, model: nn.Module) -> float:
+        """Over samples that are the same on every peer with the same data, and in every round."""
+        most = self.engine.most_samples
+        sizes = [min(most, PROBE_SAMPLES - first) for first in range(0, PROBE_SAMPLES, most)]
+        batches = (
+            self.task.batch(0, PROBE, first, size)
+            for first, size in zip(range(0, PROBE_SAMPLES, most), sizes, strict=True)
+        )
+        return math.fsum(float(self.task.loss_sum(model, batch)) for batch in batches) / PROBE_SAMPLES
 
     async def catch_up(self, behind: Behind) -> None:
         """Get from a donor to where the swarm is. If it cannot help, the machine names the next one."""
@@ -760,6 +815,7 @@ class Peer:
                 )
             )
             self._most_samples, self._batch_size = most, min(self._batch_size, most)
+        counted = into.samples
         if await self._compute(into.add, self.replica.gradient, count, loss_sum):
             self._nonfinite = 0
         else:
@@ -775,6 +831,8 @@ class Peer:
                     'precision = "fp32" in the peer file, or tell the organizer that the learning rate is '
                     "too high"
                 )
+        if isinstance(into, Accumulator) or into.samples > counted:
+            self._skipped_for_good = self._skipped
         if not ahead:
             self._report()
 
@@ -810,12 +868,12 @@ class Peer:
         if held != self._lease:
             await self._discard(events.WasteCause.NO_LEASE)
             self._void_batch, self._lease = self._batch, held
-            self._drawn = self._skipped = 0
+            self._drawn = self._skipped = self._skipped_for_good = 0
 
     async def _begin_lease(self) -> None:
         """From its first sample, as if none had been computed."""
         await self._discard(events.WasteCause.NONFINITE)
-        self._drawn = self._skipped = 0
+        self._drawn = self._skipped = self._skipped_for_good = 0
 
     def _lease_now(self) -> Ranges:
         leases = self.rounds.member.leases()
@@ -845,16 +903,32 @@ class Peer:
     def _apply_now(self, committed: Committed) -> Spread | None:
         """On the compute thread; returns how far this peer's micro-batches were apart."""
         self.replica.apply(committed.entry)
-        if not isinstance(self._accumulator, Accumulator):
+        within = None
+        if isinstance(self._accumulator, LocalSteps):
             self._accumulator.settle(self._codec, committed.sent)
-            return None
-        within = self._accumulator.settle(self._codec, committed.sent)
-        if self._ahead is not None:
-            self._accumulator.absorb(self._ahead)
+        else:
+            within = self._accumulator.settle(self._codec, committed.sent)
+            if self._ahead is not None:
+                self._accumulator.absorb(self._ahead)
+        self._follow_strategy()
         return within
+
+    def _fitting_accumulator(self) -> Accumulator | LocalSteps:
+        """For what peers bring where the replica stands."""
+        if self.replica.strategy == "local":
+            return self.replica.train_apart()
+        return Accumulator(self.replica.numel, self._elsewhere)
+
+    def _follow_strategy(self) -> None:
+        """Where a warm-up ends, or somebody rolls back into one, other things are brought than before; what a
+        codec owed of those is not paid."""
+        if isinstance(self._accumulator, LocalSteps) != (self.replica.strategy == "local"):
+            self._accumulator = self._fitting_accumulator()
+            self._noise = NoiseMeter()
 
     def _reset(self) -> None:
         """On the compute thread."""
+        self._follow_strategy()
         self._accumulator.reset()
         if self._ahead is not None:
             self._ahead.reset()
@@ -865,7 +939,8 @@ class Peer:
             # anew, so one that comes late would count twice (I4).
             self._void_batch = self._batch
             self._milestones = ()
-        self._drawn, self._skipped, self._compute_seconds = 0, 0, 0.0
+        self._drawn = self._skipped = self._skipped_for_good = 0
+        self._compute_seconds = 0.0
         self._in_time = settled
         self._step_began = self._now()
         self._tell_changes()
@@ -976,7 +1051,7 @@ class Peer:
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
             case Unlike(peer, excess):
-                if self.run.strategy == "sync" and not self._noise.duplicates:
+                if self.replica.strategy == "sync" and not self._noise.duplicates:
                     step = self.replica.position.step
                     self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
             case Gone(peer):

@@ -186,7 +186,7 @@ async def volunteer(
             metrics = Metrics(
                 run.run_id,
                 print_,
-                clip_norm=run.optimizer.clip_norm,
+                clip_norm=run.optimizer.clip_norm if run.strategy == "sync" else 0.0,
                 sample_tokens=run.task.tokens_per_sample,
                 about={"device": config.device, "reduces": str(config.reduces).lower()},
             )

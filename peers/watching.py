@@ -53,6 +53,7 @@ QUIET = frozenset(
         "catching_up",
         "previewed",
         "evaluated",
+        "copies_averaged",
         "samples_wasted",
     }
 )

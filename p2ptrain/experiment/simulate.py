@@ -70,7 +70,7 @@ class Member:
             done += count
         self.gathered.gather()
         self.sent = []
-        if not float(self.gathered.total.abs().max()) <= LARGEST:
+        if not (self.gathered.samples and float(self.gathered.total.abs().max()) <= LARGEST):
             raise Diverged(f"what a peer brings to step {step} is not finite")
 
     def apply(self, entry: Entry, owed: Owed) -> None:
@@ -85,8 +85,8 @@ class Simulation:
 
     def __init__(self, run: RunConfig, task: Task, roster: Sequence[str], micro_batch_size: int) -> None:
         """All at step 0; each computes `micro_batch_size` samples at once."""
-        if run.delay or run.audit or run.data == "leased":
-            raise ValueError("delay, audit and leased data cannot be simulated")
+        if run.delay or run.audit or run.data == "leased" or run.local.warmup_rounds:
+            raise ValueError("delay, audit, leased data and a warm-up cannot be simulated")
         if list(roster) != sorted(set(roster)):
             raise ValueError(f"a roster is sorted and names each peer once, not {list(roster)}")
         self.run = run

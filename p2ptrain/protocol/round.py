@@ -34,11 +34,14 @@ class Rules:
     """Who may step: whoever is there, or only with more than half of the last round's roster."""
     leased: bool = False
     """Whether samples are numbered, and each counts once; see `ledger`."""
+    warmup_rounds: int = 0
+    warmup_batch_size: int = 0
+    """The target in so many rounds at first, whatever it is afterwards."""
 
     @property
     def most_samples(self) -> int:
         """More than that no peer can bring: it begins no micro-batch once it has the target by itself."""
-        return 2 * self.target_batch_size
+        return 2 * max(self.target_batch_size, self.warmup_batch_size)
 
 
 # -- effects -------------------------------------------------------------------------------------------------

@@ -42,8 +42,17 @@ def due(terms: Terms | None, step: int) -> list[Change]:
 
 @lru_cache(maxsize=8)
 def in_force(run: RunConfig, terms: Terms | None, step: int) -> RunConfig:
-    """The run as it stands for the entry of this step. Raises ValueError if that is no valid run."""
-    changes = due(terms, step)
+    """The run as it stands for the entry of this step: one of strategy `sync`, while strategy `local` warms
+    up. Raises ValueError if that is no valid run."""
+    changed = _changed(run, due(terms, step))
+    if run.strategy != "local" or step >= run.local.warmup_rounds:
+        return changed
+    return changed.model_copy(
+        update={"strategy": "sync", "target_batch_size": run.local.warmup_batch_size},
+    )
+
+
+def _changed(run: RunConfig, changes: list[Change]) -> RunConfig:
     if not changes:
         return run
     document: dict[str, Any] = run.model_dump()
@@ -64,6 +73,8 @@ def total_steps(run: RunConfig, terms: Terms | None) -> int:
 
 def rules_at(rules: Rules, terms: Terms | None, step: int) -> Rules:
     """The rules that hold at this step."""
+    if step < rules.warmup_rounds:
+        return replace(rules, target_batch_size=rules.warmup_batch_size)
     targets = [int(each.value) for each in due(terms, step) if each.key == "target_batch_size"]
     return replace(rules, target_batch_size=targets[-1]) if targets else rules
 

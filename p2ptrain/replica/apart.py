@@ -12,15 +12,18 @@ inner batches have one size, samples ÷ steps is the same for everyone, and what
 in the end follows from the sample counts in the entry (`effective_steps`).
 
 The state of the inner optimizer is this peer's own: it is in no snapshot, and who joins starts with a fresh
-one.
+one. It lies where the model is, and need not round alike everywhere.
 
-Not covered: synchronous steps at first, and layers with running statistics, which `Replica` refuses.
+How far the copies came apart shows in each round for nothing: `agreement`.
+
+Not covered: layers with running statistics, which `Replica` refuses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +31,39 @@ from torch import Tensor
 from p2ptrain.config import Local
 from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent, in_bounds
 from p2ptrain.gradients.codecs import Codec
+from p2ptrain.gradients.noise import Spread
+from p2ptrain.records import EntryHeader
 from p2ptrain.replica.optimizers import FlatOptimizer, clip_factor
 
 
 def effective_steps(samples: Sequence[int], inner_batch_size: int) -> float:
     """Σ p·steps over the roster: how many inner steps an average of `fednova` stands for."""
     return math.fsum(count * count for count in samples) / (sum(samples) * inner_batch_size)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How peers' ways from the common parameters, Δ_i with shares p_i, were to each other in a round."""
+
+    norm: float
+    """‖Σ p·Δ‖, of the pseudo-gradient."""
+    cosine: float | None
+    """Mean cosine between two peers' ways, where they are of equal length; else the long ones count for more.
+    1: all went the same way. None if fewer than two brought any, or the codec hides it."""
+    consensus_distance: float | None
+    """√Σ p·‖θ_i - Σ p·θ‖²: how far a copy was from the average of all, before that replaced it."""
+
+
+def agreement(header: EntryHeader, spread: Spread | None, factor: float) -> Agreement:
+    """From what the round measured anyway; `factor` is what the entry's mean is multiplied by when it is
+    applied, and with it everything that is a length here."""
+    norm = factor * math.sqrt(math.fsum(header.squared_norms))
+    if spread is None:
+        return Agreement(norm, None, None)
+    squares = math.fsum((count / header.total_samples) ** 2 for count in header.samples)
+    together, each = spread.of_mean, spread.of_groups
+    cosine = (together - squares * each) / ((1 - squares) * each) if each else None
+    return Agreement(norm, cosine, factor * math.sqrt(max(each - together, 0.0)))
 
 
 class LocalSteps:
@@ -103,12 +133,16 @@ class LocalSteps:
         return not self._stale
 
     def gather(self) -> None:
-        """Bring `total` up to date. Nothing may be added meanwhile."""
+        """Bring `total` up to date. Nothing may be added meanwhile. If this peer's own steps have led to what
+        is not finite, it brings nothing (I5), and begins anew when its model is reset."""
         times = self.samples if self._settings.weighting == "samples" else self._settings.inner_batch_size
         torch.sub(self._anchor, self._working.to(self._anchor.device), out=self.total)
         self.total.mul_(times)
         if self._owed is not None:
             self.total.add_(self._owed)
+        if not bool(self.total.isfinite().all()):
+            self._begin()
+            return
         self.total.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
         self._stale = False
 

@@ -39,6 +39,7 @@ NORM_VALUES = 2**18
 its last bits would be others."""
 
 Ranges = Sequence[tuple[int, int]]
+CPU = torch.device("cpu")
 
 
 class FlatOptimizer(Protocol):
@@ -64,17 +65,20 @@ class FlatOptimizer(Protocol):
         ...
 
 
-def build_optimizer(config: OptimizerConfig, tensors: Ranges, decayed: Ranges) -> FlatOptimizer:
+def build_optimizer(
+    config: OptimizerConfig, tensors: Ranges, decayed: Ranges, device: torch.device = CPU
+) -> FlatOptimizer:
     """A fresh optimizer for the vector that `tensors` make, the ranges [start, stop) of each, in order;
-    `decayed` are the ranges under weight decay."""
+    `decayed` are the ranges under weight decay. Its state lies on `device`, where the vector must be; only on
+    the CPU is a step the same to the last bit on every machine."""
     numel = tensors[-1][1]
     match config.kind:
         case "adamw":
-            return AdamW(config, numel, decayed)
+            return AdamW(config, numel, decayed, device)
         case "sgd":
-            return SGD(config, numel, decayed)
+            return SGD(config, numel, decayed, device)
         case "lamb":
-            return LAMB(config, tensors, decayed)
+            return LAMB(config, tensors, decayed, device)
         case _:
             assert_never(config.kind)
 
@@ -105,12 +109,14 @@ class SGD:
     """θ ← (1 - lr·decay)·θ - lr·d, with velocity ← momentum·velocity + g, and d the velocity or, with
     Nesterov, g + momentum·velocity. Weight decay is decoupled: it does not pass through the velocity."""
 
-    def __init__(self, config: OptimizerConfig, numel: int, decayed: Ranges) -> None:
+    def __init__(
+        self, config: OptimizerConfig, numel: int, decayed: Ranges, device: torch.device = CPU
+    ) -> None:
         self._config = config
         self.weight_decay = config.weight_decay
         self._decayed = decayed
-        self._velocity = torch.zeros(numel)
-        self._scratch = torch.empty(min(numel, BLOCK_VALUES))
+        self._velocity = torch.zeros(numel, device=device)
+        self._scratch = torch.empty(min(numel, BLOCK_VALUES), device=device)
 
     def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
         momentum, rate = (_scalar(value, parameters) for value in (self._config.momentum, lr))
@@ -138,15 +144,17 @@ class AdamW:
     """θ ← (1 - lr·decay)·θ - lr/(1 - β1^t) · m / (√v/√(1 - β2^t) + ε), where m and v are the running means of
     g and g² (Loshchilov and Hutter, "Decoupled weight decay regularization")."""
 
-    def __init__(self, config: OptimizerConfig, numel: int, decayed: Ranges) -> None:
+    def __init__(
+        self, config: OptimizerConfig, numel: int, decayed: Ranges, device: torch.device = CPU
+    ) -> None:
         self._config = config
         self.weight_decay = config.weight_decay
         self._decayed = decayed
-        self._mean = torch.zeros(numel)
-        self._square_mean = torch.zeros(numel)
+        self._mean = torch.zeros(numel, device=device)
+        self._square_mean = torch.zeros(numel, device=device)
         self._beta1_power = 1.0
         self._beta2_power = 1.0
-        self._scratch = torch.empty(min(numel, BLOCK_VALUES))
+        self._scratch = torch.empty(min(numel, BLOCK_VALUES), device=device)
 
     def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
         config = self._config
@@ -169,7 +177,7 @@ class AdamW:
             scratch = self._scratch[: len(theta)]
             mean.mul_(beta1).add_(torch.mul(g, rest1, out=scratch))
             square_mean.mul_(beta2).add_(torch.mul(g, g, out=scratch).mul_(rest2))
-            np.sqrt(square_mean.numpy(), out=scratch.numpy())
+            _square_root(square_mean, scratch)
             scratch.div_(root_correction).add_(epsilon)
             theta.sub_(torch.div(mean, scratch, out=scratch).mul_(rate))
 
@@ -194,17 +202,19 @@ class LAMB:
     bounds on ‖θ‖; there are none here.
     """
 
-    def __init__(self, config: OptimizerConfig, tensors: Ranges, decayed: Ranges) -> None:
+    def __init__(
+        self, config: OptimizerConfig, tensors: Ranges, decayed: Ranges, device: torch.device = CPU
+    ) -> None:
         numel = tensors[-1][1]
         self._config = config
         self.weight_decay = config.weight_decay
         self._tensors, self._decayed = tensors, decayed
-        self._mean = torch.zeros(numel)
-        self._square_mean = torch.zeros(numel)
+        self._mean = torch.zeros(numel, device=device)
+        self._square_mean = torch.zeros(numel, device=device)
         self._beta1_power = 1.0
         self._beta2_power = 1.0
-        self._direction = torch.empty(numel)
-        self._scratch = torch.empty(min(numel, BLOCK_VALUES))
+        self._direction = torch.empty(numel, device=device)
+        self._scratch = torch.empty(min(numel, BLOCK_VALUES), device=device)
 
     def step(self, parameters: Tensor, gradient: Tensor, lr: float) -> None:
         config = self._config
@@ -229,7 +239,7 @@ class LAMB:
             scratch = self._scratch[: len(g)]
             mean.mul_(beta1).add_(torch.mul(g, rest1, out=scratch))
             square_mean.mul_(beta2).add_(torch.mul(g, g, out=scratch).mul_(rest2))
-            np.sqrt(square_mean.numpy(), out=scratch.numpy())
+            _square_root(square_mean, scratch)
             scratch.div_(root_correction).add_(epsilon)
             torch.div(mean, scratch, out=direction).mul_(correction)
         if self.weight_decay > 0:
@@ -267,6 +277,14 @@ def _norm(values: Tensor) -> float:
 
 def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def _square_root(values: Tensor, out: Tensor) -> None:
+    """Correctly rounded on the CPU (see above); elsewhere as the device does it."""
+    if values.device.type == "cpu":
+        np.sqrt(values.numpy(), out=out.numpy())
+    else:
+        torch.sqrt(values, out=out)
 
 
 def _decay(parameters: Tensor, ranges: Ranges, amount: float) -> None:

@@ -18,16 +18,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from p2ptrain.config import RunConfig
+from p2ptrain.config import Optimizer, RunConfig
 from p2ptrain.errors import BadMessage, LocalFault
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.ledger import follows
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import EntryHeader, Position
+from p2ptrain.replica.alternating import Alternating
 from p2ptrain.replica.apart import LocalSteps, effective_steps
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
-from p2ptrain.replica.optimizers import build_optimizer, clip_factor, outer_optimizer
+from p2ptrain.replica.optimizers import (
+    CPU,
+    FlatOptimizer,
+    Ranges,
+    build_optimizer,
+    clip_factor,
+    outer_optimizer,
+)
 from p2ptrain.replica.outer import Outer
 from p2ptrain.replica.schedule import learning_rate, optimizer_for_batch
 from p2ptrain.replica.snapshot import Packed, Snapshot, State, pack, unpack
@@ -43,8 +51,13 @@ def parameter_table(model: nn.Module) -> ParameterTable:
     ]
 
 
+SECOND_FACTOR = ".lora_B."
+"""In the names of adapters' second factors, which lie behind all first ones in the flat vector."""
+
+
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return sorted(named, key=lambda each: SECOND_FACTOR in each[0])
 
 
 class Replica:
@@ -90,11 +103,12 @@ class Replica:
                 decayed.append((start, stop))
 
         self._tensors, self._decayed = list(pairwise(bounds)), decayed
-        self._optimizer = (
-            build_optimizer(outer_optimizer(run.local), self._tensors, ())
-            if run.strategy == "local"
-            else build_optimizer(optimizer_for_batch(run), self._tensors, decayed)
-        )
+        first = sum(size for (name, _), size in zip(named, sizes, strict=True) if SECOND_FACTOR not in name)
+        self._factors = {"b": (first, self.numel), "a": (0, first)}
+        """Of adapters: where the second and the first factors are."""
+        self._optimizer = self._optimizer_at(0)
+        self._warmed_up: FlatOptimizer | None = None
+        """What the rounds before strategy `local` set in were applied by, until this peer goes on from it."""
         self._outer = Outer(run.sync.outer, self.parameters) if run.sync.outer.every else None
         self._codec = codec_named(run.codec)
         # What lies in `gradient` when a step is taken is of no use any more, unless it was computed ahead. If
@@ -109,7 +123,9 @@ class Replica:
     def max_state_bytes(self) -> int:
         """No snapshot of this run is larger: its tensors, and room for a header that names them."""
         tensors = self._state().tensors()
-        return sum(4 * tensor.numel() + 2 * len(name) + 256 for name, tensor in tensors.items()) + 65_536
+        known = sum(4 * tensor.numel() + 2 * len(name) + 256 for name, tensor in tensors.items()) + 65_536
+        # While it warms up there may be another optimizer, whose state is at most two vectors.
+        return known + (8 * self.numel if self.run.local.warmup_rounds else 0)
 
     def parameter_table(self) -> ParameterTable:
         """(name, shape, dtype) of every trained parameter, in the order they have in the flat vectors."""
@@ -133,6 +149,35 @@ class Replica:
         return copy
 
     @property
+    def strategy(self) -> str:
+        """Of the next entry: `sync` while strategy `local` warms up."""
+        return self._strategy_at(self.position.step)
+
+    def _strategy_at(self, step: int) -> str:
+        return in_force(self.run, None, step).strategy
+
+    def _optimizer_at(self, step: int) -> FlatOptimizer:
+        """A fresh one, of the kind that applies the entry of that step."""
+        run = in_force(self.run, None, step)
+        if run.strategy == "local":
+            return self._build(outer_optimizer(run.local), ())
+        return build_optimizer(optimizer_for_batch(run), self._tensors, self._decayed)
+
+    def _build(self, config: Optimizer, decayed: Ranges, device: torch.device = CPU) -> FlatOptimizer:
+        """For strategy `local`: with adapters, one that steps their factors in turn."""
+        if self.run.payload == "full":
+            return build_optimizer(config, self._tensors, decayed, device)
+
+        def of_factor(start: int, stop: int) -> FlatOptimizer:
+            tensors, shrinking = (
+                [(a - start, b - start) for a, b in ranges if start <= a < stop]
+                for ranges in (self._tensors, decayed)
+            )
+            return build_optimizer(config, tensors, shrinking, device)
+
+        return Alternating(self._factors, of_factor, lambda: "ba"[self.position.step % 2])
+
+    @property
     def moved(self) -> bool:
         """Whether the model has a copy of the parameters, and `gradient` is not where they are."""
         return self._copy is not None
@@ -154,12 +199,7 @@ class Replica:
         position = advance(self.position, header)
         self._check_samples(header)
         run = self._run_of(header)
-        ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
-        for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
-            self._codec.decode(chunk, self._mean[start:stop])
-        factor, rate = self._scale(run, header)
-        if factor != 1.0:
-            self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
+        rate = self._decode(entry, run)
 
         if run.strategy == "sync":  # an outer optimizer has none
             self._optimizer.weight_decay = run.optimizer.weight_decay
@@ -168,9 +208,29 @@ class Replica:
             self._outer.after(position.step, self.parameters)
         self._update_copy()
         self.position, self.last, self.state_digest = position, header, None
+        if self.strategy != run.strategy:
+            self._warmed_up, self._optimizer = self._optimizer, self._optimizer_at(position.step)
+
+    def show_average(self, entry: Entry) -> None:
+        """Let the model have the mean of the peers' own parameters, weighed as in the entry, until the next
+        step or state. Only where peers train apart. Raises BadMessage as `apply` does."""
+        assert self._copy is not None
+        self._decode(entry, self._run_of(entry.header))
+        self._copy.copy_(torch.sub(self.parameters, self._mean))
+
+    def _decode(self, entry: Entry, run: RunConfig) -> float:
+        """What the entry says, scaled as it is applied, into `_mean`; returns the learning rate for it."""
+        header = entry.header
+        ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
+        for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
+            self._codec.decode(chunk, self._mean[start:stop])
+        factor, rate = self.scale(run, header)
+        if factor != 1.0:
+            self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
+        return rate
 
     @staticmethod
-    def _scale(run: RunConfig, header: EntryHeader) -> tuple[float, float]:
+    def scale(run: RunConfig, header: EntryHeader) -> tuple[float, float]:
         """What the entry's mean is multiplied by, and the learning rate that it is applied with."""
         if run.strategy == "sync":
             return clip_factor(header.squared_norms, run.optimizer.clip_norm), learning_rate(run, header.step)
@@ -183,12 +243,17 @@ class Replica:
 
     def train_apart(self) -> LocalSteps:
         """From now on the model has parameters of its own, for strategy `local`, which every step and every
-        state that is loaded resets to the replica's."""
+        state that is loaded resets to the replica's. The state of the optimizer for these is this peer's own:
+        that of the warm-up if it took part in its last round, else a fresh one."""
         copy = self._copy
         if copy is None:
             trained = [parameter for _, parameter in _trained(self.model)]
             copy = self._copy_for(trained, self.parameters.device)
-        inner = build_optimizer(optimizer_for_batch(self.run), self._tensors, self._decayed)
+        inner = self._build(optimizer_for_batch(self.run), self._decayed, copy.device)
+        if (warm := self._warmed_up) is not None:
+            load = inner.load_whole if isinstance(inner, Alternating) else inner.load
+            load(warm.state_tensors(), warm.scalars())
+            self._warmed_up = None
         return LocalSteps(
             self.run.local,
             self.parameters,
@@ -218,7 +283,9 @@ class Replica:
         do not have its `state_digest`, or if its position does not follow from its last entry.
         """
         theirs = unpack(snapshot.blob)
-        _check_same_layout(theirs, self._state())
+        same = self._strategy_at(snapshot.position.step) == self.strategy
+        optimizer = self._optimizer if same else self._optimizer_at(snapshot.position.step)
+        _check_same_layout(theirs, self._state(optimizer))
         if (digest := theirs.digest()) != snapshot.state_digest:
             raise BadMessage(
                 f"a snapshot was announced as {snapshot.state_digest[:8]}, but its state is {digest[:8]}"
@@ -227,7 +294,8 @@ class Replica:
 
         for name, view in self._views.items():
             view.copy_(theirs.parameters[name])
-        self._optimizer.load(theirs.optimizer, theirs.scalars)
+        optimizer.load(theirs.optimizer, theirs.scalars)
+        self._optimizer, self._warmed_up = optimizer, None
         if self._outer is not None:
             self._outer.load(theirs.optimizer)
         self._update_copy()
@@ -244,11 +312,13 @@ class Replica:
         if self._copy is not None:
             self._copy.copy_(self.parameters)
 
-    def _state(self) -> State:
-        tensors = self._optimizer.state_tensors()
+    def _state(self, optimizer: FlatOptimizer | None = None) -> State:
+        """With that optimizer's state in place of our own, if one is given."""
+        optimizer = optimizer or self._optimizer
+        tensors = optimizer.state_tensors()
         if self._outer is not None:
             tensors |= self._outer.state_tensors()
-        return State(self._views, tensors, self._optimizer.scalars())
+        return State(self._views, tensors, optimizer.scalars())
 
     def _check_samples(self, header: EntryHeader) -> None:
         """No sample counts twice (I4): an entry takes what was leased for its step, and nothing else."""

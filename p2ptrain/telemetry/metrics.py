@@ -48,6 +48,7 @@ from p2ptrain.events import (
     CaughtUp,
     CheckpointFailed,
     CheckpointSaved,
+    CopiesAveraged,
     DaemonRestarted,
     DataDuplicated,
     DataUnlike,
@@ -353,6 +354,25 @@ class Metrics:
             "Noise between peers over that within this one: 1 for like data, more for unlike, less for the "
             "same samples; NaN until known.",
         )
+        self._change_norm = gauge(
+            "copies_change_norm",
+            "Strategy local: norm of the mean change of all copies in the last round (the pseudo-gradient); "
+            "NaN until known.",
+        )
+        self._change_cosine = gauge(
+            "copies_change_cosine",
+            "Strategy local: mean cosine between two peers' changes in the last round; NaN until known.",
+        )
+        self._consensus_distance = gauge(
+            "copies_consensus_distance",
+            "Strategy local: root mean squared distance of the copies from their average in the last round; "
+            "NaN until known.",
+        )
+        self._barrier = gauge(
+            "copies_averaging_barrier",
+            "Strategy local: loss of the copies' average on a probe batch less that of this peer's copy, at "
+            "the last look; NaN until known. Its mean over the peers below 0: averaging helps.",
+        )
         self._data_alarms = counter(
             "data_alarms_total",
             "Times that a peer's data looked unlike the others', or the same as theirs.",
@@ -453,6 +473,10 @@ class Metrics:
             self._signal,
             self._efficiency,
             self._excess,
+            self._change_norm,
+            self._change_cosine,
+            self._consensus_distance,
+            self._barrier,
             *(self._loss.labels(split) for split in Split),
         ):
             unknown.set(math.nan)  # 0 would be the best loss of all
@@ -503,6 +527,8 @@ class Metrics:
                 self._diverged.inc()
             case Evaluated():
                 self._loss.labels(Split.HELDOUT).set(event.loss)
+            case CopiesAveraged():
+                self._copies_averaged(event)
             case CheckpointSaved():
                 self._checkpoints.observe(event.seconds)
                 self._checkpoint_at.set(self._clock())
@@ -546,6 +572,14 @@ class Metrics:
                 pass  # the learning rate has a metric of its own
             case _:
                 assert_never(event)
+
+    def _copies_averaged(self, event: CopiesAveraged) -> None:
+        self._change_norm.set(event.change_norm)
+        self._change_cosine.set(math.nan if event.cosine is None else event.cosine)
+        distance = event.consensus_distance
+        self._consensus_distance.set(math.nan if distance is None else distance)
+        if event.barrier is not None:
+            self._barrier.set(event.barrier)
 
     def _set_paused(self, reasons: Sequence[PauseReason]) -> None:
         for reason in PauseReason:

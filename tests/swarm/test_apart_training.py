@@ -13,7 +13,7 @@ from training import Regression, Training, check_replicas, small_run
 
 from p2ptrain import events
 from p2ptrain.config import Local, Optimizer, RunConfig, Schedule
-from p2ptrain.records import EntryHeader
+from p2ptrain.records import EntryHeader, PeerId
 from p2ptrain.replica.apart import effective_steps
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
@@ -23,9 +23,16 @@ pytestmark = pytest.mark.swarm
 ROUNDS = 12
 
 
-def local_run(weighting: str = "samples", **fields: Any) -> RunConfig:
+def local_run(weighting: str = "samples", *, warmup_rounds: int = 0, **fields: Any) -> RunConfig:
     """Rounds of 96 samples, in inner batches of 6."""
-    settings = Local(inner_batch_size=6, outer_learning_rate=0.7, outer_momentum=0.6, weighting=weighting)
+    settings = Local(
+        inner_batch_size=6,
+        outer_learning_rate=0.7,
+        outer_momentum=0.6,
+        weighting=weighting,
+        warmup_rounds=warmup_rounds,
+        warmup_batch_size=24,
+    )
     defaults: dict[str, Any] = {
         "strategy": "local",
         "target_batch_size": 96,
@@ -43,6 +50,9 @@ def one_process(run: RunConfig, headers: Sequence[EntryHeader]) -> Tensor:
     models = {peer: task.build_model(run.seed) for header in headers for peer in header.roster}
     inner = {peer: plain_optimizer(run.optimizer, model) for peer, model in models.items()}
     for header in headers:
+        if header.step < run.local.warmup_rounds:
+            theta = synchronized(task, run, header, theta, models, inner)
+            continue
         change = torch.zeros_like(theta)
         for peer, samples in zip(header.roster, header.samples, strict=True):
             model, optimizer = models[peer], inner[peer]
@@ -65,14 +75,46 @@ def one_process(run: RunConfig, headers: Sequence[EntryHeader]) -> Tensor:
     return theta
 
 
+def synchronized(
+    task: Regression,
+    run: RunConfig,
+    header: EntryHeader,
+    theta: Tensor,
+    models: dict[PeerId, torch.nn.Module],
+    inner: dict[PeerId, torch.optim.Optimizer],
+) -> Tensor:
+    """The same step of the whole batch by everybody, each with an optimizer of its own."""
+    for peer, model in models.items():
+        torch.nn.utils.vector_to_parameters(theta.clone(), model.parameters())
+        inner[peer].zero_grad()
+        for group in inner[peer].param_groups:
+            group["lr"] = run.optimizer.lr
+        for member, samples in zip(header.roster, header.samples, strict=True):
+            if samples:
+                batch = task.batch(header.step, member, 0, samples)
+                (task.loss_sum(model, batch) / header.total_samples).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm)
+        inner[peer].step()
+    return vector(model)
+
+
 def vector(model: torch.nn.Module) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("weighting", ["samples", "fednova"])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_peers_that_train_apart_equal_the_method_by_plain_torch(weighting: str, kind: Any) -> None:
-    run = local_run(weighting, optimizer=Optimizer(kind=kind, lr=0.01, weight_decay=0.0))
+@pytest.mark.parametrize(
+    ("weighting", "kind", "warmup_rounds"),
+    [("samples", "adamw", 0), ("fednova", "adamw", 3), ("samples", "sgd", 3), ("fednova", "sgd", 0)],
+)
+def test_peers_that_train_apart_equal_the_method_by_plain_torch(
+    weighting: str, kind: Any, warmup_rounds: int
+) -> None:
+    run = local_run(
+        weighting,
+        optimizer=Optimizer(kind=kind, lr=0.01, weight_decay=0.0),
+        min_peers=3,  # who comes after the warm-up begins with a fresh optimizer
+        warmup_rounds=warmup_rounds,
+    )
 
     async def story() -> tuple[list[EntryHeader], Tensor]:
         async with Training(MemoryHub(1), run) as training:
@@ -86,6 +128,9 @@ def test_peers_that_train_apart_equal_the_method_by_plain_torch(weighting: str, 
 
     headers, found = clock.run(story())
     assert any(len(set(header.samples)) == 3 for header in headers)  # their work was unequal
+    sizes = [header.total_samples for header in headers]
+    assert all(24 <= size < 48 for size in sizes[:warmup_rounds])
+    assert all(size >= 96 for size in sizes[warmup_rounds:])
     expected = one_process(run, headers)
     assert (found - expected).norm() / expected.norm() <= 2e-5
 
@@ -119,6 +164,44 @@ def test_one_plain_inner_step_and_an_outer_rate_of_1_are_strategy_sync() -> None
     (sync_samples, sync), (local_samples, local) = ended
     assert sync_samples == local_samples == [(6, 6)] * ROUNDS
     assert (sync - local).norm() / sync.norm() <= 1e-5
+
+
+def test_every_round_tells_how_the_copies_were_to_each_other() -> None:
+    """And every few of them whether averaging helps: by losses on the same samples for all."""
+
+    async def story() -> None:
+        async with Training(MemoryHub(1), local_run(min_peers=2, warmup_rounds=2)) as training:
+            for name in ("a", "b"):
+                training.start(name, micro_batch_size=6, eval_every_steps=3)
+            await training.until_step(9)
+            told = [life.of(events.CopiesAveraged) for life in training.lives]
+            for each in told:
+                assert [event.step for event in each[:6]] == list(range(2, 8))
+                assert all(-1 <= event.cosine <= 1 and event.consensus_distance > 0 for event in each)
+                assert [event.step for event in each if event.barrier is not None][:2] == [2, 5]
+            mine, theirs = ({event.step: event for event in each} for each in told)
+            for step in (2, 5):
+                assert mine[step].average_loss == theirs[step].average_loss
+                assert mine[step].own_loss != theirs[step].own_loss
+                assert mine[step].cosine == theirs[step].cosine
+
+    clock.run(story())
+
+
+def test_a_peer_that_comes_in_the_warm_up_or_after_it_trains_on() -> None:
+    async def story() -> None:
+        async with Training(MemoryHub(2), local_run(warmup_rounds=4)) as training:
+            training.start("a", micro_batch_size=3)
+            await training.until_step(2)
+            training.start("b", micro_batch_size=3)
+            await training.until_step(6)
+            training.start("c", micro_batch_size=3)
+            await training.until_step(10)
+            assert check_replicas(training.lives) >= 8
+            for life in training.lives[1:]:
+                assert any(event.mine for event in life.of(events.RoundCommitted))
+
+    clock.run(story())
 
 
 @pytest.mark.parametrize("codec", ["fp16", "int8"])

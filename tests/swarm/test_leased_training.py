@@ -11,7 +11,7 @@ import pytest
 from training import DATA, Trainer, Training, check_replicas, small_run
 
 from p2ptrain import events
-from p2ptrain.config import BytesTask
+from p2ptrain.config import BytesTask, Local, RunConfig
 from p2ptrain.events import WasteCause
 from p2ptrain.protocol.ledger import account, shuffled
 from p2ptrain.records import DataPosition
@@ -25,11 +25,22 @@ PACES = {"anna": (3, 0.1), "bert": (5, 0.17), "carl": (2, 0.05)}
 LEASED = small_run(data="leased", task=BytesTask(exact=True))
 
 
-def play(story: Callable[[Training], Awaitable[None]], folder: Path | None = None) -> None:
+APART = LEASED.model_copy(
+    update={
+        "strategy": "local",
+        "target_batch_size": 48,
+        "local": Local(inner_batch_size=6, outer_momentum=0.3, warmup_rounds=2, warmup_batch_size=24),
+    }
+)
+
+
+def play(
+    story: Callable[[Training], Awaitable[None]], folder: Path | None = None, run: RunConfig = LEASED
+) -> None:
     """Tell the story to a swarm that is at step 5; in the end all samples of its log are counted."""
 
     async def whole() -> None:
-        async with Training(MemoryHub(seed=1), LEASED, folder) as training:
+        async with Training(MemoryHub(seed=1), run, folder) as training:
             for name in PACES:
                 start(training, name)
             await training.until_step(5)
@@ -91,6 +102,23 @@ def test_every_sample_counts_once_in_a_pass_while_peers_come_and_die() -> None:
         assert max(times.values()) <= 3  # two passes, and the first samples of a third
 
     play(story)
+
+
+def test_every_sample_counts_once_where_peers_train_apart_though_some_are_not_finite() -> None:
+    """What an inner batch that is not full has, skipped or not, is somebody's next."""
+
+    async def story(training: Training) -> None:
+        training.task.poisoned = {shuffled(number, DATA, APART.seed) for number in (300, 301, 450, 601)}
+        await training.until_step(9)
+        await training.kill("bert")
+        await training.until_step(14)
+        start(training, "bert")
+        await training.until(lambda: data_of(training.lives[0]).next > DATA + 200)
+        await training.until(lambda: not any(a < DATA for a, _ in data_of(training.lives[0]).returned))
+        assert set(check_samples(training)) == set(range(DATA))
+        assert rounds(training)[-1].lost >= 4
+
+    play(story, run=APART)
 
 
 def test_newcomer_has_a_lease_once_it_is_on_a_roster() -> None:

@@ -11,7 +11,7 @@ from lora_models import Arithmetic
 from torch import nn
 from training import Trainer, Training, check_replicas, small_run
 
-from p2ptrain.config import Lora, Optimizer, RunConfig, Schedule
+from p2ptrain.config import Local, Lora, Optimizer, RunConfig, Schedule
 from p2ptrain.records import EntryHeader
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.swarm import clock
@@ -84,6 +84,35 @@ def test_swarm_of_adapters_equals_one_process_on_the_pooled_batch() -> None:
     loss, expected = task.evaluate(first.replica.model)["loss"], task.evaluate(alone)["loss"]
     assert expected < untrained - 0.1
     assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_swarm_of_adapters_that_train_apart_learns_and_a_newcomer_is_bit_equal() -> None:
+    """With a warm-up, and with momentum in the outer step."""
+    apart = Local(
+        inner_batch_size=6, outer_learning_rate=0.7, outer_momentum=0.5, warmup_rounds=2, warmup_batch_size=24
+    )
+    run = RUN.model_copy(
+        update={
+            "strategy": "local",
+            "local": apart,
+            "target_batch_size": 96,
+            "schedule": Schedule(warmup_steps=0),
+        }
+    )
+
+    async def story() -> None:
+        async with Training(MemoryHub(seed=1), run) as training:
+            start_all(training)
+            await training.until_step(6)
+            late = training.start("late", micro_batch_size=2, batch_seconds=0.1)
+            await training.until(lambda: late.peer is not None and late.peer.samples_given)
+            await training.until_step(14)
+            assert check_replicas(training.lives) > 20
+            task = Arithmetic()
+            untrained = task.evaluate(build_model(task, run)[0])["loss"]
+            assert task.evaluate(late.replica.model)["loss"] < untrained - 0.1
+
+    clock.run(story())
 
 
 def test_newcomer_takes_a_snapshot_of_adapters_and_trains_on(tmp_path: Path) -> None:

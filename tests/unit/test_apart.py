@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from replicas import FINGERPRINT, next_entry, small_replica, small_run
+from torch import Tensor, nn
 
-from p2ptrain.config import CausalLmTask, Local, Optimizer, RunConfig
+from p2ptrain.config import Local, Optimizer, RunConfig, Schedule
+from p2ptrain.errors import LocalFault
+from p2ptrain.gradients.aggregation import EmptyRound, mean_chunk
 from p2ptrain.gradients.codecs import codec_named
-from p2ptrain.replica.apart import LocalSteps, effective_steps
+from p2ptrain.gradients.noise import spread_of
+from p2ptrain.records import PeerId
+from p2ptrain.replica.apart import Agreement, LocalSteps, agreement, effective_steps
 from p2ptrain.replica.optimizers import FlatOptimizer, build_optimizer, outer_optimizer
+from p2ptrain.replica.replica import Replica
 
 SIZE = 6
 Gradient = Callable[[Tensor, int, int, int], Tensor]
@@ -21,7 +27,8 @@ Gradient = Callable[[Tensor, int, int, int], Tensor]
 
 def optimizer(dtype: torch.dtype = torch.float64, **settings: Any) -> FlatOptimizer:
     """Its state in that dtype, for identities that float32 would blur."""
-    built = build_optimizer(Optimizer(**{"weight_decay": 0.0, "clip_norm": 0.0, **settings}), [(0, SIZE)], ())
+    config, whole = Optimizer(**{"weight_decay": 0.0, "clip_norm": 0.0, **settings}), [(0, SIZE)]
+    built = build_optimizer(config, whole, whole)
     for name, value in vars(built).items():
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.numel() == SIZE:
             setattr(built, name, value.to(dtype))
@@ -88,10 +95,11 @@ SGD: list[dict[str, Any]] = [
     {"momentum": 0.0, "nesterov": False},
     {"momentum": 0.9, "nesterov": False},
     {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.3},
 ]
 
 
-@pytest.mark.parametrize("settings", SGD, ids=["plain", "momentum", "nesterov"])
+@pytest.mark.parametrize("settings", SGD, ids=["plain", "momentum", "nesterov", "weight decay"])
 def test_one_inner_step_is_synchronous_training_when_the_inner_optimizer_is_sgd(
     settings: dict[str, Any],
 ) -> None:
@@ -237,6 +245,44 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert torch.equal(peer.working, START)
 
 
+def test_own_steps_that_leave_what_float32_holds_bring_nothing() -> None:
+    """T15."""
+    peer = Peer(averaging(), START.clone(), 0.1, optimizer(kind="sgd", momentum=0.0))
+    ones = torch.ones(SIZE, dtype=torch.float64)
+    assert peer.steps.add(4 * ones, 4)
+    peer.working[2] = float("nan")
+    peer.steps.gather()
+    assert (peer.steps.samples, peer.steps.gathered) == (0, True)
+    assert not peer.steps.total.any()
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_without_a_dropped_peer_the_average_is_that_of_the_others_by_their_work(dropped: int) -> None:
+    """T15: not one to which it brings a zero, which would be a shorter step."""
+    counts, peers = (2, 1, 3), []
+    for rank, count in enumerate(counts):
+        peer = Peer(averaging(), START.float(), 0.1, optimizer(torch.float32, kind="sgd", momentum=0.0))
+        for step in range(count):
+            assert peer.steps.add(4 * noisy(peer.working, rank, 0, step).float(), 4)
+        peer.steps.gather()
+        peers.append(peer.steps)
+    there = [steps for rank, steps in enumerate(peers) if rank != dropped]
+    found = mean_chunk([steps.total for steps in there], [steps.samples for steps in there])
+    whole = sum(steps.samples for steps in there)
+    assert torch.equal(found, (there[0].total + there[1].total) / torch.tensor(float(whole)))
+    idle = mean_chunk(
+        [torch.zeros(SIZE) if rank == dropped else steps.total for rank, steps in enumerate(peers)],
+        [0 if rank == dropped else steps.samples for rank, steps in enumerate(peers)],
+    )
+    assert torch.equal(idle, found)
+
+
+def test_a_round_to_which_nobody_brings_anything_is_refused() -> None:
+    """T15."""
+    with pytest.raises(EmptyRound, match="none of the 2 members"):
+        mean_chunk([torch.zeros(SIZE)] * 2, [0, 0])
+
+
 def test_what_a_codec_lost_comes_with_the_next_change() -> None:
     codec = codec_named("int4")
     anchor = torch.linspace(-1, 1, 128)
@@ -259,12 +305,167 @@ def test_what_a_codec_lost_comes_with_the_next_change() -> None:
     assert not steps.total.any()
 
 
+# -- the warm-up ---------------------------------------------------------------------------------------------
+
+WARM = 3
+
+
+def warm_run(**fields: Any) -> RunConfig:
+    """Its first three rounds are synchronized."""
+    warmed = Local(inner_batch_size=4, warmup_rounds=WARM, warmup_batch_size=8, outer_momentum=0.5)
+    defaults = {"strategy": "local", "local": warmed, "codec": "fp32", "schedule": Schedule(warmup_steps=2)}
+    return small_run(**{**defaults, **fields})
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_warm_up_is_strategy_sync_to_the_last_bit_and_then_the_outer_step_applies(kind: Any) -> None:
+    optimizer = Optimizer(kind=kind, lr=0.01)
+    replica, sync = (
+        small_replica(warm_run(optimizer=optimizer)),
+        small_replica(small_run(codec="fp32", schedule=Schedule(warmup_steps=2), optimizer=optimizer)),
+    )
+    for step in range(WARM):
+        assert replica.strategy == "sync"
+        for each in (replica, sync):
+            each.apply(next_entry(each, step))
+        assert torch.equal(replica.parameters, sync.parameters)
+    assert replica.strategy == "local"
+    before, entry = replica.parameters.clone(), next_entry(replica, WARM)
+    mean = torch.frombuffer(bytearray(entry.payload), dtype=torch.float32)
+    replica.apply(entry)
+    settings = replica.run.local
+    outer_step = settings.outer_learning_rate * (1 + settings.outer_momentum) * mean
+    assert torch.allclose(replica.parameters, before - outer_step, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [WARM - 1, WARM, WARM + 1])
+def test_a_joiner_has_the_state_that_its_step_needs_and_goes_on_bit_for_bit(steps: int) -> None:
+    """T16: while it warms up, when that is over, and later; also for one that stood elsewhere before."""
+    replica = small_replica(warm_run())
+    for step in range(steps):
+        replica.apply(next_entry(replica, step))
+    snapshot, ahead = replica.snapshot(), small_replica(warm_run())
+    assert len(snapshot.blob) <= replica.max_state_bytes
+    for step in range(WARM + 1):
+        ahead.apply(next_entry(ahead, step))
+    for joiner in (small_replica(warm_run()), ahead):
+        joiner.load_state(snapshot)
+        straight = small_replica(warm_run())
+        straight.load_state(snapshot)
+        for step in range(3):
+            entry = next_entry(straight, 7 + step)
+            for each in (joiner, straight):
+                each.apply(entry)
+            assert joiner.compute_state_digest() == straight.compute_state_digest()
+
+
+def test_own_steps_go_on_with_the_optimizer_of_the_warm_up_and_a_joiners_with_a_fresh_one() -> None:
+    replica = small_replica(warm_run())
+    for step in range(WARM):
+        replica.apply(next_entry(replica, step))
+    joiner = small_replica(warm_run())
+    joiner.load_state(replica.snapshot())
+    gradient = torch.linspace(-1, 1, replica.numel)
+    moved = []
+    for each in (replica, joiner):
+        steps = each.train_apart()
+        assert steps.add(4 * gradient, 4)
+        steps.gather()
+        moved.append(steps.total / 4)
+    warm, fresh = moved
+    clipped = gradient * min(1.0, 1.0 / float(gradient.norm()))
+    rate = replica.run.optimizer.lr
+    # The first step of AdamW is as long in each value, whatever the gradient; but for weight decay.
+    assert torch.allclose(fresh.abs()[clipped.abs() > 1e-4], torch.tensor(rate), rtol=0.05)
+    assert (warm - fresh).norm() > 0.1 * fresh.norm()
+
+
+# -- how the copies were to each other -----------------------------------------------------------------------
+
+
+def averaged(changes: Tensor, samples: Sequence[int]) -> Agreement:
+    """What is told of a round to which peers bring these changes (float64 [peers, SIZE])."""
+    totals = changes * torch.tensor(samples, dtype=torch.float64)[:, None]
+    mean = totals.sum(0) / sum(samples)
+    entry = next_entry(small_replica())
+    header = entry.header.model_copy(
+        update={
+            "roster": tuple(PeerId(f"p{rank}") for rank in range(len(samples))),
+            "samples": tuple(samples),
+            "squared_norms": (float(mean.square().sum()),),
+        }
+    )
+    return agreement(header, spread_of(samples, totals @ totals.T), 1.0)
+
+
+@pytest.mark.parametrize("samples", [(4, 4, 4), (12, 4, 8)])
+def test_consensus_distance_and_norm_are_those_of_the_copies_themselves(samples: tuple[int, ...]) -> None:
+    changes = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shares = torch.tensor(samples, dtype=torch.float64) / sum(samples)
+    mean = (shares[:, None] * changes).sum(0)
+    found = averaged(changes, samples)
+    assert found.norm == pytest.approx(float(mean.norm()), rel=1e-12)
+    expected = (shares * (changes - mean).square().sum(1)).sum().sqrt()
+    assert found.consensus_distance == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("samples", [(4, 4, 4), (12, 4, 8)])
+def test_cosine_of_changes_is_the_mean_over_pairs(samples: tuple[int, ...]) -> None:
+    changes = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    changes /= changes.norm(dim=1, keepdim=True)
+    products, weights = changes @ changes.T, torch.outer(*[torch.tensor(samples, dtype=torch.float64)] * 2)
+    pairs = ~torch.eye(3, dtype=torch.bool)
+    expected = (products * weights)[pairs].sum() / weights[pairs].sum()
+    assert averaged(changes, samples).cosine == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_copies_that_went_the_same_way_agree_and_one_alone_tells_nothing() -> None:
+    ones = torch.ones(3, SIZE, dtype=torch.float64)
+    same = averaged(ones, (4, 8, 4))
+    assert (same.cosine, same.consensus_distance) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-6))
+    alone = averaged(ones[:1], (4,))
+    assert (alone.cosine, alone.consensus_distance) == (None, None)
+
+
+def test_average_that_is_shown_is_that_of_the_copies_and_ends_with_the_next_step() -> None:
+    replica = small_replica(small_run(strategy="local", codec="fp32"))
+    replica.train_apart()
+    entry, before = next_entry(replica), replica.parameters.clone()
+    mean = torch.frombuffer(bytearray(entry.payload), dtype=torch.float32)
+    replica.show_average(entry)
+    shown = torch.cat([each.detach().reshape(-1) for each in replica.model.parameters()])
+    assert torch.equal(shown, before - mean)
+    assert torch.equal(replica.parameters, before)
+    replica.apply(entry)
+    ended = torch.cat([each.detach().reshape(-1) for each in replica.model.parameters()])
+    assert torch.equal(ended, replica.parameters)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_own_optimizer_keeps_its_state_where_the_model_is(kind: Any) -> None:
+    """On a device without memory, where any use of what lies on the CPU fails."""
+    there = torch.device("meta")
+    own = build_optimizer(Optimizer(kind=kind), [(0, SIZE)], [(0, SIZE)], there)
+    own.step(torch.empty(SIZE, device=there), torch.empty(SIZE, device=there), 0.1)
+    assert {each.device for each in own.state_tensors().values()} == {there}
+
+
+def test_model_with_running_statistics_is_refused() -> None:
+    """T19: no change carries them, so copies would be averaged without."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(LocalFault, match=r"keeps state in buffers .* running statistics"):
+        Replica(model, small_run(strategy="local"), FINGERPRINT)
+
+
 def test_run_files_that_cannot_work_are_refused_by_the_fields() -> None:
+    with pytest.raises(ValueError, match="warmup_rounds"):
+        RunConfig(strategy="local", total_steps=100, local=Local(warmup_rounds=100))
     with pytest.raises(ValueError, match="delay"):
         RunConfig(strategy="local", delay=1)
     with pytest.raises(ValueError, match="audit"):
         RunConfig(strategy="local", audit=1.0, codec="fp16")
-    with pytest.raises(ValueError, match="adapters"):
-        RunConfig(strategy="local", payload="lora", task=CausalLmTask())
     with pytest.raises(ValueError, match="inner_batch_size"):
         RunConfig(strategy="local", target_batch_size=8, local=Local(inner_batch_size=16))

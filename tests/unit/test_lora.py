@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from replicas import entry_at, next_entry
 from torch import Tensor, nn
 
 from p2ptrain.adapters.files import load_adapter
-from p2ptrain.config import Lora, Optimizer, RunConfig, Schedule, fingerprint
+from p2ptrain.config import Local, Lora, Optimizer, RunConfig, Schedule, fingerprint
 from p2ptrain.errors import BadMessage, CheckpointError, ConfigError, IncompatibleRun
+from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.replica.checkpoint import latest, load, restore, save
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.tasks import build_model
@@ -144,6 +147,138 @@ def test_mean_of_the_peers_gradients_is_that_of_the_pooled_batch_at_each_of_many
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# -- trained apart -------------------------------------------------------------------------------------------
+
+
+def apart_run(**settings: Any) -> RunConfig:
+    """Each peer's steps are of two samples."""
+    plain = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+    local = Local(inner_batch_size=2, **{**plain, **settings})
+    return lora_run(strategy="local", local=local, lora=Lora(rank=4))
+
+
+def changes(model: nn.Module) -> dict[str, Tensor]:
+    """Module → s·B·A, float64."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (
+                getattr(module, side)["default"].weight.detach().double() for side in ("lora_A", "lora_B")
+            )
+            found[name] = module.scaling["default"] * b @ a
+    return found
+
+
+class Swarm:
+    """Peers that train apart, and whose rounds are held by hand."""
+
+    def __init__(self, run: RunConfig, steps: Sequence[int]) -> None:
+        self.replicas = [lora_replica(run) for _ in steps]
+        self.steps = steps
+        self.apart = [replica.train_apart() for replica in self.replicas]
+        self.task = Arithmetic()
+
+    def compute(self) -> Tensor:
+        """What each peer does alone in a round; float32 [numel], the mean that a round makes of it."""
+        for rank, (replica, apart) in enumerate(zip(self.replicas, self.apart, strict=True)):
+            for step in range(self.steps[rank]):
+                replica.gradient.zero_()
+                batch = self.task.batch(replica.position.step, f"peer{rank}", 2 * step, 2)
+                self.task.loss_sum(replica.model, batch).backward()  # type: ignore[no-untyped-call]
+                assert apart.add(replica.gradient, 2)
+            apart.gather()
+        whole = torch.stack([each.total for each in self.apart]).double().sum(0)
+        return (whole / sum(each.samples for each in self.apart)).float()
+
+    def step(self, mean: Tensor) -> None:
+        entry = entry_at(self.replicas[0].position, self.replicas[0].run, mean)
+        for replica, apart in zip(self.replicas, self.apart, strict=True):
+            replica.apply(entry)
+            apart.settle(codec_named("fp32"), ())
+        assert len({replica.compute_state_digest() for replica in self.replicas}) == 1
+
+
+def test_mean_of_adapters_that_were_trained_apart_is_the_mean_of_their_products() -> None:
+    """In every round, whichever factor's turn it is, and however unequal the peers' work was."""
+    swarm = Swarm(apart_run(), steps=(3, 1, 5))
+    shares = [count / sum(swarm.steps) for count in swarm.steps]
+    for _ in range(4):
+        before = changes(swarm.replicas[0].model)
+        mean = swarm.compute()
+        own = [changes(replica.model) for replica in swarm.replicas]
+        swarm.step(mean)
+        for name, found in changes(swarm.replicas[0].model).items():
+            expected = sum(share * each[name] for share, each in zip(shares, own, strict=True))
+            assert isinstance(expected, Tensor)
+            assert (expected - before[name]).norm() > 1e-3
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_mean_with_one_factor_held_is_exact_and_without_it_is_not() -> None:
+    """The identity itself, in float64; T5 has what the mean of both factors is off by."""
+    chance = torch.Generator().manual_seed(1)
+    a, *others = (torch.randn(4, 9, generator=chance, dtype=torch.float64) for _ in range(3))
+    shares, bs = (0.2, 0.3, 0.5), [torch.randn(7, 4, generator=chance, dtype=torch.float64) for _ in range(3)]
+    mean_b = sum(share * b for share, b in zip(shares, bs, strict=True))
+    mean = sum(share * b @ a for share, b in zip(shares, bs, strict=True))
+    torch.testing.assert_close(mean_b @ a, mean, rtol=0, atol=1e-12)
+    unlike = sum(share * b @ each for share, b, each in zip(shares, bs, [a, *others], strict=True))
+    mean_a = sum(share * each for share, each in zip(shares, [a, *others], strict=True))
+    assert isinstance(unlike, Tensor)
+    assert (mean_b @ mean_a - unlike).norm() > 0.1 * unlike.norm()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb"])
+def test_the_factor_whose_turn_it_is_not_rests_to_the_last_bit(kind: Any) -> None:
+    """In a peer's own steps and in the outer one, with momentum and weight decay."""
+    run = apart_run(outer_momentum=0.9).model_copy(
+        update={"optimizer": Optimizer(kind=kind, lr=0.01, weight_decay=0.1)}
+    )
+    swarm = Swarm(run, steps=(2, 1))
+    for turn in ("lora_B", "lora_A", "lora_B", "lora_A"):
+        start = {name: each.detach().clone() for name, each in swarm.replicas[0].model.named_parameters()}
+        mean = swarm.compute()
+        for moment in ("alone", "together"):
+            if moment == "together":
+                swarm.step(mean)
+            for name, parameter in swarm.replicas[0].model.named_parameters():
+                if turn in name:
+                    assert not torch.equal(parameter, start[name]), (moment, name)
+                else:
+                    assert torch.equal(parameter, start[name]), (moment, name)
+
+
+def test_adapters_trained_apart_are_resumed_bit_for_bit_and_peft_loads_them(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = apart_run(outer_learning_rate=0.7, outer_momentum=0.6, warmup_rounds=1)
+    straight = moved(lora_replica(run), 4)
+    folder = saved(straight, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_llama(), str(folder))
+    torch.testing.assert_close(logits(theirs), logits(straight.model), rtol=0, atol=1e-6)
+    resumed = lora_replica(run)
+    restore(resumed, load(folder))
+    for step in range(3):
+        entry = next_entry(straight, step)
+        straight.apply(entry)
+        resumed.apply(entry)
+        assert resumed.compute_state_digest() == straight.compute_state_digest()
+
+
+def test_both_factors_own_optimizers_go_on_from_the_warm_up() -> None:
+    replica = moved(lora_replica(apart_run(warmup_rounds=2)), 2)
+    assert replica.strategy == "local"
+    warm = replica.train_apart()
+    fresh = lora_replica(apart_run(warmup_rounds=2))
+    fresh.load_state(replica.snapshot())
+    alone = fresh.train_apart()
+    gradient = torch.full((replica.numel,), 1e-3)
+    for each in (warm, alone):
+        each.add(gradient, 2)
+        each.gather()
+    assert (warm.total - alone.total).norm() > 0.1 * alone.total.norm()
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from organizer import NOBODY, ORGANIZER, invite
 from replicas import next_entry, small_replica, small_run
 from typer.testing import CliRunner, Result
 
-from p2ptrain.config import RunConfig
+from p2ptrain.config import Local, RunConfig
 from p2ptrain.errors import BadMessage, ConfigError
 from p2ptrain.protocol.lineage import advance, canonical
 from p2ptrain.protocol.round import Rules
@@ -88,6 +88,30 @@ def test_what_a_peer_may_bring_allows_for_those_who_have_not_heard() -> None:
     assert rules_at(rules, said, 10).target_batch_size == 16
     assert most_samples(rules, said, None) == 128
     assert most_samples(rules, terms(Change(step=10, key="target_batch_size", value=500)), said) == 1000
+
+
+def test_target_is_that_of_the_warm_up_whatever_is_changed_until_it_is_over() -> None:
+    local = RunConfig(
+        strategy="local", local=Local(warmup_rounds=3, warmup_batch_size=8), target_batch_size=96
+    )
+    said = terms(Change(step=1, key="target_batch_size", value=64))
+    targets = [in_force(local, said, step).target_batch_size for step in range(5)]
+    assert targets == [8, 8, 8, 64, 64]
+    assert [in_force(local, None, step).strategy for step in (2, 3)] == ["sync", "local"]
+    rules = Rules(
+        target_batch_size=96,
+        min_peers=1,
+        max_peers=4,
+        values=10,
+        encoded_bytes=40,
+        heartbeat_seconds=1.0,
+        silence_seconds=5.0,
+        silence_most_seconds=60.0,
+        attempt_most_seconds=60.0,
+        warmup_rounds=3,
+        warmup_batch_size=8,
+    )
+    assert [rules_at(rules, said, step).target_batch_size for step in range(5)] == targets
 
 
 # -- replicas ------------------------------------------------------------------------------------------------
