@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the verbs import it when they run: help, and other commands
     from p2ptrain.adapters.combine import Combined
     from p2ptrain.adapters.factors import Factors
     from p2ptrain.adapters.files import Adapter
+    from p2ptrain.adapters.verdict import Verdict
 
 app = typer.Typer(
     name="adapters",
@@ -25,6 +26,8 @@ app = typer.Typer(
 route = typer.Typer(help="Learn which adapter is best for a text, and measure it.", no_args_is_help=True)
 app.add_typer(route, name="route")
 
+Length = Annotated[int, typer.Option(min=8, help="Tokens in a window of text.")]
+Windows = Annotated[int, typer.Option(min=5, help="Of each text, at most.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
 
 
@@ -61,14 +64,27 @@ def combine(
     base: Annotated[
         Path | None, typer.Option(help="The folder of the model that they were trained on.")
     ] = None,
+    judge_by: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="A text that none of them was trained on, to measure base, parents and result by; may be "
+            "repeated.",
+        ),
+    ] = None,
+    length: Length = 192,
+    windows: Windows = 200,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several, or a model, and say how alike they are."""
+    """Make one adapter of several, or a model, and say how alike they are and whether it is better."""
     into_base = into_base or method is Method.MERGE
     if rank and energy:
         raise AdapterError("--rank and --energy both say how much to keep; give one of them")
     if into_base and base is None:
         raise AdapterError("to add the result to the base, give the base's folder with --base")
+    if judge_by and base is None:
+        raise AdapterError("to measure the result with --eval, give the base's folder with --base")
 
     from p2ptrain.adapters.combine import combine as combined
     from p2ptrain.adapters.combine import weights_for
@@ -82,23 +98,31 @@ def combine(
         rank=rank or None,
         energy=energy or None,
     )
+    found = None
+    if judge_by:
+        from p2ptrain.adapters.verdict import judged
+
+        assert base is not None
+        found = judged(base, read, result.factors, judge_by, length=length, most=windows, progress=_on_stderr)
     if into_base:
         assert base is not None
         merge(base, result.factors, read[0].settings.fan_in_fan_out, out)
     else:
-        save_adapter(out, result.factors, read[0], _note(read, method, result), sorted(result.factors))
+        save_adapter(out, result.factors, read[0], _note(read, method, result, found), sorted(result.factors))
     if as_json:
         parents = [{"path": str(each.path), "digest": each.digest} for each in read]
-        typer.echo(json.dumps({"out": str(out), "method": method, "parents": parents, **result.facts()}))
+        measured = {} if found is None else {"eval": found.facts()}
+        facts = {"out": str(out), "method": method, "parents": parents, **result.facts(), **measured}
+        typer.echo(json.dumps(facts))
         return
     for line in _lines(read, result):
+        typer.echo(line)
+    for line in [] if found is None else _judgement(found):
         typer.echo(line)
     typer.echo(f"written: {out}")
 
 
 Texts = Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A text of each kind; may be repeated.")]
-Length = Annotated[int, typer.Option(min=8, help="Tokens in a window of text.")]
-Windows = Annotated[int, typer.Option(min=5, help="Of each text, at most.")]
 
 
 @route.command("train")
@@ -135,7 +159,7 @@ def route_train(
         length=length,
         most=windows,
         threshold=threshold,
-        progress=lambda line: typer.echo(line, err=True),
+        progress=_on_stderr,
     )
     save_router(out, router, note)
     _tell(out, note.table, note.confusion, ("base", *named), as_json)
@@ -160,10 +184,12 @@ def route_eval(
         raise AdapterError(
             f"--length {length} must be above {note.prefix}, the tokens that the router looks at"
         )
-    table, confusion = judged(
-        read, note, texts, length=length, most=windows, progress=lambda line: typer.echo(line, err=True)
-    )
+    table, confusion = judged(read, note, texts, length=length, most=windows, progress=_on_stderr)
     _tell(router, table, confusion, ("base", *(each.name for each in note.adapters)), as_json)
+
+
+def _on_stderr(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _named(words: list[str], option: str) -> dict[str, Path]:
@@ -200,7 +226,7 @@ def _tell(
     typer.echo(f"router: {folder}")
 
 
-def _note(read: list[Adapter], method: Method, result: Combined) -> dict[str, Any]:
+def _note(read: list[Adapter], method: Method, result: Combined, found: Verdict | None) -> dict[str, Any]:
     return {
         "base_digest": next((each.note.base_digest for each in read if each.note.base_digest), None),
         "samples": sum(each.note.samples for each in read),
@@ -211,6 +237,7 @@ def _note(read: list[Adapter], method: Method, result: Combined) -> dict[str, An
                 for each, weight in zip(read, result.weights, strict=True)
             ],
             "energy_kept": result.energy_kept,
+            "eval": None if found is None else found.facts(),
         },
     }
 
@@ -230,6 +257,23 @@ def _lines(read: list[Adapter], result: Combined) -> list[str]:
     size = _kilobytes(result.factors)
     lines.append(f"result: rank {ranks}, {size:,.0f} kB, {result.energy_kept:.2%} of the exact one's energy")
     return lines
+
+
+def _judgement(found: Verdict) -> list[str]:
+    lines = [f"loss over {found.windows} windows of text, nats per token:"]
+    lines += [f"  {name:<10}{loss:.4f}" for name, loss in found.losses.items()]
+    lines.append("the result's loss less theirs, with two standard errors, window by window:")
+    lines += [
+        f"  {each.than:<10}{each.difference:+.4f} ± {each.noise:.4f}"
+        f"{'  better' if each.better else '  worse' if each.worse else ''}"
+        for each in found.margins
+    ]
+    reason = {
+        "improved": "better than the base and each parent, beyond the noise",
+        "within noise": "no better than the best of them, for all that these windows tell",
+        "worse": "one of them is better, beyond the noise",
+    }
+    return [*lines, f"verdict: {found.word}: {reason[found.word]}"]
 
 
 def _ranks(adapter: Adapter) -> str:

@@ -184,6 +184,7 @@ async def train_here(
     rosters: dict[int, int] = {}
     samples: dict[int, int] = {}
     spans: dict[int, tuple[int, ...]] = {}
+    sent: dict[int, int] = {}
     batch_ended = 0.0
 
     class Pauses:
@@ -257,6 +258,7 @@ async def train_here(
             over_tls[event.step] = swarm.carriers.get(events.Carrier.TLS, 0)
             assert replica.last is not None
             spans[event.step] = replica.last.spans
+            sent[event.step] = sum(out for out, _ in swarm.traffic.values())
             stepped(event.step, replica)
 
     swarm = Libp2pSwarm(folder / f"{number}.key", run.run_id, print_, entries, [listen], data_port=data_port)
@@ -292,6 +294,7 @@ async def train_here(
                 samples=samples,
                 spans=spans,
                 over_tls=over_tls,
+                sent=sent,
                 computing=computing,
             )
             await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

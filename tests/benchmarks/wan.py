@@ -376,7 +376,7 @@ class Homes:
     def __init__(self, chosen: argparse.Namespace, lab: Any) -> None:
         self.chosen = chosen
         names = [f"home-{number}" for number in range(chosen.peers)]
-        self._insides = [lab.place(name)[1] for name in names]
+        self.insides = [lab.place(name)[1] for name in names]
         self.addresses = [lab.address(name) for name in names]
         lab.relay(delay_seconds=chosen.rtt_ms / 2000, mbit=chosen.megabits)
         for inside in self._insides:
@@ -386,7 +386,7 @@ class Homes:
         self._road, self._before = lab.road, lab.road()
         if chosen.congestion:
             control = ("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={chosen.congestion}")
-            for inside in self._insides:
+            for inside in self.insides:
                 subprocess.run([*inside, *control], check=True)
 
     def packets(self) -> dict[str, int]:
@@ -403,7 +403,7 @@ class Homes:
             str(self.chosen.loss),
             str(self.chosen.most_seconds),
         )
-        return workers(kind, self.chosen.peers, *common, *words, script=__file__, insides=self._insides)
+        return workers(kind, self.chosen.peers, *common, *words, script=__file__, insides=self.insides)
 
     def bound_seconds(self, encoded_bytes: float) -> float:
         """Of a round with so large a gradient."""

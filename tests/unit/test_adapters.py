@@ -240,6 +240,32 @@ def test_likeness_is_that_of_the_dense_changes(tmp_path: Path) -> None:
     assert (same.cosine, same.sign_agreement) == (pytest.approx(1.0), 1.0)
 
 
+def test_residual_in_the_base_and_mean_factors_are_the_exact_mean_for_weights_of_either_layout(
+    tmp_path: Path,
+) -> None:
+    """T5 on GPT-2's [in, out] weights, which are not square: what FedEx-LoRA does, merged by `merge`, and a
+    transpose too few or too many shows."""
+    gpt2().save_pretrained(tmp_path / "base")
+    shape = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "lora_alpha": 4}
+    read = [load_adapter(trained(tmp_path / str(seed), seed, gpt2(), **shape)) for seed in (1, 2, 3)]
+    exact = combine(read, "mean", [1 / 3] * 3).factors
+    means = {
+        module: Factors(
+            torch.stack([each.factors[module].a for each in read]).mean(0),
+            torch.stack([each.factors[module].b for each in read]).mean(0),
+        )
+        for module in exact
+    }
+    residual = {module: concatenated([exact[module], means[module]], [1.0, -1.0]) for module in exact}
+    merge(tmp_path / "base", residual, True, tmp_path / "with-residual")
+    save_adapter(tmp_path / "means", means, read[0], {}, sorted(means))
+    merge(tmp_path / "base", exact, True, tmp_path / "exact")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "exact"))
+    assert torch.allclose(logits(loaded(tmp_path / "with-residual", tmp_path / "means")), expected, atol=1e-5)
+    without = logits(loaded(tmp_path / "base", tmp_path / "means"))
+    assert (without - expected).abs().max() > 1e-2
+
+
 # -- weights -------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from p2ptrain.adapters.panel import Panel
 from p2ptrain.adapters.route import Scores, compare, train
@@ -150,6 +150,37 @@ def test_commands_train_a_router_that_chooses_right_and_measure_it(folder: Path,
         text[name], by[name] = written["text"], written["choice"]
     assert by == {name: name for name in TEXTS}
     assert all(text[name].startswith(TEXTS[name][:20]) for name in TEXTS)
+
+
+def combined(folder: Path, *words: str) -> Result:
+    base = ["--base", str(folder / "base"), "--length", "32", "--windows", "20"]
+    return CliRunner().invoke(app, ["adapters", "combine", *words, *base], catch_exceptions=False)
+
+
+def test_combining_is_judged_by_base_parents_and_result_on_a_text(folder: Path, tmp_path: Path) -> None:
+    """The mean knows half of what the one parent knows who learned this text: that one is better."""
+    parents = [str(folder / name) for name in TEXTS]
+    text = ["--eval", str(folder / "counting.txt")]
+    said = combined(folder, *parents, "--method", "mean", *text, "--out", str(tmp_path / "out"), "--json")
+    facts = json.loads(said.stdout.splitlines()[-1])["eval"]
+    assert facts["verdict"] == "worse"
+    assert facts["windows"] == 20
+    assert list(facts["losses"]) == ["base", "parent1", "parent2", "result"]
+    assert facts["losses"]["parent1"] < facts["losses"]["result"] < facts["losses"]["base"]
+    assert [each["than"] for each in facts["margins"]] == ["base", "parent1", "parent2"]
+    note = json.loads((tmp_path / "out" / "p2ptrain.json").read_text())
+    assert note["combined"]["eval"] == facts
+
+
+def test_adapter_that_was_made_half_as_strong_is_improved_by_making_it_whole_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    half, whole = str(tmp_path / "half"), str(tmp_path / "whole")
+    combined(folder, str(folder / "counting"), "--method", "cat", "--weights", "0.5", "--out", half)
+    text = ["--eval", str(folder / "counting.txt")]
+    said = combined(folder, half, "--method", "cat", "--weights", "2", *text, "--out", whole)
+    assert "verdict: improved: better than the base and each parent, beyond the noise" in said.stdout
+    assert "parent1   -" in said.stdout
 
 
 def test_router_is_refused_when_an_adapter_has_changed(folder: Path, tmp_path: Path) -> None:

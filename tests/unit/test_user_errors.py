@@ -8,6 +8,7 @@ The command runs in this process, as `p2ptrain` does. Not covered: what only a n
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import torch
 from organizer import NOBODY, NOW, invite
+from safetensors.torch import save_file
 
 from p2ptrain.config import RunConfig, commented_toml
 from p2ptrain.swarm.access import encode
@@ -85,6 +88,34 @@ HELD: list[IO[bytes]] = []
 RUN_FILE = text("run.toml", commented_toml(RunConfig()))
 WIDTH = text("r.toml", "[task]\nwidth = 100\nheads = 3")
 BAD_PEERS = 'run_id = "x"\nmin_peers = 9\nmax_peers = 3\n'
+
+
+def adapter(name: str, *, without: str = "") -> Prepare:
+    """A folder as PEFT writes it, of rank 2 for a weight of 6 by 4, but for one of its files."""
+
+    def write(folder: Path) -> None:
+        (folder / name).mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+        prefix = "base_model.model.layer"
+        factors = {f"{prefix}.lora_A.weight": torch.ones(2, 4), f"{prefix}.lora_B.weight": torch.ones(6, 2)}
+        save_file(factors, folder / name / "adapter_model.safetensors")
+        if without:
+            (folder / name / without).unlink()
+
+    return write
+
+
+def both(*preparations: Prepare) -> Prepare:
+    def prepare(folder: Path) -> None:
+        for each in preparations:
+            each(folder)
+
+    return prepare
+
+
+ADAPTERS = both(adapter("a"), adapter("b"))
+COMBINE = "adapters combine a b --out o --method"
 
 
 def broken_book(folder: Path) -> None:
@@ -176,6 +207,48 @@ MISTAKES: list[tuple[str, Prepare, int, str, str]] = [
     ("generate gone --prompt a", nothing, 7, "no whole checkpoint at gone", "name a folder"),
     ("verify gone gone", nothing, 7, "no whole checkpoint at gone", "name a folder"),
     ("generate c --prompt a", text("c/manifest.json", "{"), 7, "manifest", "checkpoint|damaged|copy"),
+    # adapters
+    (f"{COMBINE} mean --weights 1,-1", ADAPTERS, 7, "sum to 0", "give weights that sum to something"),
+    (f"{COMBINE} mean --weights 1", ADAPTERS, 7, "expected 2 finite numbers", "one for each"),
+    (
+        f"{COMBINE} svd --rank 9",
+        ADAPTERS,
+        7,
+        "--rank 9 is above what layer can hold, at most rank 4",
+        "smaller",
+    ),
+    (f"{COMBINE} mean --rank 1 --energy 0.5", ADAPTERS, 7, "both say how much to keep", "give one of them"),
+    (f"{COMBINE} merge", ADAPTERS, 7, "add the result to the base", "with --base"),
+    (f"{COMBINE} mean --eval t.txt", ADAPTERS, 7, "measure the result", "with --base"),
+    (
+        f"{COMBINE} merge --base a",
+        ADAPTERS,
+        7,
+        "a is no model folder",
+        "give the folder of the adapters' base",
+    ),
+    (f"{COMBINE} mean", adapter("a"), 7, "b is no folder", "give one that PEFT"),
+    (
+        f"{COMBINE} mean",
+        both(adapter("a"), adapter("b", without="adapter_config.json")),
+        7,
+        "b has no adapter_config.json",
+        "copy the whole folder again",
+    ),
+    (
+        f"{COMBINE} mean",
+        both(adapter("a"), adapter("b", without="adapter_model.safetensors")),
+        7,
+        "b has no adapter_model.safetensors",
+        "copy the whole folder again",
+    ),
+    (
+        "adapters combine a b --method mean --out b",
+        ADAPTERS,
+        6,
+        "b is there already",
+        "name a folder that is not",
+    ),
     # rehearsals
     ("demo --listen here", nothing, 2, "--listen", "/ip4/0.0.0.0/tcp/31337"),
     ("demo --run gone.toml", nothing, 2, "cannot read gone.toml", "No such file"),
