@@ -28,6 +28,7 @@ def run(grid: Grid, store: Store, jobs: int, progress: Progress) -> None:
     """
     progress(*_done(grid, store), None)
     if jobs == 1:
+        torch.set_num_threads(1)
         while trials := due(grid, store.results):
             result = conduct(grid, trials[0])
             store.add(result)

@@ -5,7 +5,7 @@ Everything that a number passes through is what a volunteer runs: `Engine`, `Acc
 left out is everything else: leaders, messages, deadlines. So a round here is the round of a swarm whose
 members brought as many samples, bit for bit, header included (T18: `tests/swarm/test_simulated.py`).
 
-Not covered: leased data, `delay`, `audit`, a roster that changes, and micro-batches of changing size.
+Not covered: leased data, `delay`, `audit`, and a roster that changes.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Member:
             self.replica.train_apart() if run.strategy == "local" else Accumulator(self.replica.numel)
         )
         self.engine = Engine(model, self.replica.gradient, CPU, micro_batch_size)
+        self.micro_batch_size = micro_batch_size
         self._codec = codec_named(run.codec)
         self.owed = Owed(self._codec)
         self.sent: list[Sent] = []
@@ -57,7 +58,7 @@ class Member:
         """Compute so many samples of the step that the replica is at. Raises Diverged."""
         step, done = self.replica.position.step, 0
         while done < samples:
-            count = min(self.engine.most_samples, self.gathered.room, samples - done)
+            count = min(self.micro_batch_size, self.gathered.room, samples - done)
             loss = self.engine.gradients(
                 partial(self._task.batch, step, self.name),
                 self._task.loss_sum,

@@ -16,7 +16,6 @@ from p2ptrain import events
 from p2ptrain.config import Optimizer, RunConfig
 from p2ptrain.experiment.grid import Arm, Cell, Grid
 from p2ptrain.experiment.simulate import Simulation
-from p2ptrain.gradients.codecs import CODECS
 from p2ptrain.records import EntryHeader
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
@@ -52,9 +51,13 @@ def check_simulated(run: RunConfig, lives: Sequence[Trainer]) -> None:
     """The same rounds again without a network; a header names the bytes that were averaged."""
     headers = lives[0].headers()[:ROUNDS]
     assert len(headers) == ROUNDS
-    assert all(count >= MICRO_BATCH for header in headers for count in header.samples)
+    assert all(len(header.roster) == 3 for header in headers)
+    assert sum(all(header.samples) for header in headers) > ROUNDS // 2
     simulation = Simulation(run, Regression(), headers[0].roster, MICRO_BATCH)
     for header in headers:
+        for life, member in zip(lives, simulation.members, strict=True):
+            # Who brought nothing to a round computes in smaller micro-batches for a while.
+            member.micro_batch_size = life.batch_sizes.get(header.step, MICRO_BATCH)
         assert simulation.round(header.samples, header.spans, header.ballot) == header
         position = simulation.replica.position
         for life in lives:
@@ -66,7 +69,7 @@ def check_simulated(run: RunConfig, lives: Sequence[Trainer]) -> None:
 
 
 @pytest.mark.parametrize("cell", [SYNC, APART], ids=lambda cell: cell.arm)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "lowrank"])  # plain, and with feedback
 def test_simulated_cell_is_three_peers_bit_for_bit(cell: Cell, codec: str) -> None:
     run = run_of(cell, codec)
 
@@ -94,7 +97,8 @@ def test_one_sample_less_is_noticed_when_a_cell_is_compared() -> None:
             return training.lives[0].headers()
 
     header = clock.run(story())[0]
-    fewer = (*header.samples[:2], header.samples[2] - MICRO_BATCH)
+    most = max(range(3), key=header.samples.__getitem__)
+    fewer = [count - MICRO_BATCH * (rank == most) for rank, count in enumerate(header.samples)]
     simulation = Simulation(run, Regression(), header.roster, MICRO_BATCH)
     assert simulation.round(fewer, header.spans, header.ballot).digest != header.digest
 

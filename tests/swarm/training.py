@@ -148,6 +148,8 @@ class Trainer:
         """Lineage → a copy of the parameters that this replica had there."""
         self.drawn: dict[int, set[int]] = {}
         """Step → numbers of the samples that this peer computed for it."""
+        self.batch_sizes: dict[int, int] = {}
+        """Step → samples in its first micro-batch; the others are no larger."""
         self.run = run
         self._training = training
         self._batch_seconds = batch_seconds
@@ -226,6 +228,7 @@ class Trainer:
         async with self._thread:  # one thread: first come, first served
             if getattr(function, "__name__", "") == "_gradients":
                 step, first, count, _ = arguments
+                self.batch_sizes.setdefault(step, count)
                 self.drawn.setdefault(step, set()).update(range(first, first + count))
                 await asyncio.sleep(self._batch_seconds * count / self._micro_batch_size)
             else:

@@ -19,6 +19,8 @@ from p2ptrain.experiment.trials import Result, Trial, conduct, due, roster
 from p2ptrain.tasks.digits import DigitsTask as Digits
 from tests.unit.experiments import grid_of
 
+torch.set_num_threads(1)  # for so little work, threads only wait for each other
+
 TINY = BytesTask(layers=1, width=8, heads=1, context=8)
 
 
