@@ -71,7 +71,8 @@ class Member:
             done += count
         self.gathered.gather()
         self.sent = []
-        if not (self.gathered.samples and float(self.gathered.total.abs().max()) <= LARGEST):
+        # What is not finite brings no samples where peers train apart.
+        if self.gathered.samples < samples or not float(self.gathered.total.abs().max()) <= LARGEST:
             raise Diverged(f"what a peer brings to step {step} is not finite")
 
     def apply(self, entry: Entry, owed: Owed) -> None:
