@@ -429,6 +429,33 @@ class Local(Section):
     """Samples of all peers together in each of these rounds, in place of `target_batch_size`."""
 
 
+class Partition(Section):
+    """Strategy `partition`, which is experimental: peers train parts of the model that do not overlap."""
+
+    by: Literal["tensor", "block", "random"] = "tensor"
+    """What a part is. `tensor`: whole tensors, as even as they can be shared out; `block`: a range of the
+    flat vector; `random`: single coordinates, drawn by the seed. Parts of the latter know less of each other,
+    and break sooner."""
+
+    inner_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 16
+    """Samples in one step that a peer takes alone. With n peers, target_batch_size / (n * inner_batch_size)
+    such steps lie between two unions. More than about 5 make parts undo each other's work: see `gamma`."""
+
+    rotate_every: Annotated[int, Field(ge=0, lt=10**9)] = 0
+    """Rounds after which every part goes to another peer, with its optimizer state; 0: only when somebody
+    comes or goes. Each peer's data then gets to every part of the model."""
+
+    gamma: Literal["1", "1/n", "auto"] = "auto"
+    """By what the union of all parts' changes is multiplied. `1`: applied as it is, and with many steps
+    between rounds training may diverge; `1/n`: divided by the number of peers, which is safe and slow;
+    `auto`: the best of 1, 1/2, 1/4 and 1/n for the round that was last measured."""
+
+    probe_every: Annotated[int, Field(ge=1, lt=10**9)] = 5
+    """Rounds between two in which it is measured how well the parts fit together, by the loss on a few
+    samples that nobody trains on. That takes each peer about as long as 30 samples, and with `auto` as 60:
+    setting it low will cost that often, setting it high will let parts undo each other's work for so long."""
+
+
 class Outer(Section):
     """A second momentum around the optimizer's steps (DiLoCo's outer step), which costs no communication."""
 
@@ -473,10 +500,12 @@ class RunConfig(Section):
     run_id: RunId = "python-stdlib"
     """Name of the run, before all its keys in the DHT: lower-case letters, digits and dashes."""
 
-    strategy: Literal["sync", "local"] = "sync"
+    strategy: Literal["sync", "local", "partition"] = "sync"
     """`sync`: each step averages the gradients of one large batch over all peers. `local`: each peer takes
     steps of its own, and how far they led is what is averaged; see `[local]`. It needs far fewer rounds and
-    learns less from each sample: the less, the more peers there are and the more steps lie between rounds."""
+    learns less from each sample: the less, the more peers there are and the more steps lie between rounds.
+    `partition`, experimental: each peer takes steps of its own on a part of the model that nobody else
+    trains, and all parts are put together; see `[partition]`."""
 
     payload: Literal["full", "lora"] = "full"
     """`full`: all parameters are trained and averaged. `lora`: the model stays as it is, and adapters are
@@ -579,6 +608,9 @@ class RunConfig(Section):
     local: Local = Local()
     """Settings of strategy `local`; the steps that peers take apart are `optimizer`'s."""
 
+    partition: Partition = Partition()
+    """Settings of strategy `partition`; the steps that peers take apart are `optimizer`'s."""
+
     schedule: Schedule = Schedule()
     """How the learning rate moves over the run."""
 
@@ -615,9 +647,55 @@ class RunConfig(Section):
                 "first or lower the second"
             )
 
+    def _check_partition(self) -> None:
+        if self.strategy != "partition":
+            return
+        wanted = 'with strategy = "partition"'
+        if self.sync.outer.every:
+            raise ValueError(
+                f"sync.outer.every must be 0 {wanted}: its momentum is for steps that all take together"
+            )
+        if self.delay:
+            raise ValueError(
+                f"delay ({self.delay}) must be 0 {wanted}: before the others' parts are there, nobody knows "
+                "where to take the next steps from"
+            )
+        if self.audit:
+            raise ValueError(
+                f"audit ({self.audit:g}) must be 0 {wanted}: what a peer has brought is gone when it takes "
+                "its next steps, so nobody could read it again"
+            )
+        if self.payload == "lora":
+            raise ValueError(
+                f'payload must be "full" {wanted}: the factors of an adapter only mean something together, '
+                "so they cannot have two owners"
+            )
+        if self.aggregation != "mean":
+            raise ValueError(
+                f'aggregation must be "mean" {wanted}, not "{self.aggregation}": each coordinate has one '
+                "owner, and there is nobody to compare it with"
+            )
+        if self.codec != "fp32":
+            raise ValueError(
+                f'codec must be "fp32" {wanted}, not "{self.codec}": the optimizer\'s state travels, too, '
+                "and others lose its small values"
+            )
+        if self.optimizer.kind == "lamb":
+            raise ValueError(
+                f'optimizer.kind must be "adamw" or "sgd" {wanted}: "lamb" goes by the length of whole '
+                "tensors, and an owner may have a part of one"
+            )
+        if self.target_batch_size < self.partition.inner_batch_size:
+            raise ValueError(
+                f"target_batch_size ({self.target_batch_size}) must be at least partition.inner_batch_size "
+                f"({self.partition.inner_batch_size}), or no peer takes a step between two rounds; raise the "
+                "first or lower the second"
+            )
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         self._check_local()
+        self._check_partition()
         if self.min_peers > self.max_peers:
             raise ValueError(
                 f"min_peers ({self.min_peers}) must be at most max_peers ({self.max_peers}), "
@@ -670,8 +748,15 @@ class RunConfig(Section):
 
     @property
     def stepped_batch_size(self) -> int:
-        """Samples in one step of `optimizer`: with strategy `local`, of those that a peer takes alone."""
-        return self.local.inner_batch_size if self.strategy == "local" else self.target_batch_size
+        """Samples in one step of `optimizer`: with strategies `local` and `partition`, of those that a peer
+        takes alone."""
+        match self.strategy:
+            case "local":
+                return self.local.inner_batch_size
+            case "partition":
+                return self.partition.inner_batch_size
+            case "sync":
+                return self.target_batch_size
 
     def _check_batch_rule(self) -> None:
         optimizer = self.optimizer

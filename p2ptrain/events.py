@@ -59,6 +59,7 @@ class WasteCause(StrEnum):
     BEHIND = "behind"
     NONFINITE = "nonfinite"
     NO_LEASE = "no_lease"
+    NO_PART = "no_part"
     ROLLED_BACK = "rolled_back"
     LEAVING = "leaving"
 
@@ -98,6 +99,7 @@ _WASTED_BECAUSE = {
     WasteCause.NONFINITE: "their gradient was not finite; if that goes on, look at your data, or set "
     'precision = "fp32" in the peer file',
     WasteCause.NO_LEASE: "another peer leads this step now, and the lease went to it",
+    WasteCause.NO_PART: "there is somebody again who owns the part of the model that they were for",
     WasteCause.ROLLED_BACK: "a heavier lineage replaced the one they went into",
     WasteCause.LEAVING: "this peer left before the round",
 }
@@ -560,6 +562,61 @@ class CopiesAveraged(_Happened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartsUnited(_Happened):
+    """Strategy `partition`: entry `step` put together what peers did to the parts of the model that they own.
+    What it tells of the loss is of the entry before it, in nats, on samples that nobody trains on."""
+
+    event: ClassVar[str] = "parts_united"
+    step: int
+    owners: int
+    gamma: float
+    """By which the union of all changes was multiplied."""
+    union_change: float | None
+    """Of the loss by the union as it was, not multiplied by anything; None unless all owners measured."""
+    parts_change: float | None
+    """Σ of what each part alone did to it."""
+
+    @property
+    def defect(self) -> float | None:
+        """The cohesion defect: what parts lose by not knowing of each other; below zero they gain by it."""
+        if self.union_change is None or self.parts_change is None:
+            return None
+        return self.union_change - self.parts_change
+
+    def sentence(self) -> str:
+        text = f"step {self.step}: {self.owners} parts were put together, times {self.gamma:.3g}"
+        if self.defect is None:
+            return text
+        return (
+            f"{text}; in the step before, the parts alone changed the loss by {self.parts_change:+.4f}, "
+            f"together by {self.union_change:+.4f}: a cohesion defect of {self.defect:+.4f}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainsEaten(_Happened):
+    """Strategy `partition`: over the last `rounds`, more than half of what the parts gained alone was lost as
+    they were put together. Told again only after it was over."""
+
+    event: ClassVar[str] = "gains_eaten"
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    rounds: int
+    parts_change: float
+    """Of the loss, in nats, by each part alone: Σ over parts and rounds."""
+    defect: float
+    """What of that was lost, likewise."""
+
+    def sentence(self) -> str:
+        return (
+            f"step {self.step}: the parts that peers train apart undo each other's work: alone they changed "
+            f"the loss by {self.parts_change:+.4f} in {self.rounds} rounds, and together it was "
+            f"{self.defect:.4f} worse than that; a lower target_batch_size, which leaves fewer steps "
+            'between rounds, by = "tensor" or a lower learning rate helps'
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Previewed(_Happened):
     """The model at `step` was asked for a sample."""
 
@@ -824,6 +881,8 @@ Event = (
     | ReplicaDiverged
     | Evaluated
     | CopiesAveraged
+    | PartsUnited
+    | GainsEaten
     | Previewed
     | CheckpointSaved
     | CheckpointFailed

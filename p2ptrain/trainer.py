@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +18,6 @@ from types import TracebackType
 from typing import Any, assert_never
 
 import torch
-from torch import nn
 
 from p2ptrain import PROTOCOL_VERSION, events
 from p2ptrain.allreduce import (
@@ -68,9 +68,11 @@ from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, outvoted, sent_in_round
 from p2ptrain.replica.log import Entry, EntryLog
 from p2ptrain.replica.partial import Partial
+from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps, Union
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Snapshot
+from p2ptrain.replica.subspaces import Cohesion, together
 from p2ptrain.replica.transfer import CatchUp
 from p2ptrain.swarm.port import Buffer, Swarm
 from p2ptrain.tasks import Numbered, Task
@@ -87,8 +89,8 @@ PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
 """In the task's units: for text, characters. Others wait for this peer meanwhile."""
-PROBE, PROBE_SAMPLES = "probe", 32
-"""The peer by whose name, and how many, samples are drawn on which copies are compared with their average."""
+COHESION_ROUNDS = 8
+"""Over which is added up what parts gain alone and together: by one round it is mostly chance."""
 MOST_NONFINITE = 20
 """Micro-batches without a finite gradient in a row, after which this peer gives up: nothing it computes
 counts."""
@@ -193,6 +195,9 @@ class Peer:
         self._milestones: tuple[Milestone, ...] = ()
         """Which states it had at some of its last steps, for its presence record."""
         self._noise = NoiseMeter()
+        self._cohesions: deque[Cohesion] = deque(maxlen=COHESION_ROUNDS)
+        """Of the last rounds, with strategy `partition`."""
+        self._gains_eaten = False
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -222,8 +227,8 @@ class Peer:
             target_batch_size=run.target_batch_size,
             min_peers=run.min_peers,
             max_peers=run.max_peers,
-            values=replica.numel,
-            encoded_bytes=self._codec.encoded_bytes(replica.numel),
+            values=replica.values,
+            encoded_bytes=self._codec.encoded_bytes(replica.values),
             heartbeat_seconds=run.heartbeat_seconds,
             silence_seconds=run.silence_seconds,
             silence_most_seconds=run.silence_most_seconds,
@@ -395,6 +400,7 @@ class Peer:
                 self._aborted(aborted)
             attempt = self.rounds.attempt
             await self._keep_lease(attempt)
+            await self._keep_part(attempt)
             patience = None if attempt is None else self._patience(attempt)
             if patience is not None and patience <= 0:
                 break
@@ -449,6 +455,7 @@ class Peer:
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
+        had_a_part = bool(self._accumulator.room)
         run = in_force(self.run, header.terms, header.step)
         rate = learning_rate(run, header.step)
         apart = None
@@ -456,7 +463,7 @@ class Peer:
             apart = await self._look_at_copies(committed, run, probe=bool(mine))
         within = await self._compute(self._apply_now, committed)
         # How far peers came apart from each other tells nothing of single samples.
-        reading = self._noise.round(None if apart else committed.spread, within)
+        reading = self._noise.round(committed.spread if run.strategy == "sync" else None, within)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -465,7 +472,7 @@ class Peer:
                 mine=mine,
                 peers=len(header.roster),
                 loss=loss,
-                gradient_norm=math.sqrt(math.fsum(header.squared_norms)),
+                gradient_norm=self.replica.averaged_norm(header),
                 learning_rate=rate,
                 compute_seconds=self._compute_seconds,
                 accumulate_seconds=max(committed.sealed - self._step_began, 0.0),
@@ -483,11 +490,13 @@ class Peer:
         )
         if apart is not None:
             self._observe(apart)
+        if self.replica.union is not None:
+            self._tell_cohesion(header.step, self.replica.union, self.replica.cohesion)
         if reading.duplicated:
             self._observe(events.DataDuplicated(step=header.step, noise_excess=reading.excess))
         self.rounds_joined += 1
         self.samples_given += mine
-        if self._lease or self._numbered is None:
+        if (self._lease or self._numbered is None) and had_a_part:
             self._batch_size = fitting_batch_size(self._batch_size, mine, self.engine.most_samples)
         self.donor.upload.round(
             sent_in_round(len(entry.payload), header.spans, rank), committed.held - committed.sealed
@@ -519,20 +528,36 @@ class Peer:
     def _probe(self, entry: Entry) -> tuple[float, float]:
         """On the compute thread: mean loss on the probe batch of this peer's copy, and of all copies'
         average, which the model has then."""
-        own = self.engine.judge(self._probe_loss)
+        drawn = partial(self.task.batch, 0, PROBE)
+        own = self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
         self.replica.show_average(entry)
-        return own, self.engine.judge(self._probe_loss)
+        return own, self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
 
-    @torch.no_grad()
-    def _probe_loss(self, model: nn.Module) -> float:
-        """Over samples that are the same on every peer with the same data, and in every round."""
-        most = self.engine.most_samples
-        sizes = [min(most, PROBE_SAMPLES - first) for first in range(0, PROBE_SAMPLES, most)]
-        batches = (
-            self.task.batch(0, PROBE, first, size)
-            for first, size in zip(range(0, PROBE_SAMPLES, most), sizes, strict=True)
+    def _tell_cohesion(self, step: int, union: Union, before: Cohesion | None) -> None:
+        """How the parts of the model were put together, and whether that is worth it."""
+        self._observe(
+            events.PartsUnited(
+                step=step,
+                owners=union.members,
+                gamma=union.gamma,
+                union_change=None if before is None else before.union,
+                parts_change=None if before is None else before.parts,
+            )
         )
-        return math.fsum(float(self.task.loss_sum(model, batch)) for batch in batches) / PROBE_SAMPLES
+        if before is None:
+            return
+        self._cohesions.append(before)
+        found = together(self._cohesions)
+        if found.eats_the_gains and not self._gains_eaten:
+            self._observe(
+                events.GainsEaten(
+                    step=step,
+                    rounds=len(self._cohesions),
+                    parts_change=found.parts,
+                    defect=found.defect,
+                )
+            )
+        self._gains_eaten = found.eats_the_gains
 
     async def catch_up(self, behind: Behind) -> None:
         """Get from a donor to where the swarm is. If it cannot help, the machine names the next one."""
@@ -788,7 +813,7 @@ class Peer:
             return False
         return step - self._batch_step <= self.run.delay
 
-    async def _take_batch(self, into: Accumulator | LocalSteps) -> None:
+    async def _take_batch(self, into: Accumulator | LocalSteps | PartSteps) -> None:
         """Add the finished micro-batch, unless it is too old."""
         assert self._batch is not None
         ahead = into is self._ahead
@@ -857,9 +882,27 @@ class Peer:
 
     def _to_draw(self) -> int:
         """How many samples this peer may still begin in this step."""
+        if not self._accumulator.room:
+            return 0
         if self._numbered is None:
             return self.rounds.member.target_batch_size
         return sum(stop - start for start, stop in self._lease) - self._drawn
+
+    async def _keep_part(self, attempt: Attempt | None) -> None:
+        """A peer that owns nothing trains everything if nobody is left who does: then it is this one that
+        leads, or there is none of them in the attempt."""
+        if not isinstance(parts := self._accumulator, PartSteps) or (last := self.replica.last) is None:
+            return
+        if self.swarm.peer_id in last.roster:
+            return
+        if attempt is None:
+            orphaned = self.rounds.member.following == self.swarm.peer_id
+        else:
+            orphaned = set(last.roster).isdisjoint(attempt.freeze.roster)
+        if orphaned != parts.orphaned:
+            self._waste(events.WasteCause.NO_PART)
+            self._void_batch = self._batch
+            await self._compute(parts.take_over, orphaned)
 
     async def _keep_lease(self, attempt: Attempt | None) -> None:
         """Go by the lease that this peer has now, or has in the attempt. Who has one only for leading has
@@ -904,7 +947,13 @@ class Peer:
         """On the compute thread; returns how far this peer's micro-batches were apart."""
         self.replica.apply(committed.entry)
         within = None
-        if isinstance(self._accumulator, LocalSteps):
+        if isinstance(self._accumulator, PartSteps):
+            parts = self._accumulator
+            parts.settle(self._codec, committed.sent)
+            drawn = partial(self.task.batch, self.replica.position.step, PROBE)
+            loss = partial(self.engine.mean_loss, drawn, self.task.loss_sum, PROBE_SAMPLES)
+            parts.measure(loss, self.replica.union, self.replica.position.step)
+        elif isinstance(self._accumulator, LocalSteps):
             self._accumulator.settle(self._codec, committed.sent)
         else:
             within = self._accumulator.settle(self._codec, committed.sent)
@@ -913,10 +962,13 @@ class Peer:
         self._follow_strategy()
         return within
 
-    def _fitting_accumulator(self) -> Accumulator | LocalSteps:
+    def _fitting_accumulator(self) -> Accumulator | LocalSteps | PartSteps:
         """For what peers bring where the replica stands."""
-        if self.replica.strategy == "local":
-            return self.replica.train_apart()
+        match self.replica.strategy:
+            case "local":
+                return self.replica.train_apart()
+            case "partition":
+                return self.replica.train_part(self.swarm.peer_id)
         return Accumulator(self.replica.numel, self._elsewhere)
 
     def _follow_strategy(self) -> None:

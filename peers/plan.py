@@ -63,7 +63,7 @@ def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, cor
     task = build_task(run, PeerConfig(corpus=corpus))
     replica = Replica(build_model(task, run)[0], run, "")
     codec = codec_named(run.codec)
-    chunks = chunk_ranges(0, replica.numel, run.chunk_values)
+    chunks = chunk_ranges(0, replica.values, run.chunk_values)
     encoded = sum(codec.encoded_bytes(stop - start) for start, stop in chunks)
     at_once = min(MEASURED_AT_ONCE, run.target_batch_size)
     pace = tokens_per_second / run.task.tokens_per_sample or samples_per_second(task, replica.model, at_once)

@@ -54,6 +54,7 @@ QUIET = frozenset(
         "previewed",
         "evaluated",
         "copies_averaged",
+        "parts_united",
         "samples_wasted",
     }
 )

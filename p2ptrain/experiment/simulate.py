@@ -28,7 +28,9 @@ from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.spans import balanced, chunk_ranges, share_out
 from p2ptrain.records import Ballot, EntryHeader, PeerId
+from p2ptrain.replica.apart import LocalSteps
 from p2ptrain.replica.log import Entry
+from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps
 from p2ptrain.replica.replica import Replica, parameter_table
 from p2ptrain.tasks import Task, build_model
 
@@ -44,15 +46,22 @@ class Member:
         model, base_digest = build_model(task, run)
         self.name = name
         self.replica = Replica(model, run, fingerprint(run, parameter_table(model), base_digest), base_digest)
-        self.gathered = (
-            self.replica.train_apart() if run.strategy == "local" else Accumulator(self.replica.numel)
-        )
+        self.gathered = self._fitting_accumulator(run)
         self.engine = Engine(model, self.replica.gradient, CPU, micro_batch_size)
         self.micro_batch_size = micro_batch_size
         self._codec = codec_named(run.codec)
         self.owed = Owed(self._codec)
         self.sent: list[Sent] = []
         self._run, self._task = run, task
+
+    def _fitting_accumulator(self, run: RunConfig) -> Accumulator | LocalSteps | PartSteps:
+        match run.strategy:
+            case "sync":
+                return Accumulator(self.replica.numel)
+            case "local":
+                return self.replica.train_apart()
+            case "partition":
+                return self.replica.train_part(self.name)
 
     def gather(self, samples: int) -> None:
         """Compute so many samples of the step that the replica is at. Raises Diverged."""
@@ -79,6 +88,10 @@ class Member:
         """The round is committed; `owed` is what this peer kept as a reducer."""
         self.replica.apply(entry)
         self.gathered.settle(self._codec, self.sent)
+        if isinstance(parts := self.gathered, PartSteps):
+            drawn = partial(self._task.batch, self.replica.position.step, PROBE)
+            loss = partial(self.engine.mean_loss, drawn, self._task.loss_sum, PROBE_SAMPLES)
+            parts.measure(loss, self.replica.union, self.replica.position.step)
         self.owed = owed
 
 
@@ -106,7 +119,7 @@ class Simulation:
     @property
     def encoded_bytes(self) -> int:
         """Of one gradient, or one change, as it travels."""
-        ranges = chunk_ranges(0, self.replica.numel, self.run.chunk_values)
+        ranges = chunk_ranges(0, self.replica.values, self.run.chunk_values)
         return sum(self._codec.encoded_bytes(stop - start) for start, stop in ranges)
 
     def evaluate(self) -> dict[str, float]:
@@ -134,7 +147,7 @@ class Simulation:
     ) -> tuple[Entry, list[Owed]]:
         """What `allreduce.Attempt` does on as many machines: each member reduces its span, chunk by chunk."""
         position, last = self.replica.position, self.replica.last
-        spans = spans or share_out(self.replica.numel, balanced([0.0 for _ in self.members]))
+        spans = spans or share_out(self.replica.values, balanced([0.0 for _ in self.members]))
         ranks = [rank for rank, count in enumerate(samples) if count]
         counts = [samples[rank] for rank in ranks]
         usual = math.sqrt(math.fsum(last.squared_norms)) if last is not None else 0.0

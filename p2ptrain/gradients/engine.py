@@ -150,6 +150,13 @@ class Engine:
             for module, training in modes:
                 module.training = training
 
+    @torch.no_grad()
+    def mean_loss(self, draw: Draw, loss_sum: LossSum, count: int) -> float:
+        """Of the first `count` samples, by the model as it is used; leaves no gradient."""
+        firsts = range(0, count, self.most_samples)
+        batches = (draw(first, min(self.most_samples, count - first)) for first in firsts)
+        return math.fsum(float(self.judge(loss_sum, batch)) for batch in batches) / count
+
     def _passes(self, draw: Draw, loss_sum: LossSum, first: int, count: int) -> float:
         self._gradient.zero_()
         losses = []

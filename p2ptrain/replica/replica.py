@@ -11,6 +11,7 @@ gradient carries, and other dtypes than float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from p2ptrain.config import Optimizer, RunConfig
 from p2ptrain.errors import BadMessage, LocalFault
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.protocol.ledger import follows
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.terms import in_force
-from p2ptrain.records import EntryHeader, Position
+from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.replica.alternating import Alternating
 from p2ptrain.replica.apart import LocalSteps, effective_steps
 from p2ptrain.replica.log import Entry, entry_ranges, payload_chunks
@@ -37,10 +39,28 @@ from p2ptrain.replica.optimizers import (
     outer_optimizer,
 )
 from p2ptrain.replica.outer import Outer
+from p2ptrain.replica.parts import PartSteps, Share, Union
 from p2ptrain.replica.schedule import learning_rate, optimizer_for_batch
 from p2ptrain.replica.snapshot import Packed, Snapshot, State, pack, unpack
+from p2ptrain.replica.subspaces import (
+    NOTHING,
+    PROBE_VALUES,
+    Cohesion,
+    Probe,
+    chosen,
+    coordinates,
+    owners,
+    power,
+    steps_behind,
+    turn_of,
+    union_of_mean,
+    within,
+)
 
 ParameterTable = list[tuple[str, tuple[int, ...], str]]
+
+GAMMA = "gamma"
+"""With strategy `partition`, the scalar of the state that says by what the last union was multiplied."""
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
@@ -111,9 +131,19 @@ class Replica:
         """What the rounds before strategy `local` set in were applied by, until this peer goes on from it."""
         self._outer = Outer(run.sync.outer, self.parameters) if run.sync.outer.every else None
         self._codec = codec_named(run.codec)
+        self.values = self.numel
+        """How many an entry averages."""
+        if run.strategy == "partition":
+            self.values += len(self._optimizer.state_tensors()) * self.numel + PROBE_VALUES
         # What lies in `gradient` when a step is taken is of no use any more, unless it was computed ahead. If
         # the model moves to another device, `gradient` moves along, and this stays.
-        self._mean = torch.empty(self.numel) if run.delay else self.gradient
+        own = run.delay or run.strategy == "partition"
+        self._mean = torch.empty(self.values) if own else self.gradient
+        self.union: Union | None = None
+        """With strategy `partition`: what the last entry was, until the next one or another state."""
+        self.cohesion: Cohesion | None = None
+        """How well the parts of the entry before the last fitted together, as the last one tells."""
+        self._gamma = 0.0
         self.state_digest: str | None = self._state().digest()
         """Digest of the state at `position`, or None while it has not been computed there."""
         self.position = genesis(fingerprint, self.state_digest)
@@ -199,35 +229,75 @@ class Replica:
         position = advance(self.position, header)
         self._check_samples(header)
         run = self._run_of(header)
-        rate = self._decode(entry, run)
+        self._decode(entry)
+        if run.strategy == "partition":
+            self._put_together(run, header)
+        else:
+            self._step(run, position, header)
+        self._update_copy()
+        self.position, self.last, self.state_digest = position, header, None
+        if self.strategy != run.strategy:
+            self._warmed_up, self._optimizer = self._optimizer, self._optimizer_at(position.step)
+
+    def _step(self, run: RunConfig, position: Position, header: EntryHeader) -> None:
+        """By the optimizer, with what the entry has averaged."""
+        rate = self._scale_mean(run, header)
 
         if run.strategy == "sync":  # an outer optimizer has none
             self._optimizer.weight_decay = run.optimizer.weight_decay
         self._optimizer.step(self.parameters, self._mean, rate)
         if self._outer is not None:
             self._outer.after(position.step, self.parameters)
-        self._update_copy()
-        self.position, self.last, self.state_digest = position, header, None
-        if self.strategy != run.strategy:
-            self._warmed_up, self._optimizer = self._optimizer, self._optimizer_at(position.step)
 
     def show_average(self, entry: Entry) -> None:
         """Let the model have the mean of the peers' own parameters, weighed as in the entry, until the next
         step or state. Only where peers train apart. Raises BadMessage as `apply` does."""
         assert self._copy is not None
-        self._decode(entry, self._run_of(entry.header))
+        self._decode(entry)
+        self._scale_mean(self._run_of(entry.header), entry.header)
         self._copy.copy_(torch.sub(self.parameters, self._mean))
 
-    def _decode(self, entry: Entry, run: RunConfig) -> float:
-        """What the entry says, scaled as it is applied, into `_mean`; returns the learning rate for it."""
-        header = entry.header
-        ranges = entry_ranges(header.spans, self.numel, self.run.chunk_values)
+    def _decode(self, entry: Entry) -> None:
+        """What the entry says, into `_mean`."""
+        ranges = entry_ranges(entry.header.spans, self.values, self.run.chunk_values)
         for start, stop, chunk in payload_chunks(entry.payload, ranges, self._codec):
             self._codec.decode(chunk, self._mean[start:stop])
+
+    def _scale_mean(self, run: RunConfig, header: EntryHeader) -> float:
+        """Scale `_mean` as it is applied; returns the learning rate for it."""
         factor, rate = self.scale(run, header)
         if factor != 1.0:
             self._mean.mul_(torch.tensor(factor, dtype=torch.float32))
         return rate
+
+    def _put_together(self, run: RunConfig, header: EntryHeader) -> None:
+        """Apply the union of what the owners of all parts did, or if there were none the mean of what
+        everybody did."""
+        last, brought = self.last, sum(count > 0 for count in header.samples)
+        divided = last is not None and not set(last.roster).isdisjoint(header.roster)
+        members = len(last.roster) if last is not None and divided else 1
+        gamma, probe = 1.0, NOTHING
+        if divided:
+            union_of_mean(self._mean, header.total_samples).clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+            probe = Probe.of(self._mean[-PROBE_VALUES:].tolist())
+            gamma = self._gamma = chosen(run.partition.gamma, members, probe, self._gamma)
+        trained_before = sum(count > 0 for count in last.samples) if last is not None else 0
+        self.cohesion = probe.cohesion(trained_before)
+
+        change, *others = torch.split(self._mean[:-PROBE_VALUES], self.numel)
+        self.parameters.add_(torch.mul(change, torch.tensor(gamma, dtype=torch.float32)))
+        for (name, tensor), moved in zip(self._optimizer.state_tensors().items(), others, strict=True):
+            tensor.add_(moved)
+            if name == "square_mean":  # a rounding below zero would have no root
+                tensor.clamp_(min=0.0)
+        steps = steps_behind(header.total_samples, brought, run.partition.inner_batch_size)
+        settings = optimizer_for_batch(run)
+        powers = {
+            name: value * power(getattr(settings, name.removesuffix("_power")), steps)
+            for name, value in self._optimizer.scalars().items()
+        }
+        self._optimizer.load(self._optimizer.state_tensors(), powers)
+        self.union = Union(change, gamma, members) if divided else None
 
     @staticmethod
     def scale(run: RunConfig, header: EntryHeader) -> tuple[float, float]:
@@ -240,6 +310,12 @@ class Replica:
             effective_steps(header.samples, local.inner_batch_size) if by_steps else 1.0,
             local.outer_learning_rate,
         )
+
+    def averaged_norm(self, entry: EntryHeader) -> float:
+        """Norm of what the last entry has averaged, or with strategy `partition` put together."""
+        if self.union is not None:
+            return float(torch.linalg.vector_norm(self.union.change))
+        return math.sqrt(math.fsum(entry.squared_norms))
 
     def train_apart(self) -> LocalSteps:
         """From now on the model has parameters of its own, for strategy `local`, which every step and every
@@ -263,10 +339,48 @@ class Replica:
             self._inner_rate,
         )
 
-    def _inner_rate(self) -> float:
-        """Changes by the organizer count from the step after the entry that carries them."""
+    def train_part(self, me: PeerId) -> PartSteps:
+        """The same for strategy `partition`, where this peer has a part of the parameters in each step."""
+        copy = self._copy
+        if copy is None:
+            trained = [parameter for _, parameter in _trained(self.model)]
+            copy = self._copy_for(trained, self.parameters.device)
+        return PartSteps(
+            self.run.partition,
+            self.parameters,
+            copy,
+            self.values,
+            lambda orphaned: self._share(me, orphaned),
+        )
+
+    def _share(self, me: PeerId, orphaned: bool) -> Share:
+        """What that peer trains in the step that the replica is at; everything, if nobody is there any more
+        who owns a part."""
+        last, partition = self.last, self.run.partition
+        divided = last is not None and not orphaned
+        if last is None or orphaned:
+            mine = torch.arange(self.numel)
+        elif me in last.roster:
+            turn = turn_of(self.position.step, partition.rotate_every)
+            of = owners(partition.by, self._tensors, len(last.roster), self.run.seed, turn)
+            mine = coordinates(of, last.roster.index(me))
+        else:
+            mine = torch.empty(0, dtype=torch.int64)
+        run = self._run_now()
+        inner = build_optimizer(optimizer_for_batch(self.run), [(0, len(mine))], within(mine, self._decayed))
+        state = {name: tensor[mine] for name, tensor in self._optimizer.state_tensors().items()}
+        inner.load(state, self._optimizer.scalars())
+        inner.weight_decay = run.optimizer.weight_decay
+        return Share(mine, divided, inner, self._inner_rate(), run.optimizer.clip_norm)
+
+    def _run_now(self) -> RunConfig:
+        """The run as it stands here. Changes by the organizer count from the step after the entry that
+        carries them."""
         terms = self.last.terms if self.last is not None else None
-        return learning_rate(in_force(self.run, terms, self.position.step), self.position.step)
+        return in_force(self.run, terms, self.position.step)
+
+    def _inner_rate(self) -> float:
+        return learning_rate(self._run_now(), self.position.step)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to send or to save."""
@@ -298,6 +412,8 @@ class Replica:
         self._optimizer, self._warmed_up = optimizer, None
         if self._outer is not None:
             self._outer.load(theirs.optimizer)
+        self.union = self.cohesion = None
+        self._gamma = theirs.scalars.get(GAMMA, 0.0)
         self._update_copy()
         self.position, self.last, self.state_digest = snapshot.position, snapshot.last, snapshot.state_digest
 
@@ -318,7 +434,10 @@ class Replica:
         tensors = optimizer.state_tensors()
         if self._outer is not None:
             tensors |= self._outer.state_tensors()
-        return State(self._views, tensors, optimizer.scalars())
+        scalars = optimizer.scalars()
+        if self.run.strategy == "partition":
+            scalars |= {GAMMA: self._gamma}
+        return State(self._views, tensors, scalars)
 
     def _check_samples(self, header: EntryHeader) -> None:
         """No sample counts twice (I4): an entry takes what was leased for its step, and nothing else."""
@@ -389,4 +508,4 @@ def _check_same_layout(theirs: State, ours: State) -> None:
             raise BadMessage(f"{name} of a snapshot holds a value that is not finite")
     for name, value in theirs.scalars.items():
         if not 0.0 <= value <= 1.0:
-            raise BadMessage(f"{name} of a snapshot is {value}, which is not a power of a beta")
+            raise BadMessage(f"{name} of a snapshot is {value}, which is no power of a beta and no gamma")

@@ -259,7 +259,7 @@ class CatchUp:
         for donor in self._bench.without(donors, self._now()) or donors:
             try:
                 entry = Entry(*await self._entry(donor, step))
-                verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.numel)
+                verify_entry(entry, self._codec, self._replica.run.chunk_values, self._replica.values)
             except Refused as fault:
                 last = fault  # its log may be shorter than another's
             except PeerFault as fault:
@@ -271,8 +271,8 @@ class CatchUp:
         raise last
 
     async def _entry(self, donor: PeerId, step: int) -> tuple[EntryHeader, bytes]:
-        numel = self._replica.numel
-        expected_bytes, max_bytes = self._codec.encoded_bytes(numel), 4 * numel + 2**20
+        values = self._replica.values
+        expected_bytes, max_bytes = self._codec.encoded_bytes(values), 4 * values + 2**20
         reply, payload = await self._request(donor, GetEntry(step=step), expected_bytes, max_bytes=max_bytes)
         if not isinstance(reply, EntryReply) or reply.header.step != step:
             raise BadMessage(f"{donor[-8:]} answered a request for entry {step} with {reply.kind}")

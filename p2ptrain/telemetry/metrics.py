@@ -57,10 +57,12 @@ from p2ptrain.events import (
     Evaluated,
     Event,
     FaultCause,
+    GainsEaten,
     Joined,
     LeaderTookOver,
     Leaving,
     MicroBatchShrunk,
+    PartsUnited,
     Paused,
     PauseReason,
     PeerBenched,
@@ -373,6 +375,20 @@ class Metrics:
             "Strategy local: loss of the copies' average on a probe batch less that of this peer's copy, at "
             "the last look; NaN until known. Its mean over the peers below 0: averaging helps.",
         )
+        self._gamma = gauge(
+            "union_gamma_ratio",
+            "Strategy partition: by what the last union of all parts was multiplied; NaN until known.",
+        )
+        self._defect = gauge(
+            "cohesion_defect_nats",
+            "Strategy partition: what parts that were trained apart lost when they were put together, by the "
+            "last round that tells; NaN until known.",
+        )
+        self._parts_change = gauge(
+            "parts_loss_change_nats",
+            "Strategy partition: change of the loss by each part alone, added up, in that round; NaN until "
+            "known.",
+        )
         self._data_alarms = counter(
             "data_alarms_total",
             "Times that a peer's data looked unlike the others', or the same as theirs.",
@@ -477,6 +493,9 @@ class Metrics:
             self._change_cosine,
             self._consensus_distance,
             self._barrier,
+            self._gamma,
+            self._defect,
+            self._parts_change,
             *(self._loss.labels(split) for split in Split),
         ):
             unknown.set(math.nan)  # 0 would be the best loss of all
@@ -549,6 +568,8 @@ class Metrics:
                 self._stood_out(event.peer, event.rounds)
             case DataUnlike():
                 self._data_alarms.labels(DataAlarm.UNLIKE).inc()
+            case PartsUnited():
+                self._parts_united(event)
             case DataDuplicated():
                 self._data_alarms.labels(DataAlarm.DUPLICATED).inc()
             case DaemonRestarted():
@@ -568,8 +589,8 @@ class Metrics:
                 self._terms.set(event.revision)
             case Joined() | Leaving() | StateHashed() | Previewed() | CatchingUp() | ReachChanged():
                 pass  # nothing to count: these are for the journal
-            case TermsApplied():
-                pass  # the learning rate has a metric of its own
+            case TermsApplied() | GainsEaten():
+                pass  # the learning rate, and the cohesion defect, have metrics of their own
             case _:
                 assert_never(event)
 
@@ -592,6 +613,12 @@ class Metrics:
             self._outlier_rounds.remove(forgotten)
         self._outliers = self._outliers[-MOST_OUTLIERS:]
         self._outlier_rounds.labels(name).inc(rounds)
+
+    def _parts_united(self, event: PartsUnited) -> None:
+        self._gamma.set(event.gamma)
+        if event.defect is not None and event.parts_change is not None:
+            self._defect.set(event.defect)
+            self._parts_change.set(event.parts_change)
 
     def _committed(self, event: RoundCommitted) -> None:
         self._step.set(event.step + 1)

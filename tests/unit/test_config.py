@@ -73,17 +73,18 @@ def refusal(load, path) -> str:
 # different runs and refuse each other, and that invites to the old run no longer fit. If that is meant, put
 # the new digest here.
 DIGESTS = {
-    "default": "a35b59226e264ddfb385a3a013abce2b6488d1cce2c3e7a2ef9542fa3e0cd748",
-    "digits": "897ae90eb13e1f026cb8f799dfd800ef7ed6871cc56440121230cdb1561f5924",
-    "local": "399598c7c6a330069c9519c2f517074f3ea791ddf2c01aac7f246747b7e1b08f",
-    "own-text": "00f935ab27d85436f7bfcb95902b63f21187df7747795ffdc99b25db080e0265",
-    "rehearsal": "e95391f9d63958010b52b34bab75e04bef8e5ae54ea31852f16017cffe6fc35f",
-    "rehearsal-leased": "7aae13c0edcfc7d80769d99057c40486791b46af026cfb6c18496a38bdec085f",
-    "rehearsal-slow": "8459b6414f614565b7f443a3daaadd16c67581b1166a3d4cb25b1d26b421108a",
-    "rehearsal-tiny": "ccbdb2873281293e42e90642cc4f5a64c133994b09539e91a441093f7dd290a0",
-    "tiny": "6265184394215f3e6fcd82e33fc37055883407991c47b8ff2e6841b81dd4f2d1",
-    "web-text-125m": "49bb3eaa51fccfd6686fc3b737a83821b05b56c77a33ed288e4d4467c532ba82",
-    "wikitext-lora": "5bce405cc5a7a56aa8ec704692a8b3637c7f1a8655a6c1e6dc68f69144f48221",
+    "default": "1e926709a5de4bf6318a6ad4f7b724004297a279712437f35bb9bacf093a4838",
+    "digits": "7f1f51a5c6c752679b4f0fbd2c3b1f5e9b3795efe87f56054bcadada5aa0fa70",
+    "local": "dfc86d819a272e5c66580a17a74bc122c7c5e336226aa4e9db45cb94ef2c1ca4",
+    "own-text": "26494c3fece8a42553d33ab54629c4b451088e6149ca851cdd0edcc3ee2ffa82",
+    "partition": "1c8355340f10385d991565a1390ecbe64b8c1bf63d8de3300117ec1bd6c8df57",
+    "rehearsal": "f2c218157d46bae1de5696b07902e0b46b5fb0877642e27545c84e328f40236d",
+    "rehearsal-leased": "df4b0938bbf2acc2065bd46f277983a3a5508563ab52c0e31a6520c5362ab408",
+    "rehearsal-slow": "98a5fff4e0190fd373c6e345605c9d1dae9b461f0daa832c93d31f1780ca5488",
+    "rehearsal-tiny": "f6f834121d51538f1a7a7c506891a71a0c733a6d77479559d7af0dd186d55ca8",
+    "tiny": "e4bb6822715a002ec2f9da28c1ca18afe394737e069af70017c3fdcc97fe7f44",
+    "web-text-125m": "fee9430b12b8c1166265fcc3336ce702fb6ca4099ccb02eca4e611d7d1a57b00",
+    "wikitext-lora": "a1caa99ce9fbccf47eae58cdc9207e3a5de0bb86b64f438c67cf7463c6fcede3",
 }
 
 
@@ -198,7 +199,7 @@ WRONG_RUNS = {
         'codec in FILE must be "fp32" or "fp16" or "bf16" or "int8" or "int4" or "topk" or "lowrank", '
         'but is "int7"'
     ),
-    "strategy = 'alone'": 'strategy in FILE must be "sync" or "local", but is "alone"',
+    "strategy = 'alone'": 'strategy in FILE must be "sync" or "local" or "partition", but is "alone"',
     "run_id = 'My Run'": (
         f'run_id in FILE must be text like "python-stdlib" (pattern {ID_PATTERN}), but is "My Run"'
     ),
@@ -385,7 +386,7 @@ TABLE = [("embed.weight", (256, 128), "float32"), ("norm.weight", (128,), "float
 def test_fingerprint_is_the_known_one_when_nothing_changed():
     """As with DIGESTS: a new value means that old and new peers never meet. PROTOCOL_VERSION counts too."""
     assert fingerprint(RunConfig(run_id="golden"), TABLE) == (
-        "d216285ca2ca4781b2f0126daefa8c13b2f41e5db4740e1de62efe19b5f56829"
+        "94e912bcb09ae9535071bc85e47fb3c804af8fe9fb745bb84d3a7ec7278fa7aa"
     )
 
 
