@@ -23,7 +23,8 @@ from typing import Any, assert_never
 import numpy as np
 from torch import Tensor
 
-from p2ptrain.auditing import Audit, Auditor, BadInput, Convicted, Evidence
+from p2ptrain.auditing import Audit, Auditor, BadInput, Evidence
+from p2ptrain.court import AttemptKey, Convicted, Court, Told
 from p2ptrain.errors import BadMessage, Unreachable
 from p2ptrain.events import AbortCause
 from p2ptrain.gradients.accumulator import Sent
@@ -37,6 +38,7 @@ from p2ptrain.protocol.ledger import Leases, Ranges, lease
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
+from p2ptrain.protocol.roster import freeze_of
 from p2ptrain.protocol.round import (
     Apply,
     Begin,
@@ -61,13 +63,16 @@ from p2ptrain.records import (
     EntryHeader,
     Freeze,
     GetInput,
+    GetPledges,
     GetProof,
     Message,
     PeerId,
     Position,
     Reply,
     Request,
+    Signature,
     Terms,
+    TwoStories,
 )
 from p2ptrain.replica.log import Entry
 from p2ptrain.swarm.port import Buffer, Swarm
@@ -291,7 +296,7 @@ class Attempt:
 
     def __init__(
         self,
-        freeze: Freeze,
+        told: Told,
         swarm: Swarm,
         codec: Codec,
         aggregation: Aggregation,
@@ -306,13 +311,16 @@ class Attempt:
         evidence: Evidence | None,
         on_held: Callable[[EntryHeader, float], None],
         on_failed: Callable[[Sequence[PeerId], AbortCause, str], None],
+        on_proof: Callable[[TwoStories], None] = lambda _: None,
         last: EntryHeader | None = None,
         leases: Leases | None = None,
     ) -> None:
-        """`usual_norm`: of the last averaged gradient, 0 if there was none; `owed`: by this peer as a reducer
-        since the last commit; `memory`: for the averaged bytes, if it is large enough; `evidence`: where this
-        attempt's is gathered, if the run is audited."""
-        self.freeze = freeze
+        """`told`: the freeze, and what else is pledged in this attempt; `usual_norm`: of the last averaged
+        gradient, 0 if there was none; `owed`: by this peer as a reducer since the last commit; `memory`: for
+        the averaged bytes, if it is large enough; `evidence`: where this attempt's is gathered, if the run is
+        audited. `on_proof` is given the proof that the leader has called others to another freeze."""
+        self.told = told
+        self.freeze = freeze = told.freeze
         self.lease = () if leases is None else lease(leases, swarm.peer_id)
         """The samples that this peer may bring, where they are leased."""
         self.began = asyncio.get_running_loop().time()
@@ -339,7 +347,7 @@ class Attempt:
         audited = evidence is not None
         self._rule = Rule(codec, aggregation, usual_norm, self.owed, self.likeness, audited, last)
         self.sent: list[Sent] = []
-        self._on_held, self._on_failed = on_held, on_failed
+        self._on_held, self._on_failed, self._on_proof = on_held, on_failed, on_proof
         self._parts: dict[_Key, Buffer] = {}  # (member's rank, chunk of my span) → encoded sum
         self._lent: dict[_Key, memoryview] = {}  # the same → where it is being received
         self._shadow = _Shadow(self._ranges, codec, memory)
@@ -371,7 +379,7 @@ class Attempt:
 
     def place(self, sender: PeerId, header: Chunk | Averaged, size: int) -> memoryview | None:
         """Where the payload of a frame of this attempt, about to arrive, shall be written; None: wherever."""
-        if self._over or sender not in self._outboxes:
+        if self._over or sender not in self._outboxes or header.freeze != self.told.frozen:
             return None
         key = self.freeze.roster.index(sender), header.number
         if isinstance(header, Averaged):
@@ -391,7 +399,10 @@ class Attempt:
         if self._over:
             return
         try:
-            if isinstance(header, Chunk):
+            if header.freeze != self.told.frozen:
+                if header.called is not None:  # only the first one of a sender shows whose fault it is
+                    self._on_proof(self.told.contradicted_by(header))
+            elif isinstance(header, Chunk):
                 self._take_part(sender, header, payload)
             else:
                 await self._take_mean(sender, header, payload)
@@ -402,6 +413,11 @@ class Attempt:
         """Whether the frame is of this attempt."""
         freeze = self.freeze
         return (header.step, header.parent, header.ballot) == (freeze.step, freeze.parent, freeze.ballot)
+
+    def refuse(self) -> None:
+        """Fail it, as its leader has not signed that it called to this freeze."""
+        leader = self.freeze.ballot.leader
+        self._fail([leader], AbortCause.BAD_CHUNK, f"{leader[-8:]} calls without having signed for it")
 
     def rewind(self, peer: PeerId) -> None:
         """The link to `peer` was reset: say everything again."""
@@ -462,14 +478,23 @@ class Attempt:
         if self.evidence is not None and last and rank != self._reduction.rank:
             signed = self.evidence.signature(rank, self._contribution.samples)
         return Chunk(
-            step=self.freeze.step,
-            parent=self.freeze.parent,
-            ballot=self.freeze.ballot,
+            **self._attempt(number),
             number=number,
             samples=self._contribution.samples,
             skipped=self._contribution.skipped,
             **signed,
         )
+
+    def _attempt(self, number: int) -> dict[str, Any]:
+        """By what a chunk says to which attempt it belongs; the first one proves it."""
+        freeze = self.freeze
+        return {
+            "step": freeze.step,
+            "parent": freeze.parent,
+            "ballot": freeze.ballot,
+            "freeze": self.told.frozen,
+            "called": None if number else freeze.signature,
+        }
 
     async def _encoded(self, rank: int, number: int) -> Buffer:
         """A chunk of our contribution for that reducer, just before it is sent or added: so it is in the
@@ -560,21 +585,21 @@ class Attempt:
         self._digests[key] = digest
         ends = number == len(self._ranges[mine]) - 1
         signed: dict[str, Any] = {}
+        outputs = [self._digests[mine, at] for at in range(number + 1)] if ends else []
         if self.evidence is not None:
             for rank, part_digest in zip(ranks, hashed, strict=True):
                 self.evidence.inputs[rank].append(part_digest)
             if ends:
-                outputs = [self._digests[mine, at] for at in range(number + 1)]
                 try:
                     signed = self.evidence.concluded(samples, outputs)
                 except BadInput as fault:
                     self._fail([fault.member], AbortCause.BAD_CHUNK, str(fault))
                     return
+        if ends:
+            signed |= self.told.pledge(mine, joint_digest(outputs))
         spread = self.likeness.spread() if ends and self._codec.name not in UNMEASURED else None
         header = Averaged(
-            step=self.freeze.step,
-            parent=self.freeze.parent,
-            ballot=self.freeze.ballot,
+            **self._attempt(number),
             number=number,
             samples=samples,
             skipped=reduction.skipped,
@@ -591,8 +616,10 @@ class Attempt:
         rank = self.freeze.roster.index(reducer) if reducer in self._outboxes else -1
         if not self._reduction.receive(reducer, averaged):
             return
-        if self.evidence is not None and averaged.number == len(self._ranges[rank]) - 1:
-            self.evidence.concludes(rank, averaged)
+        if averaged.number == len(self._ranges[rank]) - 1:
+            self.told.pledged(rank, averaged)
+            if self.evidence is not None:
+                self.evidence.concludes(rank, averaged)
         key = rank, averaged.number
         start, stop = self._ranges[rank][averaged.number]
         place = self._shadow.place_of(key, payload)
@@ -614,6 +641,7 @@ class Attempt:
             return
         if self.evidence is not None and not self._is_signed(self.evidence):
             return
+        self.told.hold([joint_digest(each) for each in self.digests()])
         joint = joint_digest(self._digests[key] for key in sorted(self._digests))
         header = self._reduction.header(joint)
         if (liar := self._misstated(header)) is not None:
@@ -701,9 +729,11 @@ class Rounds:
         serve: Serve,
         spawn: Spawn,
         note: Callable[[Note], None],
+        run: str,
         work: Work = at_once,
         audit: Audit | None = None,
     ) -> None:
+        """`run`: its fingerprint, to which all signatures are bound."""
         self.member = member
         self.attempt: Attempt | None = None
         self.outcome: Outcome | None = None
@@ -720,19 +750,14 @@ class Rounds:
         self._spawn = spawn
         self._note = note
         self._work, self._scratch = work, Scratch()
+        self.court = Court(swarm, run, spawn, self._convicted, self._withheld)
         self.auditor = None
         if audit is not None:
             self.auditor = Auditor(
-                swarm,
-                audit,
-                codec,
-                aggregation,
-                chunk_values,
-                spawn,
-                work,
-                self._convicted,
-                self._withheld,
+                swarm, audit, codec, aggregation, chunk_values, spawn, work, self.court, self._withheld
             )
+        self._called: tuple[AttemptKey, Signature] | None = None
+        """The last freeze that this peer has called to, and its signature of that."""
         self._memory: memoryview | None = None
         self._entry_bytes = 0
         self._turn = asyncio.Event()
@@ -788,9 +813,8 @@ class Rounds:
 
     def accuse(self, peer: PeerId) -> None:
         """Tell that peer of all lies whose proof is here."""
-        if self.auditor is not None:
-            for told in self.auditor.accusations():
-                self._swarm.send(peer, told)
+        for told in self.court.accusations():
+            self._swarm.send(peer, told)
 
     def outvoted(self, step: int, ours: str, theirs: str, donor: PeerId) -> None:
         """See `Member.outvoted`."""
@@ -840,9 +864,8 @@ class Rounds:
             detail = "it calls to a round under terms that the organizer has not signed"
             self._note(Distrusted(sender, detail))
             return
-        heard = self.auditor is not None and not self.member.is_benched(sender, self._now())
-        if isinstance(message, Accusation) and self.auditor is not None and heard:
-            self.auditor.accused(sender, message)
+        if isinstance(message, Accusation) and not self.member.is_benched(sender, self._now()):
+            self.court.accused(sender, message)
         self._carry_out(self.member.received(sender, message, self._now()))
 
     def on_link(self, peer: PeerId, up: bool) -> None:
@@ -879,7 +902,9 @@ class Rounds:
         return attempt.place(sender, header, size)
 
     async def on_request(self, sender: PeerId, request: Request) -> tuple[Reply, Buffer]:
-        if self.auditor is not None and isinstance(request, GetInput | GetProof):
+        if isinstance(request, GetPledges | GetProof):
+            return self.court.answer(request)
+        if self.auditor is not None and isinstance(request, GetInput):
             return self.auditor.answer(request)
         return await self._serve(sender, request)
 
@@ -896,7 +921,7 @@ class Rounds:
         self._carry_out(self.member.convicted(found.peer, self._now()))
 
     def _withheld(self, peer: PeerId, why: str) -> None:
-        """What a peer did towards this auditor, without a proof for others."""
+        """What a peer did towards this one, without a proof for others."""
         self._note(Faulted((peer,), AbortCause.BAD_CHUNK, why))
         self.offended(peer)
 
@@ -923,8 +948,9 @@ class Rounds:
 
         self.outcome = None
         last = self.member.last
+        told = self.court.begin(freeze, self.member.incarnation)
         self.attempt = Attempt(
-            freeze,
+            told,
             self._swarm,
             self._codec,
             self._aggregation,
@@ -939,9 +965,12 @@ class Rounds:
             self.auditor.begin(freeze, self.member.incarnation, last) if self.auditor is not None else None,
             on_held,
             on_failed,
+            lambda proof: self.court.proven(proof, b""),
             last,
             self.member.leases(freeze.ballot.leader),
         )
+        if not told.is_called():
+            asyncio.get_running_loop().call_soon(self.attempt.refuse)
         self._memory = None
         self._change()
 
@@ -954,12 +983,16 @@ class Rounds:
             return
         for effect in effects:
             match effect:
+                case Send(to, Call() as call):
+                    self._swarm.send(to, self._signed(to, call))
                 case Send(to, message):
                     self._swarm.send(to, message)
                 case Begin(freeze):
                     self._begin(freeze)
                 case Cancel(ballot, cause, dropped):
                     began = self.attempt.began if self.attempt is not None else self._now()
+                    if cause is AbortCause.DIGEST_MISMATCH and self.attempt is not None:
+                        self.court.compare(self.attempt.told)
                     self._end(Aborted(ballot, cause, dropped, self._now() - began))
                 case Apply(header, newcomers):
                     attempt = self.attempt
@@ -984,6 +1017,14 @@ class Rounds:
                 case _:
                     assert_never(effect)
         self._arm()
+
+    def _signed(self, to: PeerId, call: Call) -> Call:
+        """The call with this peer's word that it calls all to the same."""
+        if self._called is None or self._called[0] != (call.parent, call.ballot):
+            freeze = freeze_of(to, call, self.member.last, self.member.rules.values)
+            assert freeze is not None
+            self._called = (call.parent, call.ballot), self.court.call(freeze)
+        return call.model_copy(update={"signature": self._called[1]})
 
     def _judge(self, roster: Sequence[PeerId], likeness: Likeness) -> Sequence[StoodOut | Unlike]:
         """Whom to name, from what this peer saw of the members' gradients."""

@@ -1,12 +1,11 @@
-"""Audits, carried out: what a peer signs and keeps of each attempt, the sums that it does again, and the
-proofs that come of it.
+"""Audits, carried out: what a peer signs and keeps of each attempt, and the sums that it does again.
 
 `Evidence` is one attempt's: digests of what this peer sent, what the others have signed. `Auditor` is told of
-each committed one, does what `protocol.audit` has drawn, answers other auditors, and judges the proofs that
-it is told of. All of this happens beside the next step, in the way of nobody; only to hash and to sign what
-is sent, and to check the signatures before a span counts as held, belongs to the round itself.
+each committed one, does what `protocol.audit` has drawn, answers other auditors, and does the sums that
+proofs are about. All of this happens beside the next step, in the way of nobody; only to hash and to sign
+what is sent, and to check the signatures before a span counts as held, belongs to the round itself.
 
-Not covered: what a conviction does to the swarm, see `protocol.member`.
+Not covered: what becomes of a proof, see `court`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, assert_never
+from typing import Any
 
-from blake3 import blake3
-
+from p2ptrain.court import ANSWER_SECONDS, AttemptKey, Convicted, Court
 from p2ptrain.errors import BadMessage, PeerFault, Refused, Unreachable
 from p2ptrain.gradients.aggregation import Aggregation, for_chunk
 from p2ptrain.gradients.codecs import Buffer, Codec
@@ -31,31 +29,26 @@ from p2ptrain.protocol.audit import (
     Draw,
     claim,
     convicted_of_false_sum,
-    convicted_of_two_stories,
     drawn_span,
     draws,
     exhibits,
     is_part,
-    same_contribution,
+    same_subject,
     split,
 )
 from p2ptrain.protocol.lineage import advance, joint_digest
 from p2ptrain.protocol.spans import chunk_count, chunk_ranges
 from p2ptrain.records import (
-    Accusation,
     Averaged,
-    Ballot,
     Chunk,
     Commitment,
     EntryHeader,
     FalseSum,
     Freeze,
     GetInput,
-    GetProof,
     Input,
     PeerId,
     Position,
-    Proof,
     Refusal,
     Reply,
     Signature,
@@ -66,19 +59,12 @@ from p2ptrain.swarm.port import Swarm
 
 KNOWN_ENTRIES = 1000
 """Committed attempts of which it is known where they led: a lie is proven long before."""
-MAX_PROOFS = 16
-"""More liars than that are convicted, too, and nobody is told of them by this peer."""
 MOST_AT_ONCE = 4
 """Audits of one peer; where steps are so fast that they pile up, some are left out."""
 EVASIONS = 8
 """So many more refusals than answers of a peer are an offence."""
 TRIES_AFTER_SECONDS = (0.0, 1.0, 4.0)
 """Who is asked for an input may not know yet that it was drawn."""
-ANSWER_SECONDS = 30.0
-"""An input or a proof must be here by then: a few chunks, beside a round."""
-
-AttemptKey = tuple[str, Ballot]
-"""The lineage that an attempt builds on, and its ballot."""
 
 
 class Evidence:
@@ -241,19 +227,6 @@ class BadInput(BadMessage):
 
 
 @dataclass(frozen=True)
-class Convicted:
-    """It is proven that the peer has lied, in an attempt at `step` that built on `parent`."""
-
-    peer: PeerId
-    step: int
-    parent: str
-    ballot: Ballot
-    reason: str
-    false_sum: bool
-    """Whether an entry may be wrong for it."""
-
-
-@dataclass(frozen=True)
 class _Round:
     """A committed attempt, until it is known what of it is audited."""
 
@@ -289,26 +262,27 @@ class Auditor:
         chunk_values: int,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         work: Callable[..., Awaitable[Any]],
-        on_convicted: Callable[[Convicted, Accusation], None],
+        court: Court,
         on_offence: Callable[[PeerId, str], None],
     ) -> None:
-        """`on_convicted` is told whom a proof convicts, and what to tell the others;
-        `on_offence` who would not show what it has signed for."""
-        self.convicted: dict[PeerId, Convicted] = {}
+        """`court` is shown every proof, and has those about sums judged here; `on_offence` is told who would
+        not show what it has signed for."""
         self.audits = 0
         """Sums done again."""
         self._audit_of, self._swarm, self._codec = audit, swarm, codec
         self._aggregation, self._chunk_values = aggregation, chunk_values
         self._spawn, self._work, self._scratch = spawn, work, Scratch()
-        self._on_convicted, self._on_offence = on_convicted, on_offence
+        self._court, self._on_offence = court, on_offence
+        court.judge_sum = self.judge
+        whole_span = DIGEST_BYTES * chunk_count(0, audit.values, chunk_values)
+        court.largest_proof_bytes = (audit.most_members + 1) * (
+            codec.encoded_bytes(chunk_values) + whole_span
+        )
         self._last: _Round | None = None
         self._kept_bytes = self._busy = 0
         self._evasive: Counter[PeerId] = Counter()
         self._kept: OrderedDict[AttemptKey, Evidence] = OrderedDict()
-        self._accusations: list[Accusation] = []
         self._led_to: OrderedDict[AttemptKey, str] = OrderedDict()
-        self._proofs: dict[str, tuple[Proof, bytes]] = {}
-        self._hearing: set[PeerId] = set()
 
     def begin(self, freeze: Freeze, incarnation: str, last: EntryHeader | None) -> Evidence:
         """Where the evidence of that attempt is gathered."""
@@ -359,7 +333,7 @@ class Auditor:
         except Unreachable:
             return  # it has left, or the network has failed: neither is a lie
         except Lied as lie:
-            self._proven(lie.proof, b"")
+            self._court.proven(lie.proof, b"")
             return
         except PeerFault:
             return  # it was counted, and told of
@@ -372,7 +346,7 @@ class Auditor:
         self.audits += 1
         if again != output:
             proof = FalseSum(statement=statement, signature=signature, number=draw.number, last=last)
-            self._proven(proof, b"".join((*shown, *done.digests[draw.rank], output)))
+            self._court.proven(proof, b"".join((*shown, *done.digests[draw.rank], output)))
 
     async def _sum_again(
         self,
@@ -424,9 +398,7 @@ class Auditor:
         except (Refused, BadMessage):
             promised = None
         if promised is not None and self._swarm.signed(peer, claim(promised.commitment), promised.signature):
-            if promised.commitment != told.commitment and same_contribution(
-                promised.commitment, told.commitment
-            ):
+            if promised.commitment != told.commitment and same_subject(promised.commitment, told.commitment):
                 raise Lied(
                     TwoStories(
                         one=promised.commitment,
@@ -492,11 +464,8 @@ class Auditor:
 
     # -- what others ask -------------------------------------------------------------------------------------
 
-    def answer(self, request: GetInput | GetProof) -> tuple[Reply, Buffer]:
+    def answer(self, request: GetInput) -> tuple[Reply, Buffer]:
         """The reply and its payload."""
-        if isinstance(request, GetProof):
-            proof, payload = self._proofs.get(request.proof, (None, b""))
-            return proof or Refusal(reason="I hold no such proof"), payload
         evidence = self._kept.get((request.parent, request.ballot))
         if evidence is None or request.rank >= len(evidence.chunks):
             return Refusal(reason="I know nothing of that round any more"), b""
@@ -509,41 +478,10 @@ class Auditor:
         """The lineage with that lie in it, if it was committed here."""
         return self._led_to.get((found.parent, found.ballot)) if found.false_sum else None
 
-    def accusations(self) -> list[Accusation]:
-        """Of all whose proof is here."""
-        return list(self._accusations)
-
     # -- proofs ----------------------------------------------------------------------------------------------
 
-    def accused(self, sender: PeerId, told: Accusation) -> None:
-        """Somebody says that it holds a proof: have it shown, one at a time."""
-        if told.against not in self.convicted and sender not in self._hearing:
-            self._hearing.add(sender)
-            self._spawn(self._hear(sender, told.proof))
-
-    async def _hear(self, sender: PeerId, digest: str) -> None:
-        audit, codec = self._audit_of, self._codec
-        whole_span = DIGEST_BYTES * chunk_count(0, audit.values, self._chunk_values)
-        most = (audit.most_members + 1) * (codec.encoded_bytes(self._chunk_values) + whole_span)
-        try:
-            proof, payload = await self._swarm.request(
-                sender, GetProof(proof=digest), timeout_seconds=ANSWER_SECONDS, max_bytes=most
-            )
-            if not isinstance(proof, FalseSum | TwoStories):
-                raise BadMessage(f"{sender[-8:]} answered a request for a proof with {proof.kind}")
-            await self.judge(proof, payload)
-            self._proven(proof, payload)
-        except (Unreachable, Refused):
-            pass
-        except BadMessage as fault:
-            self._on_offence(sender, f"it accused a peer without proof: {fault}")
-        finally:
-            self._hearing.discard(sender)
-
-    async def judge(self, proof: Proof, payload: bytes) -> PeerId:
+    async def judge(self, proof: FalseSum, payload: bytes) -> PeerId:
         """Whom it convicts. Raises BadMessage if nobody."""
-        if isinstance(proof, TwoStories):
-            return convicted_of_two_stories(proof, run=self._audit_of.run, signed=self._swarm.signed)
         inputs, output = exhibits(proof, payload, self._chunk_values, self._codec.encoded_bytes)
         start, stop = drawn_span(proof.statement, self._chunk_values)[proof.number]
         samples = [count for count in proof.statement.samples if count]
@@ -551,27 +489,6 @@ class Auditor:
         return convicted_of_false_sum(
             proof, inputs, output, run=self._audit_of.run, signed=self._swarm.signed, again=again
         )
-
-    def _proven(self, proof: Proof, payload: bytes) -> None:
-        """It holds: everyone shall know."""
-        match proof:
-            case FalseSum(statement=of):
-                peer, reason = of.reducer, "the mean that it sent does not follow from what it was sent"
-            case TwoStories(one=of):
-                peer, reason = of.member, "it signed two different gradients for one round"
-            case _:
-                assert_never(proof)
-        if peer in self.convicted or peer == self._swarm.peer_id:
-            return
-        self.convicted[peer] = found = Convicted(
-            peer, of.step, of.parent, of.ballot, reason, isinstance(proof, FalseSum)
-        )
-        digest = blake3(proof.model_dump_json().encode() + payload).hexdigest()
-        told = Accusation(against=peer, proof=digest)
-        if len(self._proofs) < MAX_PROOFS:
-            self._proofs[digest] = proof, payload
-            self._accusations.append(told)
-        self._on_convicted(found, told)
 
 
 class Lied(PeerFault):

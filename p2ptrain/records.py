@@ -45,6 +45,8 @@ Moment = Annotated[int, Field(ge=0, lt=2**40)]
 MAX_ROSTER = 1024
 MAX_AUDITED = 128
 """Members of a round that is audited: what reducers sign must fit into the header of a chunk."""
+MAX_PLEDGES = 256
+"""In one answer."""
 MAX_HEADER_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 4096
 """Of the first frame on a stream: until then anybody may have opened it."""
@@ -232,6 +234,8 @@ class Freeze(Record):
     """After this time (from arrival) an attempt that still misses chunks has failed."""
     terms: Terms | None = None
     """Under which the entry will be applied."""
+    signature: Signature | None = None
+    """The leader's, of its `Pledge` that the freeze is this; None before it has signed."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Freeze:
@@ -264,6 +268,8 @@ class Call(Record):
     cutoff_seconds: Seconds
     deadline_seconds: Seconds
     terms: Terms | None = None
+    signature: Signature | None = None
+    """The caller's, of its `Pledge` that all on the roster are called to this freeze."""
 
 
 class Done(Record):
@@ -354,6 +360,8 @@ class Accusation(Record):
     kind: Literal["accusation"] = "accusation"
     against: Id
     proof: Digest
+    step: Step | None = None
+    """Whose entry may be wrong for it; None: no entry is."""
 
 
 Message = Report | Call | Done | Failed | Commit | Abort | Ask | Answer | Resync | Withdraw | Accusation
@@ -370,6 +378,11 @@ class Chunk(Record):
     parent: Digest
     """The lineage that the attempt builds on: after a fork, another attempt may have this step and ballot."""
     ballot: Ballot
+    freeze: Digest
+    """To which freeze I was called, see `protocol.audit.frozen`: with another one, this chunk is none of
+    yours."""
+    called: Signature | None = None
+    """The leader's, of its `Pledge` that it is this one; on the first chunk."""
     number: Count
     samples: Count
     """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for
@@ -389,6 +402,9 @@ class Averaged(Record):
     step: Step
     parent: Digest
     ballot: Ballot
+    freeze: Digest
+    called: Signature | None = None
+    """As in a `Chunk`."""
     number: Count
     samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     """The sample counts that this mean was divided by, in roster order."""
@@ -404,9 +420,40 @@ class Averaged(Record):
     """The root of what each member sent me, in roster order; on the last chunk, where the run is audited."""
     signature: Signature | None = None
     """Of my `Statement`; beside the inputs."""
+    pledge: Signature | None = None
+    """Of my `Pledge` that the span's mean is this; on the last chunk."""
+    incarnation: Incarnation = ""
+    """As in that; beside it."""
 
 
-# -- what audited peers sign ---------------------------------------------------------------------------------
+# -- what peers sign in an attempt ---------------------------------------------------------------------------
+
+
+class Pledge(Record):
+    """What one peer says in an attempt to all of its members alike. It signs this, and whoever holds two that
+    differ in nothing but the digest can prove that it lies."""
+
+    run: Digest
+    """The run's fingerprint."""
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    peer: Id
+    """Who says so: the ballot's leader of the freeze, a reducer of its span's mean."""
+    about: Literal["freeze", "mean"]
+    incarnation: Incarnation
+    """A reducer that restarts may average again, over other samples. Empty for a freeze: a ballot has one."""
+    digest: Digest
+
+
+class MeanPledge(Record):
+    """What a reducer's pledge was, for whoever has the freeze."""
+
+    rank: Annotated[int, Field(ge=0, lt=MAX_ROSTER)]
+    incarnation: Incarnation
+    digest: Digest
+    """BLAKE3 over the BLAKE3 of each of the span's averaged chunks, in order."""
+    signature: Signature
 
 
 class Commitment(Record):
@@ -614,6 +661,16 @@ class GetInput(Record):
     member: Id
 
 
+class GetPledges(Record):
+    """What have the reducers of that attempt, from rank `first` on, pledged to you?"""
+
+    kind: Literal["get_pledges"] = "get_pledges"
+    step: Step
+    parent: Digest
+    ballot: Ballot
+    first: Annotated[int, Field(ge=0, lt=MAX_ROSTER)] = 0
+
+
 class GetProof(Record):
     """The proof with this digest, of which you have told me."""
 
@@ -645,16 +702,23 @@ class FalseSum(Record):
 
 
 class TwoStories(Record):
-    """Proof that a member has lied: it signed two things of one and the same contribution."""
+    """Proof that a peer has lied: it signed two things of one and the same contribution, freeze or mean."""
 
     kind: Literal["two_stories"] = "two_stories"
-    one: Commitment
+    one: Commitment | Pledge
     one_signature: Signature
-    other: Commitment
+    other: Commitment | Pledge
     other_signature: Signature
 
 
 Proof = FalseSum | TwoStories
+
+
+class Pledges(Record):
+    """Those that were asked for, as they came here; there may be more from the last rank on."""
+
+    kind: Literal["pledges"] = "pledges"
+    means: Annotated[tuple[MeanPledge, ...], Field(max_length=MAX_PLEDGES)]
 
 
 class Piece(Record):
@@ -757,7 +821,17 @@ class Dialled(Record):
 Watching = GetMetrics | GetEvents
 """What those ask who take no part; they need not know the model's fingerprint."""
 Request = (
-    GetRun | GetEntry | GetLineage | GetManifest | GetPiece | Redeem | Probe | Watching | GetInput | GetProof
+    GetRun
+    | GetEntry
+    | GetLineage
+    | GetManifest
+    | GetPiece
+    | Redeem
+    | Probe
+    | Watching
+    | GetInput
+    | GetPledges
+    | GetProof
 )
 Reply = (
     Piece
@@ -768,6 +842,7 @@ Reply = (
     | Redeemed
     | Probed
     | Input
+    | Pledges
     | FalseSum
     | TwoStories
     | Refusal

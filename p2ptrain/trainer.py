@@ -33,8 +33,9 @@ from p2ptrain.allreduce import (
     Rounds,
     at_once,
 )
-from p2ptrain.auditing import Audit, Convicted
+from p2ptrain.auditing import Audit
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
+from p2ptrain.court import Convicted
 from p2ptrain.errors import BadMessage, DeviceError, IncompatibleRun, LocalFault, PeerFault
 from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.aggregation import AGGREGATIONS
@@ -256,6 +257,7 @@ class Peer:
             self._answer,
             self._spawn,
             self._noted,
+            fingerprint,
             work,
             Audit(fingerprint, run.audit, replica.numel, run.max_peers) if run.audit else None,
         )
@@ -1094,8 +1096,9 @@ class Peer:
                     events.PeerBenched(peer=peer, offences=offences, seconds=seconds, reason=reason)
                 )
             case Convicted(peer, step, reason=reason):
-                self._leave_out(peer, math.inf, reason)
-                self._observe(events.PeerConvicted(step=step, peer=peer, reason=reason))
+                if not note.again:
+                    self._leave_out(peer, math.inf, reason)
+                    self._observe(events.PeerConvicted(step=step, peer=peer, reason=reason))
                 if note.false_sum:
                     self._lies.append(note)
                     self._look_for_lies()

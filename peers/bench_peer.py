@@ -181,6 +181,7 @@ async def _send_or_receive(folder: Path, number: int) -> None:
                 step=step,
                 parent=NOBODYS_RUN,
                 ballot=Ballot(number=1, leader=swarm.peer_id),
+                freeze=NOBODYS_RUN,
                 number=0,
                 samples=1,
             )

@@ -26,7 +26,17 @@ from blake3 import blake3
 from p2ptrain.errors import BadMessage
 from p2ptrain.protocol.lineage import advance, digest_of, joint_digest
 from p2ptrain.protocol.spans import chunk_ranges
-from p2ptrain.records import Commitment, EntryHeader, FalseSum, PeerId, Position, Statement, TwoStories
+from p2ptrain.records import (
+    Commitment,
+    EntryHeader,
+    FalseSum,
+    Freeze,
+    PeerId,
+    Pledge,
+    Position,
+    Statement,
+    TwoStories,
+)
 
 KEPT_ROUNDS = 64
 KEPT_BYTES = 64 * 2**20
@@ -39,7 +49,7 @@ Signed = Callable[[PeerId, bytes, str], bool]
 """Whether that peer has signed these bytes."""
 
 
-def claim(what: Commitment | Statement) -> bytes:
+def claim(what: Commitment | Pledge | Statement) -> bytes:
     """The bytes that are signed: no other kind of record, and no other content, has the same."""
     kind = type(what).__name__.lower().encode()
     content = json.dumps(what.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -109,10 +119,30 @@ def split(digests: bytes | memoryview) -> list[bytes]:
     return [bytes(digests[at : at + DIGEST_BYTES]) for at in range(0, len(digests), DIGEST_BYTES)]
 
 
-def same_contribution(one: Commitment, other: Commitment) -> bool:
+Story = Commitment | Pledge
+TOLD = {Commitment: {"samples", "root"}, Pledge: {"digest"}}
+"""What each says; the rest names what it says it of."""
+
+
+def same_subject(one: Story, other: Story) -> bool:
     """Whether both speak of one and the same: an honest peer signs that once, whatever happens to it."""
-    told = {"samples", "root"}
-    return one.model_dump(exclude=told) == other.model_dump(exclude=told)
+    told = TOLD[type(one)]
+    return type(one) is type(other) and one.model_dump(exclude=told) == other.model_dump(exclude=told)
+
+
+def teller(story: Story) -> PeerId:
+    """Who signs it."""
+    return story.member if isinstance(story, Commitment) else story.peer
+
+
+def frozen(freeze: Freeze) -> str:
+    """Digest of what a leader tells all members of an attempt alike: who is on its roster, who reduces what,
+    and under which terms. When each of them is to be done is between the two."""
+    common = {"step", "parent", "ballot", "roster", "spans", "terms"}
+    content = json.dumps(
+        freeze.model_dump(mode="json", include=common), sort_keys=True, separators=(",", ":")
+    )
+    return digest_of([b"p2ptrain freeze", content.encode()])
 
 
 # -- proofs --------------------------------------------------------------------------------------------------
@@ -187,13 +217,13 @@ def _is_before(statement: Statement, last: EntryHeader | None) -> bool:
 
 
 def convicted_of_two_stories(proof: TwoStories, *, run: str, signed: Signed) -> PeerId:
-    """The member that has lied. Raises BadMessage if this does not prove it."""
+    """The peer that has lied. Raises BadMessage if this does not prove it."""
     one, other = proof.one, proof.other
-    if one.run != run or one == other or not same_contribution(one, other):
-        raise BadMessage("a proof by two commitments that do not contradict each other")
+    if one.run != run or one == other or not same_subject(one, other):
+        raise BadMessage("a proof by two stories that do not contradict each other")
+    peer = teller(one)
     if not (
-        signed(one.member, claim(one), proof.one_signature)
-        and signed(one.member, claim(other), proof.other_signature)
+        signed(peer, claim(one), proof.one_signature) and signed(peer, claim(other), proof.other_signature)
     ):
-        raise BadMessage("a proof by commitments that the member has not signed")
-    return one.member
+        raise BadMessage("a proof by stories that the peer has not signed")
+    return peer

@@ -66,4 +66,5 @@ def freeze_of(member: PeerId, call: Call, last: EntryHeader | None, values: int)
         cutoff_seconds=call.cutoff_seconds,
         deadline_seconds=call.deadline_seconds,
         terms=call.terms,
+        signature=call.signature,
     )

@@ -25,6 +25,7 @@ from p2ptrain.records import (
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetPledges,
     GetProof,
     GetRun,
     Later,
@@ -125,7 +126,7 @@ class Donor:
                 return Refusal(reason="invites are redeemed at the organizer's bootstrap"), b""
             case GetMetrics() | GetEvents():
                 return Refusal(reason="this peer is not to be watched"), b""
-            case GetInput() | GetProof():
+            case GetInput() | GetProof() | GetPledges():
                 return Refusal(reason="this run is not audited"), b""
 
     # -- what the trainer tells ------------------------------------------------------------------------------

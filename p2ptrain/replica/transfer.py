@@ -32,6 +32,7 @@ from p2ptrain.records import (
     Later,
     Lineage,
     Manifest,
+    Milestone,
     PeerId,
     Piece,
     Position,
@@ -321,7 +322,7 @@ class CatchUp:
             self._failed(liar, BadMessage(f"{liar[-8:]}: {fault}"))
         snapshot = await self._download(elected)
         # Records that were not out yet when the donors were asked may be by now.
-        if not await self._is_attested(elected.manifest):
+        if not _is_attested(elected.manifest, await self._said()):
             await self._aside(self._partial.clear)
             for liar in elected.donors:
                 self._failed(liar, _unlike_the_records(liar, elected.manifest))
@@ -344,7 +345,8 @@ class CatchUp:
         best: Elected | None = None
         for extra in EXTRA_STEPS:
             offers, proposed, last = await self._offers(donors, step, exactly, afresh)
-            for liar in [each for each, offer in offers.items() if not await self._is_attested(offer)]:
+            said = await self._said()
+            for liar in [each for each, offer in offers.items() if not _is_attested(offer, said)]:
                 last = _unlike_the_records(liar, offers.pop(liar))
                 self._failed(liar, last)
             elected = elect(offers, donor, fresh=fresh, begun=begun)
@@ -403,12 +405,10 @@ class CatchUp:
             await _stop(pending)
         return offers, proposed, last
 
-    async def _is_attested(self, manifest: Manifest) -> bool:
-        """Whether it is the state that most of those had who have signed for what they had there, if any."""
-        records = [each for each in await self._swarm.lookup("presence") if isinstance(each, Presence)]
-        at, said = manifest.position, [each.milestones for each in records]
-        state = attested(at.step, at.lineage, said)
-        return state is None or manifest.state_digest.startswith(state)
+    async def _said(self) -> list[Sequence[Milestone]]:
+        """Which states peers have signed for having had, in their presence records."""
+        records = await self._swarm.lookup("presence")
+        return [each.milestones for each in records if isinstance(each, Presence)]
 
     async def _ask(self, donor: PeerId, wanted: GetManifest) -> Reply:
         reply, _ = await self._request(donor, wanted, donor_seconds=REACH_SECONDS + PACKING_SECONDS)
@@ -546,6 +546,12 @@ class CatchUp:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _is_attested(manifest: Manifest, said: Sequence[Sequence[Milestone]]) -> bool:
+    """Whether it is the state that most of those had who have signed for what they had there, if any."""
+    state = attested(manifest.position.step, manifest.position.lineage, said)
+    return state is None or manifest.state_digest.startswith(state)
 
 
 def _unlike_the_records(donor: PeerId, manifest: Manifest) -> BadMessage:

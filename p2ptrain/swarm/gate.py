@@ -33,6 +33,7 @@ from p2ptrain.records import (
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetPledges,
     GetProof,
     GetRun,
     Kick,
@@ -183,7 +184,7 @@ def put_out(kick: Kick) -> str:
 def permits(role: Permission, request: Request | None) -> bool:
     """Whether this role may ask that; None: take part in rounds."""
     match request:
-        case None | GetInput() | GetProof():
+        case None | GetInput() | GetPledges() | GetProof():
             return role == "train"
         case GetPiece():
             return role != "watch"

@@ -56,6 +56,7 @@ from p2ptrain.records import (
     Pass,
     PeerId,
     Piece,
+    Pledges,
     Probe,
     Probed,
     Redeem,
@@ -464,6 +465,7 @@ class Lanes:
                 | Manifest()
                 | Later()
                 | Input()
+                | Pledges()
                 | FalseSum()
                 | TwoStories()
                 | Redeemed()

@@ -54,6 +54,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
     from p2ptrain.allreduce import Attempt, Contribution, touched_memory
     from p2ptrain.auditing import Evidence
     from p2ptrain.config import RunConfig
+    from p2ptrain.court import Told
     from p2ptrain.events import Carrier
     from p2ptrain.gradients.aggregation import mean_chunk
     from p2ptrain.gradients.codecs import codec_named
@@ -132,7 +133,7 @@ async def reduce_here(folder: Path, number: int, entries: list[str], carrier: st
         began, cpu = monotonic(), usage.ru_utime + usage.ru_stime
         async with asyncio.TaskGroup() as group:
             attempt = Attempt(
-                freeze,
+                Told(freeze, swarm, "1" * 64, ""),
                 swarm,
                 codec,
                 mean_chunk,

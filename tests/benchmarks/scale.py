@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+from p2ptrain.protocol.audit import frozen
 from p2ptrain.protocol.lineage import advance, genesis
 from p2ptrain.protocol.member import Member, Stage
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds
@@ -54,6 +55,8 @@ from p2ptrain.swarm.clock import EventQueue
 from p2ptrain.swarm.frames import LENGTHS_BYTES, pack, parse
 
 GENESIS = genesis("f" * 64, "0" * 64)
+SIGNATURE = "0" * 128
+"""For its size: nobody looks at it here."""
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 BYTES_PER_VALUE = 2
 """fp16."""
@@ -324,6 +327,8 @@ class Peer:
         self.batch_ends = 0.0
         self.reduction: Reduction | None = None
         self.sealed: float | None = None
+        self.frozen = ""
+        """Digest of the freeze."""
         self.early: list[tuple[PeerId, Chunk | Averaged]] = []
         self.alarm = float("inf")
         self.looked_at = 0.0
@@ -386,7 +391,7 @@ class Peer:
     def begin(self, freeze: Freeze) -> None:
         rules = self.swarm.rules
         self.reduction = Reduction(freeze, self.name, CHUNK_VALUES, rules.most_samples)
-        self.sealed = None
+        self.sealed, self.frozen = None, frozen(freeze)
         times = self.swarm.times[freeze.step]
         times.told = max(times.told, self.clock.now)
         if self.name in freeze.finishing and self.batch_step == self.position.step:
@@ -413,6 +418,8 @@ class Peer:
                 step=freeze.step,
                 parent=freeze.parent,
                 ballot=freeze.ballot,
+                freeze=self.frozen,
+                called=None if number else SIGNATURE,
                 number=number,
                 samples=self.samples,
             )
@@ -453,6 +460,9 @@ class Peer:
             step=freeze.step,
             parent=freeze.parent,
             ballot=freeze.ballot,
+            freeze=self.frozen,
+            called=None if number else SIGNATURE,
+            pledge=SIGNATURE if last else None,
             number=number,
             samples=reduction.samples,
             squared_norm=1 / 3 if last else None,
@@ -486,6 +496,7 @@ class Peer:
                 case Send(to, message):
                     if isinstance(message, Call):
                         self.swarm.frozen(message.step)
+                        message = message.model_copy(update={"signature": SIGNATURE})
                     self.swarm.tell(self, to, message)
                 case Begin(freeze):
                     if freeze.ballot.leader == self.name:

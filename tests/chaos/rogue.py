@@ -36,8 +36,11 @@ from p2ptrain import allreduce, trainer
 from p2ptrain import config as config_module
 from p2ptrain.allreduce import Attempt, Contribution, Rounds
 from p2ptrain.config import RunConfig
+from p2ptrain.court import Told
 from p2ptrain.protocol.ledger import Ranges
+from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.member import Member
+from p2ptrain.protocol.roster import freeze_of
 from p2ptrain.protocol.round import Apply, Begin, Effect, Send
 from p2ptrain.records import Averaged, Call, Chunk, Commit, Done, GetEntry, GetPiece, PeerId
 from p2ptrain.replica import checkpoint
@@ -475,26 +478,49 @@ def oversized(rogue: Rogue) -> None:
 def two_faced(rogue: Rogue) -> None:
     """As reducer it sends each member another average."""
 
-    def change(to: PeerId, payload: bytes) -> bytes:
-        last = bytes([payload[-1] ^ (hashlib.sha256(to.encode()).digest()[0] & 1)])
-        return payload[:-1] + last
+    contribute = Attempt.contribute
 
-    with_changed(rogue, Averaged, change)
+    def contributing(self: Attempt, contribution: Contribution) -> None:
+        for to, outbox in self._outboxes.items():
+            outbox.put = partial(lying, self, to, outbox.put)
+        contribute(self, contribution)
+
+    def lying(attempt: Attempt, to: PeerId, put: Callable[..., None], header: Any, payload: Any) -> None:
+        if isinstance(header, Averaged) and header.pledge is not None and is_odd(to):
+            payload = bytes([*payload[:-1], payload[-1] ^ 1])
+            rank = attempt._reduction.rank
+            digests = [attempt._digests[rank, at] for at in range(header.number)]
+            root = joint_digest([*digests, blake3(payload).digest()])
+            # It signs what it sends, or whoever gets it would know at once that it does not hold.
+            signed = Told(attempt.freeze, attempt._swarm, attempt.told._run, attempt.told._incarnation)
+            header = header.model_copy(update=signed.pledge(rank, root))
+            rogue.tell(step=header.step)
+        put(header, payload)
+
+    Attempt.contribute = contributing
 
 
 @lie
 def equivocate(rogue: Rogue) -> None:
     """As leader it tells every second member of another roster, on which somebody is missing."""
-    send = Libp2pSwarm.send
+    signed = Rounds._signed
 
-    def telling(self: Libp2pSwarm, to: PeerId, message: Any) -> None:
-        if isinstance(message, Call) and hashlib.sha256(to.encode()).digest()[0] & 1:
-            rogue.tell(step=message.step)
-            ranks = tuple(sorted({*message.left, 0}))
-            message = message.model_copy(update={"left": ranks, "levels": message.levels[1:] or "a"})
-        send(self, to, message)
+    def telling(self: Rounds, to: PeerId, call: Call) -> Call:
+        if not is_odd(to):
+            return signed(self, to, call)
+        rogue.tell(step=call.step)
+        ranks = tuple(sorted({*call.left, 0}))
+        call = call.model_copy(update={"left": ranks, "levels": call.levels[1:] or "a"})
+        freeze = freeze_of(to, call, self.member.last, self.member.rules.values)
+        # It signs what it says, or whoever hears it would know at once that it does not hold.
+        return call.model_copy(update={"signature": freeze and self.court.call(freeze)})
 
-    Libp2pSwarm.send = telling
+    Rounds._signed = telling
+
+
+def is_odd(peer: PeerId) -> bool:
+    """Whom it tells something else: half of all."""
+    return bool(hashlib.sha256(peer.encode()).digest()[0] & 1)
 
 
 # -- lies of a donor -----------------------------------------------------------------------------------------

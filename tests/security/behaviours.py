@@ -12,9 +12,10 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import msgpack
@@ -81,7 +82,24 @@ class Field:
         return self.node(self.stage.invite.shown_by)
 
 
-Play = Callable[[Field], Awaitable[str]]
+Play = Callable[[Field], Coroutine[Any, Any, str]]
+
+
+async def bystander(field: Field) -> str:
+    """Enters by its invite, asks for what it may have, and looks who is there."""
+    ends = time.monotonic() + field.seconds
+    async with field.member() as member:
+        await ask_for_all(member, [field.victim])
+        while time.monotonic() < ends:
+            await member.lookup("presence")
+            await asyncio.sleep(0.2)
+    return "nothing"
+
+
+async def volunteer(field: Field) -> str:
+    """The liar, as long as it has no orders."""
+    await asyncio.to_thread(field.stage.watch, 2 * field.seconds)
+    return "nothing"
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class Behaviour:
     play: Play
     lie: str = ""
     """Of a liar among the peers, which is there and behaves before it begins."""
+    honest: Play = bystander
+    """What somebody honest would do in its place."""
 
 
 BEHAVIOURS: dict[str, Behaviour] = {}
@@ -103,12 +123,12 @@ def hostile(play: Play) -> Play:
     return play
 
 
-def lying(lie: str) -> Callable[[Play], Play]:
+def lying(lie: str, honest: Play = volunteer) -> Callable[[Play], Play]:
     """A volunteer that tells this lie of `tests.chaos.rogue`."""
 
     def register(play: Play) -> Play:
         name = play.__name__.replace("_", " ")
-        BEHAVIOURS[name] = Behaviour(name, " ".join((play.__doc__ or "").split()), play, lie)
+        BEHAVIOURS[name] = Behaviour(name, " ".join((play.__doc__ or "").split()), play, lie, honest)
         return play
 
     return register
@@ -446,7 +466,14 @@ async def chunks_of_no_attempt(field: Field) -> str:
                 number = 0
                 while True:
                     number += 1
-                    header = Chunk(step=number, parent=NOWHERE, ballot=ballot, number=number, samples=2**50)
+                    header = Chunk(
+                        step=number,
+                        parent=NOWHERE,
+                        ballot=ballot,
+                        freeze=NOWHERE,
+                        number=number,
+                        samples=2**50,
+                    )
                     writer.write(pack(header, 2**16) + bytes(2**16))
                     await writer.drain()
                     sent += 1
@@ -703,21 +730,29 @@ async def equivocating_leader(field: Field) -> str:
     return f"no entry came of it; {len(aborted)} aborts told"
 
 
-@lying("pieces")
+async def newcomer_comes(field: Field) -> str:
+    """It is given the state by all, trains with the others for a while, and leaves."""
+    name = f"newcomer-{next(NUMBERS)}"
+    field.stage.join(name, encode(field.stage.invite))
+    caught = await asyncio.to_thread(field.stage.wait_for, name, "caught_up")
+    # As an honest one it must have the others' bytes from now on.
+    field.stage.honest.append(name)
+    await asyncio.to_thread(field.stage.watch, 2 * field.seconds)
+    assert not field.stage.wrong_bytes()
+    hashed = [each for each in field.stage.told[name] if each["event"] == "state_hashed"]
+    field.stage.honest.remove(name)
+    field.stage.part(name)
+    return f"caught up by {caught['by']}, and {len(hashed)} states of it were compared"
+
+
+NUMBERS = count(1)
+
+
+@lying("pieces", honest=newcomer_comes)
 async def lying_donor(field: Field) -> str:
     """It gives wrong pieces of the state to a newcomer, which asks it and the others."""
     with lies(field, "pieces"):
-        name = f"newcomer-{len(field.liars)}"
-        field.stage.join(name, encode(field.stage.invite))
-        caught = await asyncio.to_thread(field.stage.wait_for, name, "caught_up")
-        # As an honest one it must have the others' bytes from now on.
-        field.stage.honest.append(name)
-        await asyncio.to_thread(field.stage.watch, 2 * field.seconds)
-        assert not field.stage.wrong_bytes()
-        hashed = [each for each in field.stage.told[name] if each["event"] == "state_hashed"]
-        field.stage.honest.remove(name)
-        field.stage.part(name)
-    return f"caught up by {caught['by']}, and {len(hashed)} states of it were compared"
+        return await newcomer_comes(field)
 
 
 @lying("stall")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KNOWN_AFTER_SECONDS = 4.0
 """Two presence records: until then, the others need not know that a peer has come back."""
 
+MARKS = "!~"
+"""At the end of a mean that is not what it should be."""
+
 AttemptName = tuple[str, Ballot]
 """The lineage that an attempt builds on, and its ballot."""
 
@@ -126,7 +129,9 @@ class Invariants:
                 raise Violation(f"fork: step {header.step} was committed twice under a majority's rule")
             bearers = sorted({peer for sibling in siblings for peer in self._bearers(sibling)})
             alone = header.ballot.leader in self.sim.liars
-            if bearers and not alone and not self.sim.story.may_fork:
+            # Some may not have heard yet that what they stand on is being undone.
+            excused = alone or (self.sim.story.audited and self.sim.liars)
+            if bearers and not excused and not self.sim.story.may_fork:
                 raise Violation(f"I1: step {header.step} was committed again while {bearers} had it")
         siblings.add(lineage)
         if lineage not in self._entries:
@@ -139,6 +144,23 @@ class Invariants:
         """A replica changes its place in the log: only upwards (I3, I8)."""
         if not heavier(after, before):
             raise Violation(f"I3/I8: {peer.name} went from {before} to {after}")
+
+    def undone(self, peer: Peer) -> None:
+        """It went back before a lie that is proven (ADR 32)."""
+        self._heights[peer.name] = peer.position
+
+    def standing(self) -> str:
+        """What of the lies of reducers is not as it should be at the end: each that lied is known to all, and
+        nobody stands on what was proven."""
+        if not self.sim.story.audited:
+            return ""
+        for peer in self.sim.survivors():
+            assert peer.audits is not None
+            if unknown := {each for each in self.sim.liars if each not in peer.audits.proofs}:
+                return f"a lie stays: {peer.name} does not know that {sorted(unknown)} lied"
+            if lie := peer.audits.lie_in(peer.log):
+                return f"a lie stays: {peer.name} stands on that of step {lie.step}"
+        return ""
 
     def after(self, peer: Peer) -> None:
         """At the end of each event of a peer: where it stands (I3), and what it waits for (I6)."""
@@ -170,7 +192,7 @@ class Invariants:
 
     def _count(self, header: EntryHeader, content: str) -> None:
         """A sample counts once, and at the step and lineage that it was computed for (I4)."""
-        ids = [one for group in content.rstrip("!").split(";") for one in group.split(",") if one]
+        ids = [one for group in content.rstrip(MARKS).split(";") for one in group.split(",") if one]
         if len(ids) != len(set(ids)) or len(ids) != header.total_samples:
             raise Violation(f"I4: entry {header.step} counts {header.total_samples} samples of {sorted(ids)}")
         per_peer: Counter[str] = Counter()
@@ -186,7 +208,7 @@ class Invariants:
         """Of leased samples none is taken twice in a lineage, and each that comes before the next one is
         taken or will be given out again: none that a dead peer held is lost (I4)."""
         attempt = (header.parent, header.ballot)
-        ids = [one for group in content.rstrip("!").split(";") for one in group.split(",") if one]
+        ids = [one for group in content.rstrip(MARKS).split(";") for one in group.split(",") if one]
         counted = [int(one.rpartition("/")[2]) for one in ids]
         skipped = [
             number

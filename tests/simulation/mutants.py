@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from p2ptrain.protocol.audit import Draw
 from p2ptrain.protocol.leader import Leader
 from p2ptrain.protocol.ledger import START, Leases
 from p2ptrain.protocol.member import Member, Stage
@@ -103,6 +104,25 @@ class LeasesToNewcomers(Member):
         if leases is None or self.me in leases.holders:
             return leases
         return replace(leases, holders=(self.me, *leases.holders[1:]))
+
+
+def audits_nothing(*_: object) -> list[Draw]:
+    """A draw that draws nobody: audits are off, and nobody notices."""
+    return []
+
+
+class MindsNoVoid(Member):
+    """Goes to whatever weighs more, also back onto a lie that it has just undone."""
+
+    def undo(self, step: int, void: Iterable[str]) -> list[Effect]:
+        return super().undo(step, ())
+
+
+class ForgetsConvicts(Member):
+    """Hears who is proven to lie as it hears everybody."""
+
+    def convicted(self, peer: PeerId, now: float) -> list[Effect]:
+        return []
 
 
 class BelievesAnyChunk(Reduction):

@@ -10,11 +10,12 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from p2ptrain.errors import BadMessage
 from p2ptrain.events import AbortCause
+from p2ptrain.protocol.audit import frozen
 from p2ptrain.protocol.leader import Phase
 from p2ptrain.protocol.ledger import Leases, Ranges, lease, numbers
 from p2ptrain.protocol.lineage import digest_of, heavier
@@ -38,6 +39,7 @@ from p2ptrain.records import (
     Report,
 )
 from tests.simulation import lies
+from tests.simulation.audits import LIE, Audits, Proof
 from tests.simulation.invariants import Violation, computed_at
 
 if TYPE_CHECKING:
@@ -92,7 +94,11 @@ class Attempt:
 
 def named(freeze: Freeze) -> dict[str, Any]:
     """The fields by which a frame says to which attempt it belongs."""
-    return {"step": freeze.step, "parent": freeze.parent, "ballot": freeze.ballot}
+    attempt = {"step": freeze.step, "parent": freeze.parent, "ballot": freeze.ballot}
+    return attempt | {"freeze": digest_of_freeze(freeze)}
+
+
+digest_of_freeze = lru_cache(maxsize=64)(frozen)
 
 
 def belongs(header: Chunk | Averaged, freeze: Freeze) -> bool:
@@ -131,6 +137,7 @@ class Peer:
         self.alarm = float("inf")
         self.batch = min(sim.chance.choice([2, 4, 4, 8]), sim.rules.target_batch_size)
         self.pace = sim.chance.choice([0.1, 0.2, 0.3]) * (10 if sim.story.slow and name == "p0" else 1)
+        self.audits = Audits(self) if sim.story.audited else None
         self.lies: list[str] = []
         """What it will say that is not so, each once, at the first occasion."""
 
@@ -168,6 +175,8 @@ class Peer:
         return self.log[-1][0] if self.log else None
 
     def publish(self) -> None:
+        if self.audits is not None:
+            self.audits.tell()
         shown = self.boast(self.position)
         self.sim.presence[self.name] = (shown, self.sim.network.now + PRESENCE_LASTS_SECONDS)
         self.carry_out(self.machine.informed(self.sim.present(self), self.sim.network.now))
@@ -326,7 +335,7 @@ class Peer:
     def hold(self, attempt: Attempt) -> None:
         content = [attempt.averaged[key] for key in sorted(attempt.averaged)]
         header = attempt.reduction.header(digest_of(text.encode() for text in content))
-        if len({text.rstrip("!") for text in content}) != 1:
+        if len({text.rstrip("!" + LIE) for text in content}) != 1:
             raise Violation(f"I4: {self.name} holds spans of different contributions: {sorted(set(content))}")
         self.sim.invariants.contents[header.digest] = max(content, key=len)
         self.sim.invariants.held(self, header)
@@ -340,6 +349,10 @@ class Peer:
             self.give_up(attempt, AbortCause.BAD_CHUNK, [])
             return
         content = ";".join(",".join(attempt.contributions[roster[rank]]) for rank in reduction.contributors())
+        if "sum" in self.lies:  # from now on in each round
+            self.sim.happened["lie sum"] += 1
+            self.sim.liars.add(self.name)
+            content += LIE
         header = Averaged(
             **named(attempt.freeze),
             number=number,
@@ -372,8 +385,14 @@ class Peer:
                     self.later(0.0, self.work)
                 case Apply(header, newcomers):
                     self.sim.invariants.declared(self, header)
+                    if self.audits is not None and self.attempt is not None:
+                        self.audits.committed(header, self.attempt)
                     self.attempt, self.applying = None, True
                     self.later(self.sim.chance.uniform(0.001, 0.02), self.apply, header, newcomers)
+                case CatchUp(undo=int() as step):
+                    assert self.audits is not None
+                    self.attempt, self.left, self.applying = None, self.sim.network.now, True
+                    self.later(self.sim.chance.uniform(0.001, 0.02), self.audits.undone, step)
                 case CatchUp(donor, _):
                     self.attempt, self.left = None, self.sim.network.now
                     self.fetch(donor)
@@ -428,6 +447,9 @@ class Peer:
             case Fetched(number, log):
                 if number == self.fetching:
                     self.fetched(sender, log)
+            case Proof():
+                assert self.audits is not None
+                self.audits.proven(message)
             case _:
                 if self.sim.falls and self.machine.leader is not None and self.falls_before(message):
                     return
@@ -476,6 +498,19 @@ class Peer:
         self.adopt([*self.log, (header, self.sim.invariants.contents[header.digest])])
         now = self.sim.network.now
         self.carry_out(self.machine.advance(self.position, self.last, now, newcomers=newcomers, settled=True))
+        if self.audits is not None:
+            self.audits.look_for_lies()
+        self.work()
+
+    def go_back(self, step: int, above: Ballot) -> None:
+        """Undo the entry of that step and all after it."""
+        self.applying = False
+        self.log = self.log[:step]
+        self.position = self.sim.positions(self.log)
+        self.sim.invariants.undone(self)
+        self.forget_samples()
+        now = self.sim.network.now
+        self.carry_out(self.machine.advance(self.position, self.last, now, settled=False, above=above))
         self.work()
 
     def adopt(self, log: Log) -> None:
@@ -508,6 +543,9 @@ class Peer:
             self.sim.happened["refused a donor's log"] += 1
             self.carry_out(self.machine.offended(donor, self.sim.network.now))
             self.no_help(donor)
+        elif self.audits is not None and self.audits.lie_in(list(log)) is not None:
+            self.audits.tell()  # the donor, too
+            self.no_help(donor)
         elif not heavier(theirs, self.position):
             self.machine.known[donor] = theirs
             self.no_help(donor)
@@ -526,6 +564,8 @@ class Peer:
             self.forget_samples()  # another incarnation begins its lease anew
             self.batch_at = None
         self.carry_out(self.machine.advance(self.position, self.last, self.sim.network.now, settled=False))
+        if self.audits is not None:
+            self.audits.look_for_lies()
         self.work()
 
     # -- lies ------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Simulation:
         self.happened: Counter[str] = Counter()
         """How often what happened: faults as `fault …`, aborts by cause, what the protocol answered."""
         self.transcript = Transcript()
+        self.convicted: set[PeerId] = set()
+        """Of whom somebody has proven that it lies; it is on its own from then on."""
         self.liars: set[PeerId] = set()
         """Who has lied: the others may have stopped to listen to it."""
         self.falls: list[str] = []
@@ -128,7 +130,9 @@ class Simulation:
         }
 
     def survivors(self) -> list[Peer]:
-        return [peer for peer in self.peers.values() if peer.alive and not peer.hung]
+        """Those that live, and are not left out by all."""
+        peers = self.peers.values()
+        return [peer for peer in peers if peer.alive and not peer.hung and peer.name not in self.convicted]
 
     def hung(self) -> set[PeerId]:
         return {peer.name for peer in self.peers.values() if peer.hung}
@@ -292,13 +296,14 @@ class Simulation:
         start = max((peer.position for peer in self.survivors()), key=height, default=GENESIS)
         patience = self.network.now + self.story.patience_seconds
         # Who crashed late may still be about to come back, and two sides to find each other again.
+        lies = ""
         while True:
             steps = {peer.name: peer.position.step for peer in self.survivors()}
             gone_on = all(step >= start.step + 3 for step in steps.values())
-            if gone_on and self.invariants.survivors_agree():
+            if gone_on and self.invariants.survivors_agree() and not (lies := self.invariants.standing()):
                 break
             if self.network.now >= patience:
-                state = "survivors disagree" if gone_on else "stuck"
+                state = "stuck" if not gone_on else lies or "survivors disagree"
                 raise Violation(f"{state}: the swarm stood at step {start.step}, and now {steps}")
             self.network.run(until=self.network.now + 0.5, max_events=MAX_EVENTS)
         return self

@@ -58,6 +58,9 @@ class Story:
     """Samples are numbered, and each counts once in all of a lineage."""
     skips: float = 0.0
     """Chance that the gradient of a leased micro-batch is not finite."""
+    audited: bool = False
+    """Reducers' sums are done again; then one may tell the lie `sum`: the same false mean to all, from then
+    on. Not drawn: with audits others may stand on what is being undone, and many an invariant says less."""
     chunk_values: int = 4
     seconds: float = 7.0
     """All faults are over by then."""

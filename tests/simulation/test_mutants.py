@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+import tests.simulation.audits
 import tests.simulation.peer
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.reduction import Reduction
@@ -19,6 +20,7 @@ from tests.simulation.story import Story
 
 ENOUGH = 300
 CUTS = Story(cuts=3, pauses=2)
+AUDITED = Story(audited=True, liars=("sum",), joins=1, loss=0.002, seconds=10.0, patience_seconds=60.0)
 CRASHES = Story(crashes=2, restarts=True, loss=0.02)
 
 
@@ -68,6 +70,22 @@ def test_harness_complains_when_a_reducer_breaks_the_rules(
     assert rule in complaint()
 
 
-@pytest.mark.parametrize("story", [Story(), CUTS, CRASHES])
+def test_harness_complains_when_nothing_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tests.simulation.audits, "draws", mutants.audits_nothing)
+    assert "a lie stays" in complaint(story=AUDITED)
+
+
+@pytest.mark.parametrize(
+    ("machine", "rules"),
+    [(mutants.MindsNoVoid, ("stuck",)), (mutants.ForgetsConvicts, ("stuck", "a lie stays"))],
+)
+def test_harness_complains_when_a_machine_lives_with_a_proven_lie(
+    machine: type[Member], rules: tuple[str, ...]
+) -> None:
+    said = complaint(machine, AUDITED)
+    assert any(rule in said for rule in rules), said
+
+
+@pytest.mark.parametrize("story", [Story(), CUTS, CRASHES, AUDITED])
 def test_harness_is_silent_when_the_machine_keeps_the_rules(story: Story) -> None:
     assert [play(seed, story=story).broke for seed in range(10)] == [None] * 10

@@ -128,7 +128,8 @@ def steps(messages: Sequence[tuple[PeerId, Message]]) -> list[int]:
 
 
 def chunk(leader: PeerId, number: int) -> Chunk:
-    return Chunk(step=0, parent="e" * 64, ballot=Ballot(number=1, leader=leader), number=number, samples=1)
+    ballot = Ballot(number=1, leader=leader)
+    return Chunk(step=0, parent="e" * 64, ballot=ballot, freeze="f" * 64, number=number, samples=1)
 
 
 def presence(peer: PeerId, fingerprint: str = RUN, step: int = 0) -> Presence:

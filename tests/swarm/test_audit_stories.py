@@ -156,12 +156,6 @@ def test_newcomer_ends_where_the_others_are_and_not_where_the_liar_is(
     assert dora.replica.position.lineage != liar.replica.position.lineage
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ExceptionGroup,
-    reason="known, and to be mended: if it is a later lie that is proven, the newcomer goes back to a state "
-    "that is heavier than the others', and they wait for it to lead them from where they are",
-)
 def test_newcomer_that_came_after_the_lie_takes_the_others_state_once_it_is_proven(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

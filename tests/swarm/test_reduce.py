@@ -19,6 +19,7 @@ from libp2p_fabric import Libp2pFabric
 
 from p2ptrain import allreduce
 from p2ptrain.allreduce import Attempt, Contribution, Work, at_once
+from p2ptrain.court import Told
 from p2ptrain.events import AbortCause, Carrier
 from p2ptrain.gradients.aggregation import mean_chunk
 from p2ptrain.gradients.codecs import codec_named
@@ -29,7 +30,7 @@ from p2ptrain.swarm.port import Buffer
 
 pytestmark = pytest.mark.swarm
 
-VALUES, CHUNK_VALUES = 50_000, 4096
+RUN, VALUES, CHUNK_VALUES = "f" * 64, 50_000, 4096
 
 
 class Averaging(Recorder):
@@ -53,7 +54,7 @@ class Averaging(Recorder):
         self._changed.set()
 
 
-def frozen(step: int, roster: list[PeerId]) -> Freeze:
+def made(step: int, roster: list[PeerId]) -> Freeze:
     return Freeze(
         step=step,
         parent="e" * 64,
@@ -71,7 +72,7 @@ async def average(
 ) -> list[tuple[EntryHeader, bytes]]:
     """What each peer holds in the end. Peer i's contribution is drawn from seed i."""
     loop = asyncio.get_running_loop()
-    freeze = frozen(step, [swarm.peer_id for swarm in swarms])
+    freeze = made(step, [swarm.peer_id for swarm in swarms])
     ended = [loop.create_future() for _ in swarms]
     async with asyncio.TaskGroup() as group:
         for number, (swarm, handler) in enumerate(zip(swarms, handlers, strict=True)):
@@ -80,7 +81,7 @@ async def average(
                 ended[number].set_exception(AssertionError(f"{cause}: {detail}"))
 
             attempt = Attempt(
-                freeze,
+                Told(freeze, swarm, RUN, ""),
                 swarm,
                 codec_named(codec),
                 mean_chunk,
@@ -179,6 +180,9 @@ class Nobody:
     async def send_chunk(self, to: PeerId, header: Any, payload: Any) -> None:
         """Gone."""
 
+    def sign(self, claim: bytes) -> str:
+        return "0" * 128
+
 
 ALICE, BOB = PeerId("alice"), PeerId("bob")
 
@@ -186,9 +190,10 @@ ALICE, BOB = PeerId("alice"), PeerId("bob")
 def alices(group: asyncio.TaskGroup, failures: list[Any]) -> Attempt:
     """Her attempt with Bob, in fp32, to whom nothing is sent."""
     codec = codec_named("fp32")
+    nobody: Any = Nobody()
     return Attempt(
-        frozen(0, [ALICE, BOB]),
-        Nobody(),  # type: ignore[arg-type]
+        Told(made(0, [ALICE, BOB]), nobody, RUN, ""),
+        nobody,
         codec,
         mean_chunk,
         CHUNK_VALUES,
@@ -205,15 +210,20 @@ def alices(group: asyncio.TaskGroup, failures: list[Any]) -> Attempt:
     )
 
 
+def named(attempt: Attempt) -> dict[str, Any]:
+    """By what a frame says that it is of this attempt."""
+    freeze = attempt.freeze
+    names = {"step": freeze.step, "parent": freeze.parent, "ballot": freeze.ballot}
+    return names | {"freeze": attempt.told.frozen}
+
+
 async def test_chunk_that_comes_twice_does_not_write_over_what_was_accepted() -> None:
     """A connection stalls in the middle of a mean, which then comes over the other carrier."""
     async with AsyncExitStack() as stack:
         group = await stack.enter_async_context(asyncio.TaskGroup())
         failures: list[Any] = []
         attempt = alices(group, failures)
-        header = Averaged(
-            step=0, parent="e" * 64, ballot=Ballot(number=1, leader=ALICE), number=0, samples=(1, 2)
-        )
+        header = Averaged(**named(attempt), number=0, samples=(1, 2))
         payload = torch.ones(CHUNK_VALUES).numpy().tobytes()
         place = attempt.place(BOB, header, len(payload))
         assert place is not None
@@ -232,7 +242,7 @@ async def test_memory_of_a_part_is_lent_once_until_it_has_been_added() -> None:
     async with asyncio.TaskGroup() as group:
         failures: list[Any] = []
         attempt = alices(group, failures)
-        header = Chunk(step=0, parent="e" * 64, ballot=Ballot(number=1, leader=ALICE), number=0, samples=1)
+        header = Chunk(**named(attempt), number=0, samples=1)
         later = [header.model_copy(update={"number": number}) for number in range(5)]
         size = 4 * CHUNK_VALUES
         assert attempt.place(BOB, header, size - 4) is None

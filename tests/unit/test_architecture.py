@@ -101,11 +101,14 @@ ROOMS = {
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),
     # 3: loop
     "p2ptrain.allreduce": Room(
-        LOWER | {"p2ptrain.auditing"}, names("torch numpy"), PURE | {"asyncio", "contextlib"}
+        LOWER | names("p2ptrain.auditing p2ptrain.court"),
+        names("torch numpy"),
+        PURE | {"asyncio", "contextlib"},
     ),
-    "p2ptrain.auditing": Room(LOWER, names("blake3"), PURE | {"asyncio"}),
+    "p2ptrain.auditing": Room(LOWER | {"p2ptrain.court"}, names("blake3"), PURE | {"asyncio"}),
+    "p2ptrain.court": Room(LOWER, names("blake3")),
     "p2ptrain.trainer": Room(
-        LOWER | names("p2ptrain.allreduce p2ptrain.auditing"),
+        LOWER | names("p2ptrain.allreduce p2ptrain.auditing p2ptrain.court"),
         names("torch"),
         PURE | {"asyncio", "contextlib", "pathlib"},
     ),

@@ -22,7 +22,7 @@ from p2ptrain.protocol.audit import (
     draws,
     exhibits,
     is_part,
-    same_contribution,
+    same_subject,
 )
 from p2ptrain.protocol.lineage import advance, joint_digest
 from p2ptrain.records import (
@@ -286,4 +286,4 @@ def test_nobody_is_convicted_by_a_story_that_somebody_else_signed_or_of_another_
 
 def test_commitment_and_statement_of_the_same_content_are_signed_differently() -> None:
     assert not claim(commitment()).startswith(claim(Case().statement())[:20])
-    assert same_contribution(commitment(), commitment(samples=9))
+    assert same_subject(commitment(), commitment(samples=9))

@@ -33,6 +33,7 @@ def test_frame_is_read_back_when_it_was_packed(payload: bytes, number: int, reas
             step=1,
             parent="e" * 64,
             ballot=Ballot(number=2, leader=PeerId("peer")),
+            freeze="f" * 64,
             number=number,
             samples=3,
         ),

@@ -1,8 +1,11 @@
 """The bookkeeping of one attempt: what is complete, what breaks the contract, whom to blame."""
 
+from typing import Any
+
 import pytest
 
 from p2ptrain.errors import BadMessage
+from p2ptrain.protocol.audit import frozen
 from p2ptrain.protocol.ledger import Leases
 from p2ptrain.protocol.reduction import Reduction
 from p2ptrain.records import Averaged, Ballot, Chunk, DataPosition, Freeze, PeerId
@@ -21,21 +24,25 @@ FREEZE = Freeze(
 )
 
 
+NAMED: dict[str, Any] = {
+    "step": 3,
+    "parent": FREEZE.parent,
+    "ballot": BALLOT,
+    "freeze": frozen(FREEZE),
+}
 LEASES = Leases(DataPosition(next=40, returned=((20, 30),)), (B, A), size=16)
 """C is a newcomer."""
 
 
 def chunk(number: int, samples: int = 4, skipped: int = 0) -> Chunk:
-    return Chunk(step=3, parent=FREEZE.parent, ballot=BALLOT, number=number, samples=samples, skipped=skipped)
+    return Chunk(**NAMED, number=number, samples=samples, skipped=skipped)
 
 
 def mean(
     number: int, *, last: bool, samples: tuple[int, ...] = (4, 4, 4), skipped: tuple[int, ...] = ()
 ) -> Averaged:
     return Averaged(
-        step=3,
-        parent=FREEZE.parent,
-        ballot=BALLOT,
+        **NAMED,
         number=number,
         samples=samples,
         skipped=skipped,

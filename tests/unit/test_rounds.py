@@ -23,7 +23,7 @@ def test_deadline_that_has_passed_may_be_set_again() -> None:
     async def twice_late() -> None:
         overdue: Any = SimpleNamespace(deadline=lambda: 0.0, tick=tick)
         nobody: Any = None
-        rounds = Rounds(nobody, overdue, Fp32(), nobody, 1024, nobody, nobody, nobody)
+        rounds = Rounds(nobody, overdue, Fp32(), nobody, 1024, nobody, nobody, nobody, "f" * 64)
         for _ in range(2):
             rounds._carry_out([])
         await asyncio.sleep(0)
