@@ -25,6 +25,7 @@ from p2ptrain.protocol.deadlines import Deadlines
 from p2ptrain.protocol.roster import call_for
 from p2ptrain.protocol.round import Distrusted, Effect, Rules, Send, Waiting
 from p2ptrain.protocol.spans import levels, share_out, shares
+from p2ptrain.protocol.speeds import Speeds
 from p2ptrain.protocol.terms import most_samples
 from p2ptrain.records import (
     Abort,
@@ -95,10 +96,13 @@ class Leader:
         expected: Iterable[PeerId],
         terms: Terms | None = None,
         lease_size: int = 0,
+        speeds: Speeds | None = None,
+        began: float = 0.0,
     ) -> None:
         """`last` is the entry that led to `position`: under a majority's rule its roster has the say.
         `terms`: what its entry shall be applied under; the rules are those of this step already.
-        `lease_size`: samples in each lease, where they are leased."""
+        `lease_size`: samples in each lease, where they are leased. `speeds`: what members have brought so
+        far, if that is known, and `began` when this step did."""
         self.me = me
         self.rules = rules
         self.terms = terms
@@ -118,6 +122,9 @@ class Leader:
         self.digests: dict[PeerId, str] = {}
         self._most_samples = most_samples(rules, terms)
         self._deadlines = deadlines
+        self._speeds, self._began = speeds or Speeds(), began
+        self._counts_from = float("inf")
+        """When the next of the claims counts that cannot be true yet."""
         self._hold_until = float("-inf")
         self._reason = ""
         self._first = self.ballot
@@ -138,7 +145,9 @@ class Leader:
             case Phase.REDUCING if self.attempt is not None:
                 return self.attempt.deadline
             case Phase.COLLECTING if self.expected and self._hold_until > float("-inf"):
-                return self._hold_until
+                return min(self._hold_until, self._counts_from)
+            case Phase.COLLECTING:
+                return self._counts_from
             case _:
                 return float("inf")
 
@@ -301,9 +310,10 @@ class Leader:
         """Freeze, if the batch is full."""
         if self.phase is not Phase.COLLECTING:
             return []
+        self._counts_from = float("inf")
         if self.expected and now < self._hold_until:
             return []
-        paces = {peer: known.pace for peer, known in self._eligible()}
+        paces = {peer: known.pace for peer, known in self._eligible(now)}
         if len(paces) < self.rules.min_peers or not self.quorate(paces):
             self.dropped.clear()  # without them there would be no step at all
         if not self.quorate(paces):
@@ -332,13 +342,21 @@ class Leader:
         here = len(self.electorate & set(peers))
         return f"{here} of the last round's {size} peers are here, and the quorum is {size // 2 + 1}"
 
-    def _eligible(self) -> list[tuple[PeerId, _Known]]:
+    def _eligible(self, now: float) -> list[tuple[PeerId, _Known]]:
         """At most `max_peers` members: those that have the say first, then those that bring most; ties by
-        peer id."""
-        if len(self.reports) <= self.rules.max_peers:
-            return list(self.reports.items())
+        peer id. Not those who claim more than they can have computed by now, until they can."""
+        reports = {}
+        for peer, known in self.reports.items():
+            claim = known.report.samples + known.report.in_flight
+            at = self._speeds.counts_from(peer, claim, self._began) if peer != self.me else now
+            if at <= now:
+                reports[peer] = known
+            else:
+                self._counts_from = min(self._counts_from, at)
+        if len(reports) <= self.rules.max_peers:
+            return list(reports.items())
         ranked = sorted(
-            self.reports.items(),
+            reports.items(),
             key=lambda item: (
                 item[0] not in self.electorate,
                 -(item[1].report.samples + item[1].report.in_flight),
@@ -422,8 +440,9 @@ class Leader:
 
     def tick(self, now: float) -> list[Effect]:
         """Whatever was due has not come."""
-        if self.phase is Phase.COLLECTING and now >= self._hold_until:
-            self._hold_until = float("-inf")
+        if self.phase is Phase.COLLECTING:
+            if now >= self._hold_until:
+                self._hold_until = float("-inf")
             return self.consider(now)
         attempt = self.attempt
         if self.phase is not Phase.REDUCING or attempt is None:

@@ -39,6 +39,7 @@ from p2ptrain.protocol.round import (
     Send,
     TookOver,
 )
+from p2ptrain.protocol.speeds import Speeds
 from p2ptrain.protocol.terms import newest, revision, rules_at
 from p2ptrain.records import (
     Abort,
@@ -130,6 +131,9 @@ class Member:
         self._rates: deque[float] = deque(maxlen=RATES_KEPT)
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
+        self._speeds = Speeds()
+        self._began: float | None = None
+        """When it came to where it stands."""
         self._unhelpful: Counter[PeerId] = Counter()
         self._offences: Counter[PeerId] = Counter()
         self._benched: dict[PeerId, float] = {}
@@ -187,6 +191,9 @@ class Member:
         """
         same = position == self.position
         self.position, self.last = position, last
+        if settled and last is not None and self._began is not None:
+            self._speeds.saw(last, now - self._began)
+        self._began = now
         self.withdrawn = False
         if not settled:
             self._arrivals += 1
@@ -671,6 +678,8 @@ class Member:
             expected=expected,
             terms=terms,
             lease_size=0 if leases is None else leases.size,
+            speeds=self._speeds,
+            began=self._began or 0.0,
         )
 
     def _first_alive(self) -> PeerId:

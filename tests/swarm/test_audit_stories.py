@@ -20,7 +20,7 @@ from p2ptrain import allreduce, auditing, events
 from p2ptrain.gradients.reducing import average_chunk
 from p2ptrain.protocol.audit import Draw, claim, draws
 from p2ptrain.protocol.lineage import joint_digest
-from p2ptrain.records import Input, PeerId
+from p2ptrain.records import EntryHeader, Input, PeerId
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 from tests.swarm.training import Trainer, Training, check_replicas, small_run
@@ -156,11 +156,18 @@ def test_newcomer_ends_where_the_others_are_and_not_where_the_liar_is(
     assert dora.replica.position.lineage != liar.replica.position.lineage
 
 
+@pytest.mark.parametrize("first_audited", [0, 14])
 def test_newcomer_that_came_after_the_lie_takes_the_others_state_once_it_is_proven(
-    monkeypatch: pytest.MonkeyPatch,
+    first_audited: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Audits are slow and logs short here. What it could go back to came with the lie in it, too."""
+    """Audits are slow and logs short here. What it could go back to came with the lie in it, too; if it is
+    a later lie that is proven, that weighs more than what the others can go back to, and they take it."""
     monkeypatch.setattr(auditing, "TRIES_AFTER_SECONDS", (4.0, 4.0))
+
+    def later_ones(header: EntryHeader, *rest: Any) -> list[Draw]:
+        return draws(header, *rest) if header.step >= first_audited else []
+
+    monkeypatch.setattr(auditing, "draws", later_ones)
 
     def lied(training: Training) -> bool:
         for trainer in training.lives:
