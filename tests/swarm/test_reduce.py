@@ -176,6 +176,7 @@ async def test_peers_hold_the_same_bytes_whichever_way_the_chunks_went_and_whoev
 
 class Nobody:
     peer_id = PeerId("alice")
+    delivered_bytes = 0
 
     async def send_chunk(self, to: PeerId, header: Any, payload: Any) -> None:
         """Gone."""
