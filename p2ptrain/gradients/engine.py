@@ -4,6 +4,10 @@ A micro-batch that does not fit the memory is computed again in halves, and one 
 at a smaller loss scale (Micikevicius et al. 2018): no sample is lost to either. Sums are float32 whatever the
 precision of the passes, because `backward` adds to float32.
 
+A parameter's gradient is put where it belongs as soon as it is there, while it is in the cache. To have
+`backward` add it to zeros that lie there costs a second and a third way through memory, 2 % of the time of
+the default model.
+
 What is random in a model, such as dropout, is drawn from a number that the caller gives for each micro-batch.
 
 Not covered: what is not finite for other reasons. Whoever takes the gradient looks at it (`Accumulator.add`).
@@ -14,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -86,6 +91,13 @@ class Engine:
             self._forward = torch.compile(model)  # type: ignore[assignment]
             self._compile_faults = (TorchDynamoException,)
         self._scale = LossScale() if place.precision == "fp16" else None
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._places: list[Tensor | None] | None = None
+        """Where the gradient of each of these belongs, during a pass of this engine."""
+        self._arrived: set[int] = set()
+        """Those of this micro-batch that have a gradient already."""
+        for number, parameter in enumerate(self._trained):
+            parameter.register_post_accumulate_grad_hook(partial(self._take, number))
 
     def gradients(self, draw: Draw, loss_sum: LossSum, first: int, count: int, chance: int) -> float:
         """Σ of the gradients of samples `first … first + count - 1` into `gradient`; returns Σ of losses.
@@ -158,12 +170,41 @@ class Engine:
         return math.fsum(float(self.judge(loss_sum, batch)) for batch in batches) / count
 
     def _passes(self, draw: Draw, loss_sum: LossSum, first: int, count: int) -> float:
-        self._gradient.zero_()
+        self._arrived.clear()
         losses = []
         for start in range(first, first + count, self.most_samples):
             size = min(self.most_samples, first + count - start)
-            losses.append(self._one_pass(draw(start, size), loss_sum))
+            with self._receiving():
+                losses.append(self._one_pass(draw(start, size), loss_sum))
+        for number, parameter in enumerate(self._trained):
+            if number not in self._arrived and parameter.grad is not None:
+                parameter.grad.zero_()  # it had no part in the loss
         return math.fsum(losses)
+
+    @contextlib.contextmanager
+    def _receiving(self) -> Iterator[None]:
+        """While entered, `backward` meets no gradients, so it hands over its own."""
+        self._places = [parameter.grad for parameter in self._trained]
+        for parameter in self._trained:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, place in zip(self._trained, self._places, strict=True):
+                parameter.grad = place
+            self._places = None
+
+    def _take(self, number: int, parameter: Tensor) -> None:
+        """Called by `backward` when that parameter's gradient of this pass is there."""
+        place = None if self._places is None else self._places[number]
+        if place is None or parameter.grad is None:
+            return  # the pass is none of this engine's
+        if number in self._arrived:
+            place.add_(parameter.grad)
+        else:
+            self._arrived.add(number)
+            place.copy_(parameter.grad)
+        parameter.grad = None
 
     def _one_pass(self, batch: Any, loss_sum: LossSum) -> float:
         with self._autocast():

@@ -50,6 +50,33 @@ def test_gradients_are_those_of_all_samples_however_many_fit_at_once(most: int) 
     assert loss == pytest.approx(float(loss_sum(replica.model, draw(0, 8)).detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("most", [3, 8])
+def test_gradient_is_zero_where_a_parameter_has_no_part_in_the_loss(most: int) -> None:
+    replica = small_replica()
+    engine = engine_of(replica, most=most)
+    engine.gradients(draw, loss_sum, 0, 8, chance=1)
+    first = next(replica.model.parameters())
+
+    def of_the_first(model: nn.Module, batch: Tensor) -> Tensor:
+        return first.sum() * len(batch)
+
+    engine.gradients(draw, of_the_first, 0, 8, chance=1)
+    assert first.grad is not None
+    assert bool((first.grad == 8).all())
+    assert replica.gradient.sum() == 8 * first.numel()
+
+
+def test_another_backward_pass_adds_to_the_gradient_as_ever_when_there_are_engines() -> None:
+    """Gradients of the model are views of one vector before, between and after an engine's passes."""
+    replica = small_replica()
+    other, engine = engine_of(replica), engine_of(replica)
+    other.gradients(draw, loss_sum, 0, 8, chance=1)
+    engine.gradients(draw, loss_sum, 0, 8, chance=1)
+    torch.testing.assert_close(replica.gradient, plain_gradient(8))
+    loss_sum(replica.model, draw(0, 8)).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(replica.gradient, 2 * plain_gradient(8))
+
+
 def out_of_memory_above(room: int, asked: list[int]) -> Callable[[nn.Module, Tensor], Tensor]:
     """A loss whose backward pass runs out of memory, as those of real devices do, for more than so many
     samples: part of the gradient is written by then."""
