@@ -544,7 +544,8 @@ class RunConfig(Section):
     """Which samples a step takes. `drawn`: each peer draws any of them, so some come often and some late.
     `leased`: all are numbered, and each counts once in every pass over the data, in an order that the seed
     shuffles; what a peer does not bring in goes to another, and a run that was stopped goes on where it
-    stood. Needs the same data on every peer, and `delay` 0; newcomers bring nothing to their first round."""
+    stood. Needs data with an end that is the same on every peer (for text: `task.exact`, and no dataset from
+    the hub), and `delay` 0; newcomers bring nothing to their first round."""
 
     codec: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk", "lowrank"] = "fp16"
     """How gradients travel: `fp32` unchanged in 4 bytes per value, `fp16` rounded to 11 significant bits in
@@ -728,23 +729,34 @@ class RunConfig(Section):
                 f"total_steps ({self.total_steps}), or the run would never reach its learning rate; "
                 "lower schedule.warmup_steps or raise total_steps"
             )
-        if self.data == "leased" and self.delay:
+        self._check_leased()
+        self._check_batch_rule()
+        return self
+
+    def _check_leased(self) -> None:
+        if self.data == "drawn":
+            return
+        if self.delay:
             raise ValueError(
                 f'data = "leased" needs delay = 0, not {self.delay}: who may take which samples follows from '
                 'the last round, and with a delay that is not over yet; set delay to 0 or data to "drawn"'
             )
-        if self.data == "leased" and self.strategy not in ("sync", "local"):
+        if self.strategy not in ("sync", "local"):
             raise ValueError(
                 f'data = "leased" needs strategy = "sync" or "local", not "{self.strategy}", with which it '
                 'was never tried; set data to "drawn"'
             )
-        if self.data == "leased" and isinstance(self.task, BytesTask) and not self.task.exact:
+        if isinstance(self.task, CausalLmTask) and "/" in self.task.dataset:
+            raise ValueError(
+                f'data = "leased" needs data with an end, and {self.task.dataset} is read from the hub as a '
+                'stream; set data to "drawn", or task.dataset to a name without a slash and have the files '
+                "on every peer"
+            )
+        if isinstance(self.task, BytesTask | CausalLmTask) and not self.task.exact:
             raise ValueError(
                 'data = "leased" needs task.exact = true: a sample is leased by its number, so all peers '
                 'must have the same text; set task.exact to true or data to "drawn"'
             )
-        self._check_batch_rule()
-        return self
 
     @property
     def stepped_batch_size(self) -> int:

@@ -116,10 +116,8 @@ def base_note(replica: Replica) -> str:
     return f"base {replica.base_digest[:16]}, " if replica.base_digest else ""
 
 
-def _numbered(run: RunConfig, task: Task) -> Numbered | None:
-    """The task, if its samples are leased. Raises LocalFault if they cannot be."""
-    if run.data == "drawn":
-        return None
+def _numbered(run: RunConfig, task: Task) -> Numbered:
+    """The task, as what samples are leased from. Raises LocalFault if they cannot be."""
     if not isinstance(task, Numbered) or not task.size:
         raise LocalFault(
             f"run {run.run_id} leases samples by their number, and its task has none that are numbered; "
@@ -239,8 +237,8 @@ class Peer:
             warmup_rounds=run.local.warmup_rounds if run.strategy == "local" else 0,
             warmup_batch_size=run.local.warmup_batch_size if run.strategy == "local" else 0,
         )
-        self._numbered = _numbered(run, task)
-        """None: samples are drawn."""
+        self._numbered: Numbered | None = None
+        """What samples are leased from, once this peer has arrived; None: they are drawn."""
         member = Member(
             swarm.peer_id,
             incarnation,
@@ -333,6 +331,8 @@ class Peer:
 
     async def arrive(self) -> None:
         """Say that this peer is here, see who else is, and take their state if it has more behind it."""
+        if self.run.data == "leased":
+            self._numbered = await self._aside(_numbered, self.run, self.task)  # may read all of the data
         others = await self._announce()
         self._observe(
             events.Joined(

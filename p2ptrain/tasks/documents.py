@@ -20,6 +20,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from array import array
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -49,8 +51,10 @@ FILES_KEPT = 32
 MAX_SHARD_ROWS = 250_000
 MAX_TOKENS = 2**29
 """That are held in memory where samples are numbered; 2 GB."""
-TOLD_TOKENS = 20_000_000
+TOLD_TOKENS = 5_000_000
 """Between two lines about how far reading is."""
+PIECE_BYTES = 2**20
+"""Of plain text that become tokens at once: as Python's numbers these take forty times their place."""
 DOCUMENTS_WITHOUT_A_WINDOW = 100_000
 """So many documents, and no window is full yet: they must be empty."""
 
@@ -71,8 +75,9 @@ class Source(Protocol):
         """Those that are never trained on, the same ones in the same order every time; may end."""
         ...
 
-    def everything(self) -> Iterator[str] | None:
-        """All documents that are trained on, once; None for a stream, whose end nobody here has seen."""
+    def everything(self) -> Iterator[list[int]] | None:
+        """The tokens of all that is trained on, once, in pieces; None for a stream, whose end nobody here has
+        seen."""
         ...
 
 
@@ -86,7 +91,7 @@ class Documents:
         self._at = (-1, "", 0)
         """Step, peer and number of the window that `_drawing` gives next."""
         self._heldout: list[Tensor] = []
-        self._tokenizer, self._context = tokenizer, settings.context
+        self._context = settings.context
 
     @property
     def note(self) -> str:
@@ -116,23 +121,19 @@ class Documents:
     @cached_property
     def _tokens(self) -> Tensor:
         """int32 [tokens]: all that is trained on, one document after another. Raises CorpusError."""
-        parts, total = [torch.empty(0, dtype=torch.int32)], 0
-        for document in self._source.everything() or ():
-            tokens = self._tokenizer.encode(document)
-            if self._tokenizer.end is not None:
-                tokens.append(self._tokenizer.end)
-            parts.append(torch.tensor(tokens, dtype=torch.int32))
-            if total // TOLD_TOKENS < (total + len(tokens)) // TOLD_TOKENS:
-                logger.info(
-                    "reading all of the text: %d million tokens so far", (total + len(tokens)) // 10**6
-                )
-            total += len(tokens)
-            if total > MAX_TOKENS:
+        tokens = array("i")
+        told = TOLD_TOKENS
+        for piece in self._source.everything() or ():
+            tokens.extend(piece)
+            if len(tokens) > MAX_TOKENS:
                 raise CorpusError(
                     f"the text has more than {MAX_TOKENS:,} tokens, the most that are kept in memory to be "
-                    "numbered; choose a part of it, or have samples drawn"
+                    'numbered; choose a part of it, or set data to "drawn" in the run file'
                 )
-        return torch.cat(parts)
+            if len(tokens) >= told:
+                logger.info("numbering the text: %d million tokens so far", len(tokens) // 10**6)
+                told = len(tokens) + TOLD_TOKENS
+        return torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.empty(0, dtype=torch.int32)
 
     def heldout(self, most: int) -> list[Tensor]:
         """The first `most` held-out windows; there may be fewer, but one. Raises CorpusError."""
@@ -184,8 +185,18 @@ class Text:
         for number in range(evenly):
             yield self._window(self._heldout, number * (room - 1) // (evenly - 1))
 
-    def everything(self) -> Iterator[str]:
-        yield self._train.numpy().tobytes().decode(errors="replace")
+    def everything(self) -> Iterator[list[int]]:
+        """Pieces end where a line does, if one does: tokens reach over no end of a piece."""
+        decoder = getincrementaldecoder("utf-8")("replace")
+        start = 0
+        while start < len(self._train):
+            piece = self._train[start : start + PIECE_BYTES].numpy().tobytes()
+            if start + len(piece) < len(self._train):
+                piece = piece[: piece.rfind(b"\n") + 1] or piece
+            start += len(piece)
+            yield self._tokenizer.encode(decoder.decode(piece, start == len(self._train)))
+        if self._tokenizer.end is not None:
+            yield [self._tokenizer.end]
 
     def _window(self, text: Tensor, start: int) -> Tensor:
         if isinstance(self._tokenizer, ByteTokenizer):
@@ -212,6 +223,11 @@ CONTINUATION = bytes(range(0x80, 0xC0))
 # -- documents -----------------------------------------------------------------------------------------------
 
 
+def ended(document: str, tokenizer: Tokenizer) -> list[int]:
+    """Its tokens, and the one that closes it."""
+    return tokenizer.encode(document) + ([] if tokenizer.end is None else [tokenizer.end])
+
+
 def packed(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[Tensor]:
     """int64 [length] each: the documents' tokens, one after another. What fills no window is left out.
 
@@ -220,9 +236,7 @@ def packed(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Itera
     waiting: list[int] = []
     empty = 0
     for document in documents:
-        waiting += tokenizer.encode(document)
-        if tokenizer.end is not None:
-            waiting.append(tokenizer.end)
+        waiting += ended(document, tokenizer)
         start = 0
         while len(waiting) - start >= length:
             yield torch.tensor(waiting[start : start + length], dtype=torch.int64)
@@ -257,8 +271,9 @@ class Rows:
         held = map(self._document, range(self._train, len(self._rows)))
         return packed(held, self._tokenizer, self._length)
 
-    def everything(self) -> Iterator[str]:
-        return map(self._document, range(self._train))
+    def everything(self) -> Iterator[list[int]]:
+        for number in range(self._train):
+            yield ended(self._document(number), self._tokenizer)
 
     def _document(self, number: int) -> str:
         return self._rows[number][self._column] or ""
@@ -297,15 +312,15 @@ class Shards:
     def heldout(self) -> Iterator[Tensor]:
         return packed(self._heldout_documents(), self._tokenizer, self._length)
 
-    def everything(self) -> Iterator[str] | None:
-        return self._trained_documents() if self._ends else None
+    def everything(self) -> Iterator[list[int]] | None:
+        return self._all_trained() if self._ends else None
 
-    def _trained_documents(self) -> Iterator[str]:
+    def _all_trained(self) -> Iterator[list[int]]:
         for file in range(self._stream.num_shards):
             for part in range(self._parts(file)):
                 rows = self._rows(file, part)
                 for number in range(len(rows) - self._held(len(rows))):
-                    yield rows[number].as_py() or ""
+                    yield ended(rows[number].as_py() or "", self._tokenizer)
 
     def _documents(self, step: int, peer: str) -> Iterator[str]:
         for turn in count():

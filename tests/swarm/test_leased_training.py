@@ -8,15 +8,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from training import DATA, Trainer, Training, check_replicas, small_run
+from training import DATA, Regression, Trainer, Training, check_replicas, small_run
 
 from p2ptrain import events
-from p2ptrain.config import BytesTask, Local, RunConfig
+from p2ptrain.config import BytesTask, CausalLmTask, Local, PeerConfig, RunConfig
+from p2ptrain.errors import LocalFault
 from p2ptrain.events import WasteCause
 from p2ptrain.protocol.ledger import account, shuffled
 from p2ptrain.records import DataPosition
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
+from p2ptrain.tasks import Numbered, Task
+from p2ptrain.tasks.causal_lm import CausalLmTask as LanguageTask
 
 pytestmark = pytest.mark.swarm
 
@@ -35,12 +38,16 @@ APART = LEASED.model_copy(
 
 
 def play(
-    story: Callable[[Training], Awaitable[None]], folder: Path | None = None, run: RunConfig = LEASED
+    story: Callable[[Training], Awaitable[None]],
+    folder: Path | None = None,
+    run: RunConfig = LEASED,
+    task: Task | None = None,
 ) -> None:
     """Tell the story to a swarm that is at step 5; in the end all samples of its log are counted."""
 
     async def whole() -> None:
         async with Training(MemoryHub(seed=1), run, folder) as training:
+            training.task = task or training.task
             for name in PACES:
                 start(training, name)
             await training.until_step(5)
@@ -84,7 +91,8 @@ def check_samples(training: Training) -> Counter[int]:
     last = rounds(training)[-1]
     assert (last.repeated, last.returned) == (0, len(returned))
     assert last.unique + last.lost == len(counted)
-    return Counter(shuffled(number, DATA, LEASED.seed) for number in counted)
+    assert isinstance(training.task, Numbered)
+    return Counter(shuffled(number, training.task.size, LEASED.seed) for number in counted)
 
 
 def test_every_sample_counts_once_in_a_pass_while_peers_come_and_die() -> None:
@@ -119,6 +127,45 @@ def test_every_sample_counts_once_where_peers_train_apart_though_some_are_not_fi
         assert rounds(training)[-1].lost >= 4
 
     play(story, run=APART)
+
+
+def test_every_window_of_a_text_counts_once_in_a_pass_also_when_all_are_killed_in_between(
+    tmp_path: Path,
+) -> None:
+    """A language model on text of its own: what is counted is found in the text, window by window."""
+    text = "".join(f"{number:06}, " for number in range(500))
+    (tmp_path / "numbers.txt").write_text(text)
+    settings = CausalLmTask(layers=1, width=8, heads=1, context=8, dataset="numbers", holdout=0.2, exact=True)
+    run = LEASED.model_copy(update={"task": settings})
+    task = LanguageTask(settings, run.seed, PeerConfig(corpus=str(tmp_path / "numbers.txt")))
+
+    async def story(training: Training) -> None:
+        await training.until(lambda: all(life.of(events.CheckpointSaved) for life in training.lives))
+        for name in PACES:
+            await training.kill(name)
+        for name in PACES:
+            start(training, name)
+        await training.until(lambda: max(data_of(life).next for life in training.lives[3:]) > task.size + 200)
+        await training.until(lambda: not any(a < task.size for a, _ in data_of(training.lives[3]).returned))
+        assert set(check_samples(training)) == set(range(task.size))
+
+    play(story, tmp_path, run, task)
+    windows = [bytes(each[:-1].tolist()).decode() for each in task.samples(range(task.size))]
+    assert windows == [f"{number:06}, " for number in range(400)]
+
+
+def test_peer_says_so_when_a_task_that_shall_be_leased_numbers_nothing() -> None:
+    class Unnumbered(Regression):
+        size = 0
+
+    async def whole() -> None:
+        async with Training(MemoryHub(seed=1), LEASED) as training:
+            training.task = Unnumbered()
+            start(training, "anna")
+
+    said = 'leases samples by their number, and its task has none .*; set data to "drawn" in the run file$'
+    with pytest.RaisesGroup(pytest.RaisesExc(LocalFault, match=said), flatten_subgroups=True):
+        clock.run(whole())
 
 
 def test_newcomer_has_a_lease_once_it_is_on_a_roster() -> None:

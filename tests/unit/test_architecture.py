@@ -88,7 +88,9 @@ ROOMS = {
         WORDS | {"p2ptrain.tasks"}, TORCH | {"transformers"}, PURE | {"pathlib"}
     ),
     "p2ptrain.tasks.documents": Room(
-        WORDS | {"p2ptrain.tasks"}, TORCH | names("datasets pyarrow"), PURE | {"contextlib", "pathlib"}
+        WORDS | {"p2ptrain.tasks"},
+        TORCH | names("datasets pyarrow"),
+        PURE | names("array codecs contextlib pathlib"),
     ),
     "p2ptrain.tasks.hub": Room(WORDS | {"p2ptrain.tasks"}, names("huggingface_hub"), PURE | {"pathlib"}),
     "p2ptrain.tasks.tokens": Room(

@@ -249,6 +249,14 @@ WRONG_RUNS = {
         'FILE: data = "leased" needs task.exact = true: a sample is leased by its number, so all peers must '
         'have the same text; set task.exact to true or data to "drawn"'
     ),
+    'data = "leased"\ntask = { kind = "causal_lm" }': (
+        'FILE: data = "leased" needs task.exact = true: a sample is leased by its number, so all peers must '
+        'have the same text; set task.exact to true or data to "drawn"'
+    ),
+    'data = "leased"\ntask = { kind = "causal_lm", dataset = "owner/name", exact = true }': (
+        'FILE: data = "leased" needs data with an end, and owner/name is read from the hub as a stream; set '
+        'data to "drawn", or task.dataset to a name without a slash and have the files on every peer'
+    ),
     # not TOML
     "seed = 1\nlr =\n": "FILE is not valid TOML: Invalid value (at line 2, column 5)",
     "seed = 1\nseed = 2\n": "FILE is not valid TOML: Cannot overwrite a value (at line 2, column 9)",

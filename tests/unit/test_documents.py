@@ -200,6 +200,27 @@ def test_numbered_windows_are_all_of_the_text_side_by_side(opened: Open, kind: s
     }
 
 
+def test_numbers_of_windows_do_not_hang_on_how_much_text_is_read_at_once(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces end with a line, or where a character does."""
+    (tmp_path / "text.txt").write_text("a line – ünïcode\n" * 200 + "😀" * 400 + "\nand the end" * 50)
+    settings = Settings(dataset="texts", context=CONTEXT)
+    whole = Documents(settings, ByteTokenizer(), 0, str(tmp_path / "text.txt"))
+    expected = whole.numbered(range(whole.size))
+    monkeypatch.setattr(module, "PIECE_BYTES", 101)
+    pieces = Documents(settings, ByteTokenizer(), 0, str(tmp_path / "text.txt"))
+    assert torch.equal(pieces.numbered(range(pieces.size)), expected)
+
+
+def test_text_is_refused_when_it_is_too_much_to_be_numbered(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_TOKENS", 1000)
+    with pytest.raises(CorpusError, match=r'more than 1,000 tokens.* set data to "drawn" in the run file'):
+        _ = opened().size
+
+
 # -- what is said when it will not do ------------------------------------------------------------------------
 
 
