@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 
-from p2ptrain.config import RunConfig, run_digest
+from p2ptrain.config import PeerConfig, RunConfig, run_digest
 from p2ptrain.errors import ConfigError, Unreachable
 from p2ptrain.events import duration
 from peers.chaos_receipt import Crowd, Heldout, Receipt, Twin, beside_twin
@@ -67,7 +67,8 @@ class Options:
     megabits: float | None
     """Per second that each host may send and receive, None for what the machine can."""
     twin: Twin | None
-    corpus: str = ""
+    peer: PeerConfig
+    """What the peers' own files say, but for what two on one machine cannot share."""
 
 
 def chaos(options: Options, console: Console) -> Receipt:
@@ -91,7 +92,7 @@ class _Chaos:
 
     def __init__(self, options: Options, where: Site, console: Console) -> None:
         self._options, self._where, self._console = options, where, console
-        self._config = peer_config(options.run, options.peers, options.corpus).model_copy(
+        self._config = peer_config(options.run, options.peers, options.peer).model_copy(
             update={
                 "log_megabytes": options.log_megabytes,
                 "eval_every_steps": EVAL_EVERY_STEPS,

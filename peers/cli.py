@@ -79,6 +79,11 @@ OwnPlaces = Annotated[
     Path | None,
     typer.Option("--peer", help="Peer file: where model, tokenizer and data are that the run only names."),
 ]
+PeerFile = Annotated[
+    Path | None,
+    typer.Option("--peer", help="Peer file, as for join; addresses, ports and folders in it do not count."),
+]
+Corpus = Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")]
 
 
 @app.command()
@@ -261,7 +266,8 @@ def demo(
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many peers train.")] = 2,
     seconds: Annotated[float, typer.Option(min=5, help="How long, from the start of the command.")] = 180,
     run: Annotated[Path | None, typer.Option(help="Run file; the default is a small language model.")] = None,
-    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    peer: PeerFile = None,
+    corpus: Corpus = "",
     listen: Annotated[
         str, typer.Option(help="Address to listen on; the default is for this machine only.")
     ] = "/ip4/127.0.0.1/tcp/0",
@@ -280,7 +286,7 @@ def demo(
     from peers.rehearsal import RehearsalFailed
 
     settings = load_run(run) if run else RunConfig()
-    options = role.Options(settings, peers, seconds, listen, not no_kill, corpus)
+    options = role.Options(settings, peers, seconds, listen, not no_kill, _peer(peer, corpus))
     receipt = role.demo(options, Console(highlight=False))
     typer.echo("\n" + "\n".join(role.receipt_lines(receipt, options)))
     if as_json:
@@ -323,7 +329,8 @@ def chaos(
     twin: Annotated[
         Path | None, typer.Option(help="Receipt of the same run with --faults none, to compare losses with.")
     ] = None,
-    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    peer: PeerFile = None,
+    corpus: Corpus = "",
     as_json: Json = False,
 ) -> None:
     """Put a rehearsal swarm on this machine through faults, and print how it fared.
@@ -356,7 +363,7 @@ def chaos(
         log_megabytes=log_megabytes,
         megabits=megabits,
         twin=chaos_receipt.read_twin(twin) if twin else None,
-        corpus=corpus,
+        peer=_peer(peer, corpus),
     )
     receipt = role.chaos(options, Console(highlight=False))
     typer.echo("\n" + "\n".join(chaos_receipt.receipt_lines(receipt)))
@@ -409,7 +416,8 @@ def plan(
     tokens_per_second: Annotated[
         float, typer.Option(min=0, help="What one peer computes; 0: measured on this machine.")
     ] = 0,
-    corpus: Annotated[str, typer.Option(help="The text, if the run file names another than stdlib.")] = "",
+    peer: PeerFile = None,
+    corpus: Corpus = "",
     as_json: Json = False,
 ) -> None:
     """Predict what a step, a day and joining cost over given links, and say what to change."""
@@ -419,7 +427,7 @@ def plan(
 
     run = load_run(run_file)
     links = Links(role.parse_rate(uplink), role.parse_rate(downlink), rtt / 1000)
-    result = role.plan(run, peers, links, tokens_per_second, corpus)
+    result = role.plan(run, peers, links, tokens_per_second, _peer(peer, corpus))
     typer.echo("\n".join(role.plan_lines(result, run)))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
@@ -511,10 +519,7 @@ def evaluate(
     """Measure the model of a checkpoint on held-out data."""
     from peers import exporting
 
-    settings = _peer(peer)
-    if corpus:
-        settings = settings.model_copy(update={"corpus": corpus})
-    measured = exporting.evaluate(checkpoint, settings)
+    measured = exporting.evaluate(checkpoint, _peer(peer, corpus))
     _say(f"{measured.run_id} at step {measured.step:,}, on {measured.data or 'its own data'}")
     for name, value in measured.figures.items():
         _say(f"  {name:<22} {value:.5g}")
@@ -539,10 +544,12 @@ def export(
     typer.echo(json.dumps({"folder": str(to), "files": names}) if as_json else f"{to}: {', '.join(names)}")
 
 
-def _peer(path: Path | None) -> PeerConfig:
+def _peer(path: Path | None, corpus: str = "") -> PeerConfig:
+    """What the peer file says, if there is one, with the text that an option names."""
     from p2ptrain.config import PeerConfig, load_peer
 
-    return load_peer(path) if path else PeerConfig()
+    settings = load_peer(path) if path else PeerConfig()
+    return PeerConfig(**settings.model_dump(exclude_unset=True) | {"corpus": corpus}) if corpus else settings
 
 
 @app.command()
@@ -551,6 +558,7 @@ def verify(
         Path, typer.Argument(metavar="A", help="A checkpoint, or a folder of them: then the newest.")
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another, or INVITE or INVITE#PEER_ID: a live peer.")],
+    peer: OwnPlaces = None,
     as_json: Json = False,
 ) -> None:
     """Say whether checkpoint A is the same as B, bit for bit, or where they first differ.
@@ -562,9 +570,9 @@ def verify(
     from peers import models
 
     if b.lstrip().startswith(PREFIX):
-        invite, _, peer = b.partition("#")
+        invite, _, other = b.partition("#")
         check(entrance := decode(invite), time.time())
-        verdict = _run(models.verify_live(a, entrance, peer.strip()))
+        verdict = _run(models.verify_live(a, entrance, other.strip(), _peer(peer)))
     else:
         verdict = models.verify(a, Path(b))
     typer.echo(f"{verdict.verdict}: {verdict.explanation}")

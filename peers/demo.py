@@ -53,8 +53,8 @@ class Options:
     listen: str
     """Where the bootstrap listens; the peers take free ports of the same address."""
     kill: bool
-    corpus: str = ""
-    """The text of a run whose corpus is not `stdlib`, as in a peer file."""
+    peer: PeerConfig
+    """What the peers' own files say, but for what two on one machine cannot share."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def demo(options: Options, console: Console) -> Receipt:
             "--listen must be an IP address and TCP port, such as /ip4/0.0.0.0/tcp/31337, "
             f"not {options.listen!r}"
         )
-    config = peer_config(options.run, options.peers, options.corpus)
+    config = peer_config(options.run, options.peers, options.peer)
     return _Demo(options, config, new_folder("demo"), started_at, console).play()
 
 
@@ -222,6 +222,7 @@ class _Demo:
         if not (checkpoint := self._chronicle.checkpoint):
             return ""
         words = ("--prompt", prompt(self._options.run), "--length", str(SAMPLE_LENGTH), "--json")
+        words += own_file(checkpoint, self._options)
         sampler = self._stage.child("generate", "generate", checkpoint, *words)
         sampler.start()
         hurried = self._stage.wait(lambda: not sampler.running, SAMPLE_SECONDS)
@@ -262,6 +263,12 @@ def prompt(run: RunConfig) -> str:
     return "The " if "corpus" in run.task.names else "def "
 
 
+def own_file(checkpoint: str, options: Options) -> tuple[str, ...]:
+    """The words that let a command about this checkpoint have what the run only names."""
+    said = options.peer.model_fields_set & {"corpus", "model", "tokenizer", "allow_tasks"}
+    return ("--peer", str(Path(checkpoint).parents[1] / "peer.toml")) if said else ()
+
+
 def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
     """The receipt for people, and what they can do next."""
     facts = {
@@ -276,7 +283,8 @@ def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
     if receipt.sample:
         lines += ["", "the model writes:", *(f"  {line}" for line in sample_lines(receipt.sample, 12))]
     if receipt.checkpoint:
-        generate = ("p2ptrain", "generate", receipt.checkpoint, "--prompt", prompt(options.run))
+        own = own_file(receipt.checkpoint, options)
+        generate = ("p2ptrain", "generate", receipt.checkpoint, "--prompt", prompt(options.run), *own)
         run_file, peer = f"{receipt.folder}/run.toml", str(Path(receipt.checkpoint).parents[1])
         lines += [
             "",
@@ -288,8 +296,8 @@ def receipt_lines(receipt: Receipt, options: Options) -> list[str]:
             f"  here as well     p2ptrain join INVITE --data-dir {shlex.quote(peer)}",
             "  there            p2ptrain join INVITE",
         ]
-        if options.corpus:
-            lines.append("  (all of them with a peer file that says where that machine has the text)")
+        if own:
+            lines.append("  (both with a peer file that says where that machine has what the run only names)")
         if "/127." in options.listen or "/::1/" in options.listen:
             lines.append("  (the demo itself listened on this machine only, so nobody else could join it)")
     return lines

@@ -122,8 +122,9 @@ def verify(a: Path, b: Path) -> Verdict:
     return Verdict(word, where, comparison.a, comparison.b)
 
 
-async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
+async def verify_live(path: Path, invite: Invite, peer: str, own: PeerConfig = NOTHING_SAID) -> Verdict:
     """Compare the checkpoint at `path` with that peer of the invite's swarm; if empty, with one that trains.
+    The run's model is built as the peer file `own` lets it be.
 
     Raises CheckpointError, IncompatibleRun if the checkpoint is of another run, ConfigError for a peer id
     that is none, and PeerFault if no peer answered, or none could tell.
@@ -136,7 +137,7 @@ async def verify_live(path: Path, invite: Invite, peer: str) -> Verdict:
             f"the checkpoint {checkpoint.path} is of run {checkpoint.run.run_id} with digest {digest[:8]}, "
             f"but the invite leads to {invite.run_id} with digest {invite.run_digest[:8]}"
         )
-    _, replica = blank(checkpoint)
+    _, replica = blank(checkpoint, own)
     from p2ptrain.swarm.libp2p import Libp2pSwarm  # takes seconds
 
     with tempfile.TemporaryDirectory(prefix="p2ptrain-") as folder:

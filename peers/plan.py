@@ -1,7 +1,6 @@
 """`p2ptrain plan`: what a run will cost over given links, and what to change.
 
-The arithmetic is `protocol.forecast`. How long a sample takes is given, or measured on this machine with one
-thread, as a peer has by default.
+The arithmetic is `protocol.forecast`. How long a sample takes is given, or measured on this machine's CPU.
 
 Not covered: peers that differ, and the first steps, which compute slower.
 """
@@ -52,15 +51,16 @@ def parse_rate(text: str) -> float:
     return rate
 
 
-def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, corpus: str) -> Plan:
-    """`tokens_per_second`: of one peer, 0: measure it here. Raises ConfigError or CorpusError."""
+def plan(run: RunConfig, peers: int, links: Links, tokens_per_second: float, peer: PeerConfig) -> Plan:
+    """`tokens_per_second`: of one peer, 0: measure it here, with what this peer file says. Raises ConfigError
+    or CorpusError."""
     if not run.min_peers <= peers <= run.max_peers:
         raise ConfigError(
             f"--peers ({peers}) is not within min_peers ({run.min_peers}) and max_peers ({run.max_peers}) "
             f"of run {run.run_id}"
         )
-    torch.set_num_threads(PeerConfig().threads)
-    task = build_task(run, PeerConfig(corpus=corpus))
+    torch.set_num_threads(peer.threads)
+    task = build_task(run, peer)
     replica = Replica(build_model(task, run)[0], run, "")
     codec = codec_named(run.codec)
     chunks = chunk_ranges(0, replica.values, run.chunk_values)

@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 
 import psutil  # type: ignore[import-untyped]
 
-from p2ptrain.config import Limits, PeerConfig, RunConfig, commented_toml
+from p2ptrain.config import PeerConfig, RunConfig, check_names, commented_toml
 from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.events import clean
 from peers.chronicle import Chronicle, Record, Tail
@@ -64,21 +64,37 @@ def new_folder(kind: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{kind}-{stamp}-", dir=made(user_data())))
 
 
-def peer_config(run: RunConfig, peers: int, corpus: str) -> PeerConfig:
-    """Settings for each of so many peers of the run; `corpus` is as in a peer file.
+ALONE = frozenset({"name", "data_dir", "listen", "announce", "data_port", "metrics_port", "relay_for"})
+"""What a peer file says for one peer on one machine: several cannot share it."""
+
+
+def peer_config(run: RunConfig, peers: int, own: PeerConfig) -> PeerConfig:
+    """Settings for each of so many peers of the run: those of the peer file `own`, but for what they cannot
+    share, and for what would let them stand idle.
 
     Raises ConfigError if the run's text is not on every machine and nobody said where it is.
     """
-    if (name := run.task.names.get("corpus")) and not corpus:
+    if (name := run.task.names.get("corpus")) and not own.corpus:
         raise ConfigError(
             f"run {run.run_id} trains on the text {name!r}; say with --corpus which file or folder that is"
         )
+    check_names(run, own)
+    places = {key: _absolute(getattr(own, key)) for key in ("corpus", "model", "tokenizer")}
+    size = min(AT_ONCE, -(-run.target_batch_size // peers))
     return PeerConfig(
-        micro_batch_size=min(AT_ONCE, -(-run.target_batch_size // peers)),
-        device="cpu",
-        corpus=corpus and str(Path(corpus).expanduser().absolute()),
-        limits=Limits(on_battery="train"),  # who starts a rehearsal wants to see it
+        **own.model_dump(exclude_unset=True, exclude=ALONE)
+        | {key: place for key, place in places.items() if place}
+        | {
+            "micro_batch_size": size if own.micro_batch_size == "auto" else own.micro_batch_size,
+            "device": "cpu" if own.device == "auto" else own.device,
+            # Who starts a rehearsal wants to see it.
+            "limits": own.limits.model_copy(update={"on_battery": "train"}),
+        }
     )
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().absolute()) if place not in ("", "stdlib") else place
 
 
 # -- one process ---------------------------------------------------------------------------------------------
