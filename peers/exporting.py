@@ -115,6 +115,9 @@ def model_card(checkpoint: LoadedCheckpoint, parameters: int, fingerprint: str, 
         "optimizer": f"{run.optimizer.kind}, lr {run.optimizer.lr:g} ({run.schedule.kind})",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(checkpoint.versions.items())),
     }
+    if run.payload == "lora":
+        size = f"rank {run.lora.rank}, alpha {run.lora.alpha}"
+        facts["adapters"] = f"{size}, for the model with digest `{checkpoint.base_digest}`"
     heldout: Mapping[str, Any] = checkpoint.extra.get("heldout") or {}
     facts |= {
         f"held-out {name}, when last measured": f"{value:.4g}"

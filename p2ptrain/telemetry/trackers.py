@@ -42,6 +42,7 @@ def figures_of(event: Event) -> tuple[int, dict[str, float]] | None:
                 "train/learning_rate": event.learning_rate,
                 "swarm/samples": event.samples,
                 "swarm/peers": event.peers,
+                "swarm/noise_scale": event.noise_scale,
                 "peer/samples": event.mine,
                 "seconds/compute": event.compute_seconds,
                 "seconds/accumulate": event.accumulate_seconds,
