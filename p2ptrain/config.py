@@ -308,6 +308,10 @@ class OwnTask(TaskSection):
     ] = {}
     """What the factory is given: texts, numbers, true and false, by names that it knows."""
 
+    def __hash__(self) -> int:
+        """As other sections have it by themselves: a run is a value, and may be a key."""
+        return hash((self.factory, *sorted(self.settings)))
+
     @property
     def summary(self) -> str:
         return f"what {self.factory} says"

@@ -162,6 +162,7 @@ def test_peer_says_so_when_a_task_that_shall_be_leased_numbers_nothing() -> None
         async with Training(MemoryHub(seed=1), LEASED) as training:
             training.task = Unnumbered()
             start(training, "anna")
+            await asyncio.sleep(60)
 
     said = 'leases samples by their number, and its task has none .*; set data to "drawn" in the run file$'
     with pytest.RaisesGroup(pytest.RaisesExc(LocalFault, match=said), flatten_subgroups=True):

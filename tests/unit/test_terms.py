@@ -11,7 +11,7 @@ from organizer import NOBODY, ORGANIZER, invite
 from replicas import next_entry, small_replica, small_run
 from typer.testing import CliRunner, Result
 
-from p2ptrain.config import Local, RunConfig
+from p2ptrain.config import AnyTask, BytesTask, CausalLmTask, DigitsTask, Local, OwnTask, RunConfig
 from p2ptrain.errors import BadMessage, ConfigError
 from p2ptrain.protocol.lineage import advance, canonical
 from p2ptrain.protocol.round import Rules
@@ -38,6 +38,20 @@ def lr(step: int, value: float) -> Change:
 
 def under(entry: Entry, said: Terms | None) -> Entry:
     return Entry(entry.header.model_copy(update={"terms": said}), entry.payload)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [BytesTask(), DigitsTask(), CausalLmTask(), OwnTask(settings={"radius": 0.6, "name": "toys"})],
+    ids=lambda task: task.kind,
+)
+def test_changes_hold_whatever_the_run_trains(task: AnyTask) -> None:
+    run = RunConfig(task=task)
+    assert in_force(run, None, 7) is run
+    assert in_force(run, terms(lr(5, 0.5)), 7) == run.model_copy(
+        update={"optimizer": run.optimizer.model_copy(update={"lr": 0.5})}
+    )
+    assert hash(run) == hash(RunConfig.model_validate(run.model_dump()))
 
 
 # -- what holds when -----------------------------------------------------------------------------------------
