@@ -129,7 +129,7 @@ def _plans(peers: int, links: list[Links]) -> list[dict[str, Any]]:
     """Of the default run over each of these, with what a peer computes here."""
     run, tokens_per_second, plans = RunConfig(), 0.0, []
     for each in links:
-        plans.append(plan(run, peers, each, tokens_per_second, ""))
+        plans.append(plan(run, peers, each, tokens_per_second, PeerConfig()))
         tokens_per_second = plans[0].samples_per_second * run.task.tokens_per_sample
     return [asdict(each) for each in plans]
 

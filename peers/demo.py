@@ -222,8 +222,8 @@ class _Demo:
         if not (checkpoint := self._chronicle.checkpoint):
             return ""
         words = ("--prompt", prompt(self._options.run), "--length", str(SAMPLE_LENGTH), "--json")
-        words += own_file(checkpoint, self._options)
-        sampler = self._stage.child("generate", "generate", checkpoint, *words)
+        own = own_file(checkpoint, self._options)
+        sampler = self._stage.child("generate", "generate", checkpoint, *words, *own)
         sampler.start()
         hurried = self._stage.wait(lambda: not sampler.running, SAMPLE_SECONDS)
         if sampler.status == 0:

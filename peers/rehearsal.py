@@ -82,7 +82,7 @@ def peer_config(run: RunConfig, peers: int, own: PeerConfig) -> PeerConfig:
     places = {key: _absolute(getattr(own, key)) for key in ("corpus", "model", "tokenizer")}
     size = min(AT_ONCE, -(-run.target_batch_size // peers))
     return PeerConfig(
-        **own.model_dump(exclude_unset=True, exclude=ALONE)
+        **own.model_dump(exclude_unset=True, exclude=set(ALONE))
         | {key: place for key, place in places.items() if place}
         | {
             "micro_batch_size": size if own.micro_batch_size == "auto" else own.micro_batch_size,

@@ -97,7 +97,8 @@ class Engine:
         self._arrived: set[int] = set()
         """Those of this micro-batch that have a gradient already."""
         for number, parameter in enumerate(self._trained):
-            parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+            take = partial(self._take, number)
+            parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
     def gradients(self, draw: Draw, loss_sum: LossSum, first: int, count: int, chance: int) -> float:
         """Σ of the gradients of samples `first … first + count - 1` into `gradient`; returns Σ of losses.
