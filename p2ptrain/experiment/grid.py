@@ -20,6 +20,7 @@ from p2ptrain.config import (
     BytesTask,
     Local,
     Optimizer,
+    Partition,
     RunConfig,
     RunId,
     Schedule,
@@ -62,7 +63,7 @@ class Arm(Section):
     name: RunId
     """What tables call it."""
 
-    strategy: Literal["sync", "local"] = "local"
+    strategy: Literal["sync", "local", "partition"] = "local"
     """As in a run file. Strategy `sync` averages after each step, whatever `steps` says."""
 
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -70,6 +71,12 @@ class Arm(Section):
 
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """local: how much of the last outer step is repeated in the next (Nesterov); 0: plain averaging."""
+
+    by: Literal["tensor", "block", "random"] = "tensor"
+    """partition: what a part is."""
+
+    gamma: Literal["1", "1/n", "auto"] = "auto"
+    """partition: by what the union of all parts' changes is multiplied."""
 
     optimizer: Literal["", "adamw", "sgd", "lamb"] = ""
     """In place of the grid's `optimizer.kind`."""
@@ -237,7 +244,7 @@ class Grid(Section):
             target_batch_size=target,
             min_peers=cell.peers,
             max_peers=cell.peers,
-            codec=self.codec,
+            codec=self.codec if arm.strategy != "partition" else "fp32",
             seed=seed,
             task=self.task,
             optimizer=optimizer,
@@ -246,6 +253,7 @@ class Grid(Section):
                 outer_learning_rate=arm.outer_learning_rate,
                 outer_momentum=arm.outer_momentum,
             ),
+            partition=Partition(by=arm.by, inner_batch_size=self.batch_size // cell.peers, gamma=arm.gamma),
             schedule=Schedule(warmup_steps=0),
         )
 

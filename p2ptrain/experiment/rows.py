@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from p2ptrain.experiment.grid import Cell
 from p2ptrain.experiment.summary import SIGMAS, Measured, Summary, spearman
 
 MONOTONE = 0.9
@@ -83,6 +84,57 @@ def _flat(expected: str, cells: list[Measured]) -> Check:
     return Check(expected, apart <= SIGMAS * sigma, seen)
 
 
+FEW_STEPS, MANY_STEPS = 5, 100
+FEW_COST, BREAKS, STABLE = 5.0, 20.0, 10.0
+"""In % of the loss."""
+
+
+def _parts(summary: Summary) -> list[Check]:
+    """R6: parts of one model fit together after few steps apart, and break after many, unless damped."""
+    found = []
+    averages = {
+        each.cell: each for arm in summary.apart if arm.strategy == "local" for each in summary.of(arm.name)
+    }
+    for arm in summary.apart:
+        cells = [each for each in summary.of(arm.name) if each.cell.peers > 1]
+        if arm.strategy != "partition" or not cells:
+            continue
+        last = cells[-1]
+        if arm.gamma == "1/n":
+            first = next(each for each in cells if each.cell.peers == last.cell.peers)
+            rise = 100 * (last.loss / first.loss - 1)
+            found.append(
+                Check(
+                    f"{_named(last)}: damped, it is stable: within {STABLE:g} % of H = {first.cell.steps}",
+                    rise <= STABLE,
+                    f"{_loss(last)} against {_loss(first)}: {rise:+.1f} %",
+                )
+            )
+        for each in cells if arm.gamma == "1" else ():
+            percent = math.inf if each.percent is None or not each.finite else each.percent
+            seen = f"{_loss(each)}, {percent:+.1f} %"
+            if each.cell.steps <= FEW_STEPS:
+                expected = f"{_named(each)}: few steps cost less than {FEW_COST:g} %"
+                found.append(Check(expected, percent < FEW_COST, seen))
+            if each.cell.steps >= MANY_STEPS:
+                expected = f"{_named(each)}: many steps cost more than {BREAKS:g} %"
+                found.append(Check(expected, percent > BREAKS, seen))
+                alike = (one for cell, one in averages.items() if _same(cell, each.cell))
+                if (average := next(alike, None)) is not None:
+                    expected = f"{_named(each)}: worse than {average.cell.arm}"
+                    worse = each.loss - average.loss > SIGMAS * max(each.sigma, average.sigma)
+                    found.append(Check(expected, worse, f"{_loss(each)} against {_loss(average)}"))
+    return found
+
+
+def _named(each: Measured) -> str:
+    return f"{each.cell.arm}, N = {each.cell.peers}, H = {each.cell.steps}"
+
+
+def _same(one: Cell, other: Cell) -> bool:
+    return (one.peers, one.steps) == (other.peers, other.steps)
+
+
 def _labels(summary: Summary) -> list[Check]:
     """R9: where each peer knows few labels, training apart for long does worse than where all know all."""
     arms = {arm.split: arm.name for arm in summary.apart}
@@ -108,5 +160,5 @@ def _loss(each: Measured) -> str:
 
 
 RULES: Mapping[str, Callable[[Summary], list[Check]]] = MappingProxyType(
-    {"R5": _nodes_and_steps, "R9": _labels}
+    {"R5": _nodes_and_steps, "R6": _parts, "R9": _labels}
 )

@@ -1,9 +1,10 @@
 """A swarm without its network: the replicas of a run in one process, round after round.
 
-Everything that a number passes through is what a volunteer runs: `Engine`, `Accumulator` or what strategy
-`local` has in its place, codecs, `average_chunk` in roster order, error feedback, `Replica.apply`. What is
-left out is everything else: leaders, messages, deadlines. So a round here is the round of a swarm whose
-members brought as many samples, bit for bit, header included (T18: `tests/swarm/test_simulated.py`).
+Everything that a number passes through is what a volunteer runs: `Engine`, `Accumulator` or what strategies
+`local` and `partition` have in its place, codecs, `average_chunk` in roster order, error feedback,
+`Replica.apply`. What is left out is everything else: leaders, messages, deadlines. So a round here is the
+round of a swarm whose members brought as many samples, bit for bit, header included (T18:
+`tests/swarm/test_simulated.py`).
 
 Not covered: leased data, `delay`, `audit`, and a roster that changes.
 """
@@ -64,8 +65,10 @@ class Member:
                 return self.replica.train_part(self.name)
 
     def gather(self, samples: int) -> None:
-        """Compute so many samples of the step that the replica is at. Raises Diverged."""
+        """Compute so many samples of the step that the replica is at; none, if this peer owns no part of the
+        model. Raises Diverged."""
         step, done = self.replica.position.step, 0
+        samples = samples if self.gathered.room else 0
         while done < samples:
             count = min(self.micro_batch_size, self.gathered.room, samples - done)
             loss = self.engine.gradients(
@@ -137,7 +140,7 @@ class Simulation:
         """
         for member, count in zip(self.members, samples, strict=True):
             member.gather(count)
-        entry, owed = self._entry(samples, spans, ballot)
+        entry, owed = self._entry([member.gathered.samples for member in self.members], spans, ballot)
         for member, kept in zip(self.members, owed, strict=True):
             member.apply(entry, kept)
         return entry.header

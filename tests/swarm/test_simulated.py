@@ -24,7 +24,7 @@ pytestmark = pytest.mark.swarm
 
 ROUNDS = 10
 MICRO_BATCH = 4
-SYNC, APART = Cell("sync", 3, 1), Cell("nesterov", 3, 4)
+SYNC, APART, PARTS = Cell("sync", 3, 1), Cell("nesterov", 3, 4), Cell("union", 3, 4)
 GRID = Grid(
     name="cell",
     samples=12_000,
@@ -37,6 +37,7 @@ GRID = Grid(
     arms=(
         Arm(name="sync", strategy="sync"),
         Arm(name="nesterov", outer_learning_rate=0.7, outer_momentum=0.6),
+        Arm(name="union", strategy="partition", by="random", gamma="auto"),
     ),
 )
 
@@ -68,8 +69,12 @@ def check_simulated(run: RunConfig, lives: Sequence[Trainer]) -> None:
     assert [life.state_digests()[position.lineage] for life in lives] == [digest for _ in lives]
 
 
-@pytest.mark.parametrize("cell", [SYNC, APART], ids=lambda cell: cell.arm)
-@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "lowrank"])  # plain, and with feedback
+@pytest.mark.parametrize(
+    ("cell", "codec"),
+    [(cell, codec) for cell in (SYNC, APART) for codec in ("fp32", "fp16", "int8", "lowrank")]
+    + [(PARTS, "fp32")],
+    ids=lambda value: value.arm if isinstance(value, Cell) else value,
+)
 def test_simulated_cell_is_three_peers_bit_for_bit(cell: Cell, codec: str) -> None:
     run = run_of(cell, codec)
 

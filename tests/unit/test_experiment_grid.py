@@ -88,7 +88,7 @@ def test_every_cell_spends_the_same_samples_in_steps_of_the_same_batch(tmp_path:
         (('name = "average"', 'name = "sync"'), "FILE: arms must have different names, not sync, sync"),
         (
             ('strategy = "sync"', 'strategy = "gossip"'),
-            'arms[0].strategy in FILE must be "sync" or "local", but is "gossip"',
+            'arms[0].strategy in FILE must be "sync" or "local" or "partition", but is "gossip"',
         ),
         (
             ('name = "average"', 'name = "average"\nsplit = "label"'),

@@ -110,6 +110,30 @@ def test_row_that_contradicts_the_literature_says_so() -> None:
     assert not said["sgd, H = 1: the same for every N"]
 
 
+def test_parts_are_judged_by_where_they_break() -> None:
+    arms = (
+        Arm(name="sync", strategy="sync"),
+        Arm(name="average"),
+        Arm(name="union", strategy="partition", gamma="1"),
+        Arm(name="damped", strategy="partition", gamma="1/n"),
+    )
+    grid = grid_of(row="R6", samples=8000, steps=(1, 5, 100), seeds=(1, 2, 3), rates=(0.01,), arms=arms)
+
+    def loss(trial: Trial) -> float:
+        breaks = 3.0 if (trial.cell.arm, trial.cell.steps) == ("union", 100) else 0.0
+        return 2.0 + breaks + 0.01 * trial.seed
+
+    assert [check.expected for check in checks(summary_of(grid, loss)) if check.holds] == [
+        "union, N = 2, H = 1: few steps cost less than 5 %",
+        "union, N = 2, H = 5: few steps cost less than 5 %",
+        "union, N = 2, H = 100: many steps cost more than 20 %",
+        "union, N = 2, H = 100: worse than average",
+        "damped, N = 2, H = 100: damped, it is stable: within 10 % of H = 1",
+    ]
+    said = [check.holds for check in checks(summary_of(grid, lambda trial: 2.0 + 0.01 * trial.seed))]
+    assert said == [True, True, False, False, True]
+
+
 def test_row_is_not_judged_while_cells_are_missing() -> None:
     grid = grid_r5()
     results, _ = conducted(grid, expected)
