@@ -12,7 +12,7 @@ const STATES = {
   joining: "joining", catching_up: "catching up", accumulating: "training", averaging: "training", paused: "paused",
   leaving: "leaving", left: "left", gone: "gone", unknown: "no answer", bootstrap: "bootstrap",
 };
-const PHASES = { training: ["▶", ""], waiting: ["⏳", "warn"], paused: ["⏸", "warn"], empty: ["○", "warn"], looking: ["…", "quiet"], complete: ["✔", ""] };
+const PHASES = { training: ["▶", ""], waiting: ["◔", "warn"], paused: ["❚❚", "warn"], empty: ["○", "warn"], looking: ["…", "quiet"], complete: ["✔", ""] };
 
 let back = null; // the step that is looked back at; null: live
 let drawn = false;
@@ -79,8 +79,8 @@ function figures(row, place) {
   set($("bits-note"), evaluation?.[4] != null ? `${evaluation[3] < evaluation[4] ? "✔ beats" : "not yet"} zlib at ${evaluation[4].toFixed(2)}` : "held-out text");
   const rate = back === null ? run.samples_per_second : story.rate(place);
   set($("speed"), short(rate == null ? null : Math.round(rate * (run.sample_tokens || 1))));
-  const whole = back === null && run.samples ? `${short(run.samples * (run.sample_tokens || 1))} in all` : "";
-  set($("speed-note"), [rate ? `${short(rate)} samples/s` : "", whole].filter(Boolean).join(" · "));
+  set($("speed-note"), rate ? `${short(rate)} samples/s` : "");
+  set($("whole"), back === null && run.samples ? `${short(run.samples * (run.sample_tokens || 1))} tokens so far` : "");
   const training = [...story.peers.values()].filter((peer) => peer.role === "train" && !["left", "gone"].includes(peer.state));
   const paused = training.filter((peer) => peer.state === "paused").length;
   set($("peers-count"), back === null ? `${training.length - paused}` : `${row?.[3] ?? "–"}`);

@@ -1,7 +1,7 @@
 // The charts of loss and speed, drawn by uPlot.
 
 import uPlot from "/uPlot.esm.js";
-import { short } from "/story.js";
+import { clock, short } from "/story.js";
 
 const MOST_POINTS = 1200;
 
@@ -46,14 +46,14 @@ class Chart {
         ],
         cursor: { points: { size: 6 } },
         series: [
-          { label: this.byTime ? "time" : "step", value: this.byTime ? undefined : (_, value) => short(value) },
+          { label: this.byTime ? "time" : "step", value: (_, value) => (value == null ? "" : this.byTime ? clock(value) : short(value)) },
           ...this.series.map(([name, tint, options]) => ({
             label: name,
             stroke: color(tint),
             width: 1.6,
             spanGaps: true,
             points: { show: false },
-            value: (_, value) => (value == null ? "–" : short(value)),
+            value: (_, value) => (value == null ? "" : short(value)),
             ...options?.(color),
           })),
         ],
