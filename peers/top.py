@@ -86,4 +86,4 @@ class Top(App[None]):
             self.sub_title = str(status["run_id"])
             figures.update(body(status, time.time()))
         for line in news:
-            self.query_one("#news", RichLog).write(Text(line))
+            self.query_one("#news", RichLog).write(Text(line), expand=True)  # else it wraps at 80 columns

@@ -142,6 +142,15 @@ async def test_top_shows_the_peer_and_its_keys_ask_for_what_they_say() -> None:
     assert peer.asked[0]["seconds"] is None
 
 
+async def test_long_line_of_top_has_the_whole_width() -> None:
+    news = ["word " * 24 + "end"]
+    top = Top(Path("/data"), lambda: [news.pop()] if news else [], Peer().ask)
+    async with top.run_test(size=(140, 40)) as pilot:
+        await top.workers.wait_for_complete()
+        await pilot.pause()
+        assert len(top.query_one("#news", RichLog).lines) == 1
+
+
 @pytest.mark.parametrize("fault", ["no peer runs with the data folder /data; start one"])
 async def test_top_says_so_when_the_peer_is_gone(fault: str) -> None:
     peer = Peer()
