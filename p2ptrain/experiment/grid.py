@@ -30,6 +30,8 @@ from p2ptrain.config import (
 from p2ptrain.errors import ConfigError
 
 PROFILES = ("smoke", "ci", "full")
+STEPS_BETWEEN_PROBES = 20
+"""At least so many; with strategy `partition`, whose measuring costs as much as some steps."""
 
 Peers = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, max_length=16)]
 Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=10**6)], ...], Field(strict=False, max_length=32)]
@@ -253,7 +255,12 @@ class Grid(Section):
                 outer_learning_rate=arm.outer_learning_rate,
                 outer_momentum=arm.outer_momentum,
             ),
-            partition=Partition(by=arm.by, inner_batch_size=self.batch_size // cell.peers, gamma=arm.gamma),
+            partition=Partition(
+                by=arm.by,
+                inner_batch_size=self.batch_size // cell.peers,
+                gamma=arm.gamma,
+                probe_every=max(1, STEPS_BETWEEN_PROBES // cell.steps),
+            ),
             schedule=Schedule(warmup_steps=0),
         )
 

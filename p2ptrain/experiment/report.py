@@ -36,6 +36,9 @@ code { background: #f4f4f4; padding: .1rem .3rem; } img { max-width: 100%; } sma
 """
 
 
+COHESION = "Change of the loss by one round, in nats, on samples that nobody trains on"
+
+
 def budget(summary: Summary) -> str:
     """What all cells have in common, in a sentence."""
     grid = summary.grid
@@ -93,6 +96,23 @@ def losses(summary: Summary) -> list[list[str]]:
     return rows
 
 
+def cohesions(summary: Summary) -> list[list[str]]:
+    """How well parts fit together, for strategy `partition`; a header row first, alone if there is none."""
+    rows = [["cell", "each part alone", "together", "cohesion defect", "it eats the gains"]]
+    for each in summary.cells:
+        if (found := each.cohesion) is not None:
+            rows.append(
+                [
+                    f"{each.cell.arm}, N = {each.cell.peers}, H = {each.cell.steps}",
+                    f"{found.parts:+.4f}",
+                    f"{found.union:+.4f}",
+                    f"{found.defect:+.4f}",
+                    "yes" if found.eats_the_gains else "no",
+                ]
+            )
+    return rows
+
+
 def published(summary: Summary) -> list[list[str]]:
     """The published gaps at 30 steps, and ours at the number of steps nearest to that; a header row first."""
     rows = [["gap in % of the synchronous loss", *(f"N = {peers}" for peers in (1, 2, 4, 8))]]
@@ -129,6 +149,8 @@ def lines(summary: Summary) -> list[str]:
     for arm in summary.grid.arms:
         if summary.of(arm.name):
             said += ["", _heading(summary, arm.name), *_aligned(table(summary, arm.name))]
+    if len(fits := cohesions(summary)) > 1:
+        said += ["", f"{COHESION}:", *_aligned(fits)]
     said += ["", *answers(summary)]
     found = checks(summary)
     if found:
@@ -216,6 +238,9 @@ def _page(summary: Summary, picture: bytes | None, commands: list[str]) -> str:
         rows = [["expected", "", "seen"]]
         rows += [[each.expected, "holds" if each.holds else "contradicted", each.seen] for each in found]
         parts += [f"<h2>Row {summary.grid.row}: {html.escape(verdict(found))}</h2>", _html_table(rows)]
+    if len(fits := cohesions(summary)) > 1:
+        parts += ["<h2>How parts fit together</h2>", _html_table(fits)]
+        parts.append(f"<p><small>{COHESION}; mean over seeds and rounds.</small></p>{made}")
     if _beside_published(summary):
         parts += ["<h2>Beside the published curve</h2>", _html_table(published(summary)), made]
     parts += ["<h2>All cells</h2>", _html_table(losses(summary))]

@@ -33,6 +33,7 @@ from p2ptrain.replica.apart import LocalSteps
 from p2ptrain.replica.log import Entry
 from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps
 from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.subspaces import Cohesion
 from p2ptrain.tasks import Task, build_model
 
 
@@ -113,6 +114,8 @@ class Simulation:
         self._codec = codec_named(run.codec)
         self._aggregation = AGGREGATIONS[run.aggregation]
         self._scratch = Scratch()
+        self.cohesions: list[Cohesion] = []
+        """With strategy `partition`: of each round that was measured."""
 
     @property
     def replica(self) -> Replica:
@@ -143,6 +146,8 @@ class Simulation:
         entry, owed = self._entry([member.gathered.samples for member in self.members], spans, ballot)
         for member, kept in zip(self.members, owed, strict=True):
             member.apply(entry, kept)
+        if (found := self.replica.cohesion) is not None:
+            self.cohesions.append(found)
         return entry.header
 
     def _entry(

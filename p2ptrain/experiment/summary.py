@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from p2ptrain.experiment.grid import Arm, Cell, Grid
 from p2ptrain.experiment.trials import Result, Trial, at_the_edge, best_rate, key_of, tuned
 from p2ptrain.protocol.forecast import Links, forecast
+from p2ptrain.replica.subspaces import Cohesion
 
 SIGMAS = 2.0
 """Within so many of them a gap may be chance."""
@@ -47,6 +48,8 @@ class Measured:
     """Of the gap."""
     percent: float | None
     """The gap, of the synchronous loss."""
+    cohesion: Cohesion | None
+    """With strategy `partition`: mean over seeds and rounds."""
 
     @property
     def loss(self) -> float:
@@ -157,7 +160,17 @@ def _measured(
         gap=gap,
         sigma=sigma,
         percent=percent,
+        cohesion=_cohesion(found),
     )
+
+
+def _cohesion(found: Sequence[Result]) -> Cohesion | None:
+    told = [(each.parts_change, each.defect) for each in found]
+    known = [(parts, defect) for parts, defect in told if parts is not None and defect is not None]
+    if not known:
+        return None
+    parts, defect = (statistics.fmean(values) for values in zip(*known, strict=True))
+    return Cohesion(union=parts + defect, parts=parts)
 
 
 # -- answers -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from p2ptrain.experiment.grid import Cell, Grid
 from p2ptrain.experiment.simulate import Diverged, Simulation
 from p2ptrain.experiment.skew import ByLabel
 from p2ptrain.protocol.spans import moved_bytes
+from p2ptrain.replica.subspaces import together
 from p2ptrain.tasks import Task, build_task
 
 MOST_EXTENSIONS = 3
@@ -65,6 +66,11 @@ class Result:
     """Of what is averaged in one round."""
     seconds: float
     """That it took here, on one core."""
+    parts_change: float | None = None
+    """Strategy `partition`: change of the loss, in nats, by each part alone, Σ over parts, mean over the
+    rounds that were measured; None for others."""
+    defect: float | None = None
+    """The cohesion defect of a round, likewise."""
 
     @property
     def cell(self) -> Cell:
@@ -124,6 +130,7 @@ def conduct(grid: Grid, trial: Trial) -> Result:
     except Diverged:
         figures = {}
     encoded = simulation.encoded_bytes
+    rounds_measured, fits = len(simulation.cohesions), together(simulation.cohesions)
     return Result(
         key=key_of(grid, trial),
         arm=cell.arm,
@@ -138,6 +145,8 @@ def conduct(grid: Grid, trial: Trial) -> Result:
         sent_bytes=rounds * moved_bytes(cell.peers, encoded),
         encoded_bytes=encoded,
         seconds=time.perf_counter() - began,
+        parts_change=fits.parts / rounds_measured if rounds_measured else None,
+        defect=fits.defect / rounds_measured if rounds_measured else None,
     )
 
 

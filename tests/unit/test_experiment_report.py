@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from p2ptrain.errors import P2PTrainError, StorageError
 from p2ptrain.experiment.grid import Arm, Cell, Grid
-from p2ptrain.experiment.report import PAGE, PICTURE, published, table, write
+from p2ptrain.experiment.report import PAGE, PICTURE, cohesions, published, table, write
 from p2ptrain.experiment.rows import checks
 from p2ptrain.experiment.store import RESULTS, Store, open_store, read_store
 from p2ptrain.experiment.summary import Summary, answers, hours, pareto, spearman, summarise
@@ -255,3 +256,22 @@ def test_report_command_is_refused_when_there_is_no_folder() -> None:
     result = CliRunner().invoke(app, ["experiment", "report", "/nowhere"])
     assert isinstance(result.exception, P2PTrainError)
     assert result.exception.exit_code == 6
+
+
+def test_report_tells_how_parts_fit_together_and_says_nothing_of_others() -> None:
+    arms = (Arm(name="sync", strategy="sync"), Arm(name="union", strategy="partition", gamma="1"))
+    grid = grid_of(samples=1600, steps=(1, 100), rates=(0.1,), arms=arms)
+    results, _ = conducted(grid, lambda trial: 2.0)
+    told = {
+        key: replace(each, parts_change=-0.2, defect=0.1 * each.seed)
+        for key, each in results.items()
+        if each.arm == "union"
+    }
+    assert cohesions(summarise(grid, results | told))[-1] == [
+        "union, N = 2, H = 100",
+        "-0.2000",
+        "-0.0500",
+        "+0.1500",
+        "yes",
+    ]
+    assert len(cohesions(summary_of(grid_r5()))) == 1
