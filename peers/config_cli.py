@@ -93,8 +93,13 @@ def _about_run(run: RunConfig) -> list[str]:
 
     schedule = run.schedule
     after = "" if schedule.kind == "constant" else f", then {schedule.kind} to {schedule.final_ratio:g} of it"
+    strategy = {
+        "sync": "",
+        "local": "; peers train apart, and average",
+        "partition": "; peers train parts that do not overlap (experimental)",
+    }[run.strategy]
     return [
-        f"run      {run.run_id}, {run.total_steps:,} steps",
+        f"run      {run.run_id}, {run.total_steps:,} steps{strategy}",
         f"digest   {config.run_digest(run)}",
         f"trains   {run.task.summary}",
         f"step     {run.target_batch_size:,} samples from {run.min_peers} to {run.max_peers} peers, "

@@ -86,7 +86,8 @@ def plan_lines(plan: Plan, run: RunConfig) -> list[str]:
     figures = plan.forecast
     where = "measured on this machine" if plan.measured_here else "as you say"
     facts = {
-        "model": f"{plan.parameters:,} parameters, {_size(plan.encoded_bytes)} in {run.codec}",
+        "model": f"{plan.parameters:,} parameters, {_size(plan.encoded_bytes)} in {run.codec}"
+        + (" with the optimizer's state, which travels, too" if run.strategy == "partition" else ""),
         "a peer computes": f"{plan.samples_per_second:,.1f} samples a second, {where}",
         "a step takes": f"{duration(figures.step_seconds)}: computing {duration(figures.compute_seconds)}, "
         f"sending {duration(figures.transfer_seconds)}, round trips {duration(figures.latency_seconds)}"
@@ -108,9 +109,9 @@ def _advice(figures: Forecast, run: RunConfig) -> str:
         f"target_batch_size = {figures.good_batch_size} (now {run.target_batch_size}) would bring computing "
         f"to {GOOD_UTILISATION:.0%}, if so large a batch still suits the model"
     )
-    if run.codec == "fp32" and figures.bottleneck != "round trips":
+    if run.codec == "fp32" and run.strategy != "partition" and figures.bottleneck != "round trips":
         words += '; codec = "fp16" halves the bytes'
-    if not run.delay:
+    if not run.delay and run.strategy == "sync":
         wait = figures.transfer_seconds + figures.latency_seconds
         share = figures.compute_seconds / max(figures.compute_seconds, wait)
         words += f"; delay = 1 would bring it to {share:.0%}, with gradients that are one step old"

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from p2ptrain.config import RunConfig
 from p2ptrain.errors import ConfigError
 from p2ptrain.protocol.forecast import GOOD_UTILISATION, Forecast, Links, forecast
-from peers.plan import parse_rate
+from peers.plan import Plan, parse_rate, plan_lines
 
 RUN = Path(__file__).parents[2] / "configs/runs/default.toml"
 HOME = Links(uplink=2.5e6, downlink=12.5e6, rtt_seconds=0.05)
@@ -87,6 +89,20 @@ def test_rate_is_bits_with_a_unit(text: str, rate: float | None) -> None:
             parse_rate(text)
     else:
         assert parse_rate(text) == rate
+
+
+def test_advice_is_only_what_the_strategy_allows() -> None:
+    """A run file that followed other advice would be refused."""
+
+    def advice(**fields: Any) -> str:
+        plan = Plan(4, 1000, 10_000_000, 10.0, True, cost())
+        return plan_lines(plan, RunConfig(target_batch_size=100, codec="fp32", **fields))[-1]
+
+    assert "delay" in advice()
+    assert "fp16" in advice()
+    assert "delay" not in advice(strategy="local")
+    assert "delay" not in advice(strategy="partition")
+    assert "fp16" not in advice(strategy="partition")
 
 
 def test_command_plans_the_run_of_a_file() -> None:
