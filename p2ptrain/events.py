@@ -564,7 +564,8 @@ class CopiesAveraged(_Happened):
 @dataclass(frozen=True, kw_only=True)
 class PartsUnited(_Happened):
     """Strategy `partition`: entry `step` put together what peers did to the parts of the model that they own.
-    What it tells of the loss is of the entry before it, in nats, on samples that nobody trains on."""
+    Told when that was measured, or its factor changes. What it tells of the loss is of the entry before it,
+    in nats, on samples that nobody trains on."""
 
     event: ClassVar[str] = "parts_united"
     step: int

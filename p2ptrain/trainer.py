@@ -197,6 +197,7 @@ class Peer:
         self._cohesions: deque[Cohesion] = deque(maxlen=COHESION_ROUNDS)
         """Of the last rounds, with strategy `partition`."""
         self._gains_eaten = False
+        self._gamma_told = 0.0
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -536,7 +537,11 @@ class Peer:
         return own, self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
 
     def _tell_cohesion(self, step: int, union: Union, before: Cohesion | None) -> None:
-        """How the parts of the model were put together, and whether that is worth it."""
+        """How the parts of the model were put together, when that has been measured or changes, and whether
+        it is worth it."""
+        if before is None and union.gamma == self._gamma_told:
+            return
+        self._gamma_told = union.gamma
         self._observe(
             events.PartsUnited(
                 step=step,
