@@ -23,6 +23,7 @@ from p2ptrain.records import (
     GetManifest,
     GetMetrics,
     GetPiece,
+    GetPledges,
     GetProof,
     GetRun,
     Grant,
@@ -305,6 +306,7 @@ BALLOT = Ballot(number=1, leader=ALICE)
     [
         (None, {"train"}),
         (GetInput(step=1, parent="0" * 64, ballot=BALLOT, rank=0, number=0, member=ALICE), {"train"}),
+        (GetPledges(step=1, parent="0" * 64, ballot=BALLOT), {"train"}),
         (GetProof(proof="0" * 64), {"train"}),
         (GetPiece(state_digest="0" * 64, number=0), {"train", "serve"}),
         (GetEntry(step=1), {"train", "serve"}),
