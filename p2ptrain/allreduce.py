@@ -70,7 +70,6 @@ from p2ptrain.records import (
     Position,
     Reply,
     Request,
-    Signature,
     Terms,
     TwoStories,
 )
@@ -401,7 +400,7 @@ class Attempt:
         try:
             if header.freeze != self.told.frozen:
                 if header.called is not None:  # only the first one of a sender shows whose fault it is
-                    self._on_proof(self.told.contradicted_by(header))
+                    self._called_otherwise(header)
             elif isinstance(header, Chunk):
                 self._take_part(sender, header, payload)
             else:
@@ -413,6 +412,13 @@ class Attempt:
         """Whether the frame is of this attempt."""
         freeze = self.freeze
         return (header.step, header.parent, header.ballot) == (freeze.step, freeze.parent, freeze.ballot)
+
+    def _called_otherwise(self, header: Chunk | Averaged) -> None:
+        if (proof := self.told.contradicted_by(header)) is not None:
+            self._on_proof(proof)
+            return
+        leader = self.freeze.ballot.leader
+        self._fail([leader], AbortCause.BAD_CHUNK, f"{leader[-8:]} called others to another freeze before")
 
     def refuse(self) -> None:
         """Fail it, as its leader has not signed that it called to this freeze."""
@@ -494,6 +500,7 @@ class Attempt:
             "ballot": freeze.ballot,
             "freeze": self.told.frozen,
             "called": None if number else freeze.signature,
+            "caller": "" if number else freeze.caller,
         }
 
     async def _encoded(self, rank: int, number: int) -> Buffer:
@@ -756,8 +763,8 @@ class Rounds:
             self.auditor = Auditor(
                 swarm, audit, codec, aggregation, chunk_values, spawn, work, self.court, self._withheld
             )
-        self._called: tuple[AttemptKey, Signature] | None = None
-        """The last freeze that this peer has called to, and its signature of that."""
+        self._called: tuple[AttemptKey, dict[str, str]] | None = None
+        """The last freeze that this peer has called to, and its word for that."""
         self._memory: memoryview | None = None
         self._entry_bytes = 0
         self._turn = asyncio.Event()
@@ -1023,8 +1030,8 @@ class Rounds:
         if self._called is None or self._called[0] != (call.parent, call.ballot):
             freeze = freeze_of(to, call, self.member.last, self.member.rules.values)
             assert freeze is not None
-            self._called = (call.parent, call.ballot), self.court.call(freeze)
-        return call.model_copy(update={"signature": self._called[1]})
+            self._called = (call.parent, call.ballot), self.court.call(freeze, self.member.incarnation)
+        return call.model_copy(update=self._called[1])
 
     def _judge(self, roster: Sequence[PeerId], likeness: Likeness) -> Sequence[StoodOut | Unlike]:
         """Whom to name, from what this peer saw of the members' gradients."""

@@ -67,7 +67,7 @@ class Told:
         self._swarm, self._run, self._incarnation = swarm, run, incarnation
         self.frozen = frozen(freeze)
         if freeze.ballot.leader == swarm.peer_id:
-            freeze = freeze.model_copy(update={"signature": call(freeze, swarm, run)})
+            freeze = freeze.model_copy(update=call(freeze, swarm, run, incarnation))
         self.freeze = freeze
         self._means: dict[int, MeanPledge] = {}
 
@@ -79,28 +79,32 @@ class Told:
 
     def is_called(self) -> bool:
         """Whether the leader has signed that the freeze is this."""
-        return self._has_called(self.frozen, self.freeze.signature)
+        return self._has_called(self.freeze.caller, self.frozen, self.freeze.signature)
 
-    def contradicted_by(self, header: Chunk | Averaged) -> TwoStories:
-        """The proof that the leader has called the sender to another freeze than this peer. Raises BadMessage
-        if it has not."""
-        if header.called is None or not self._has_called(header.freeze, header.called):
+    def contradicted_by(self, header: Chunk | Averaged) -> TwoStories | None:
+        """The proof that the leader has called the sender to another freeze than this peer; None if it has
+        done so in another life, as it says: then it may have forgotten. Raises BadMessage if it has not."""
+        if not self._has_called(header.caller, header.freeze, header.called):
             raise BadMessage("it sends for a freeze to which the leader has not called")
+        if header.caller != self.freeze.caller:
+            return None
         assert self.freeze.signature is not None
+        assert header.called is not None
         return TwoStories(
-            one=self._called_to(self.frozen),
+            one=self._called_to(header.caller, self.frozen),
             one_signature=self.freeze.signature,
-            other=self._called_to(header.freeze),
+            other=self._called_to(header.caller, header.freeze),
             other_signature=header.called,
         )
 
-    def _called_to(self, digest: str) -> Pledge:
-        return _pledge(self._run, self.freeze, self.freeze.ballot.leader, "freeze", "", digest)
+    def _called_to(self, caller: str, digest: str) -> Pledge:
+        return _pledge(self._run, self.freeze, self.freeze.ballot.leader, "freeze", caller, digest)
 
-    def _has_called(self, digest: str, signature: Signature | None) -> bool:
+    def _has_called(self, caller: str, digest: str, signature: Signature | None) -> bool:
         if signature is None:
             return False
-        return self._swarm.signed(self.freeze.ballot.leader, claim(self._called_to(digest)), signature)
+        pledge = self._called_to(caller, digest)
+        return self._swarm.signed(self.freeze.ballot.leader, claim(pledge), signature)
 
     # -- means -----------------------------------------------------------------------------------------------
 
@@ -162,9 +166,10 @@ class Told:
         return _pledge(self._run, self.freeze, self.freeze.roster[rank], "mean", incarnation, digest)
 
 
-def call(freeze: Freeze, swarm: Swarm, run: str) -> Signature:
-    """As its leader: this peer's word that it calls all to this freeze."""
-    return swarm.sign(claim(_pledge(run, freeze, swarm.peer_id, "freeze", "", frozen(freeze))))
+def call(freeze: Freeze, swarm: Swarm, run: str, incarnation: str) -> dict[str, str]:
+    """As its leader, for freeze and calls: this peer's word that it calls all to this one."""
+    pledge = _pledge(run, freeze, swarm.peer_id, "freeze", incarnation, frozen(freeze))
+    return {"signature": swarm.sign(claim(pledge)), "caller": incarnation}
 
 
 def _pledge(
@@ -239,9 +244,9 @@ class Court:
             self._told.popitem(last=False)
         return told
 
-    def call(self, freeze: Freeze) -> Signature:
+    def call(self, freeze: Freeze, incarnation: str) -> dict[str, str]:
         """As its leader: see `call`."""
-        return call(freeze, self._swarm, self._run)
+        return call(freeze, self._swarm, self._run, incarnation)
 
     def compare(self, told: Told) -> None:
         """Not all held the same in that attempt: find out who has told two stories."""

@@ -236,6 +236,8 @@ class Freeze(Record):
     """Under which the entry will be applied."""
     signature: Signature | None = None
     """The leader's, of its `Pledge` that the freeze is this; None before it has signed."""
+    caller: Incarnation = ""
+    """The leader's, as in that."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Freeze:
@@ -270,6 +272,8 @@ class Call(Record):
     terms: Terms | None = None
     signature: Signature | None = None
     """The caller's, of its `Pledge` that all on the roster are called to this freeze."""
+    caller: Incarnation = ""
+    """The caller's own, as in that."""
 
 
 class Done(Record):
@@ -383,6 +387,8 @@ class Chunk(Record):
     yours."""
     called: Signature | None = None
     """The leader's, of its `Pledge` that it is this one; on the first chunk."""
+    caller: Incarnation = ""
+    """The leader's, as in that; beside it."""
     number: Count
     samples: Count
     """My sample count; the same in every chunk of an attempt. 0 samples: one chunk with no bytes stands for
@@ -404,6 +410,7 @@ class Averaged(Record):
     ballot: Ballot
     freeze: Digest
     called: Signature | None = None
+    caller: Incarnation = ""
     """As in a `Chunk`."""
     number: Count
     samples: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ROSTER)]
@@ -442,7 +449,7 @@ class Pledge(Record):
     """Who says so: the ballot's leader of the freeze, a reducer of its span's mean."""
     about: Literal["freeze", "mean"]
     incarnation: Incarnation
-    """A reducer that restarts may average again, over other samples. Empty for a freeze: a ballot has one."""
+    """Who restarts may use a ballot again, or average again, over other samples."""
     digest: Digest
 
 

@@ -131,6 +131,8 @@ class Member:
         self._rates: deque[float] = deque(maxlen=RATES_KEPT)
         self._early: dict[PeerId, Report] = {}
         self._welcomed: dict[PeerId, int] = {}
+        self._led = 0
+        """The last ballot number that it has called to a freeze by, where it stands: none may have two."""
         self._speeds = Speeds()
         self._began: float | None = None
         """When it came to where it stands."""
@@ -211,6 +213,7 @@ class Member:
         self.stage = Stage.ACCUMULATING
         if not same:
             self.ballot = None  # a promise is for the whole step, also after a catch-up that led nowhere
+            self._led = 0
         if above is not None:
             self.ballot = above
         self.joined = self.freeze = self.held_header = self.held_position = None
@@ -237,7 +240,7 @@ class Member:
             if appointed or alone:
                 roster = set(last.roster) if last is not None else set()
                 self.leader = self._new_leader(roster - {self.me} - self.lost)
-                self.leader.number = self.ballot.number if self.ballot is not None else 0
+                self.leader.number = max(self.ballot.number if self.ballot is not None else 0, self._led)
                 self.leader.include(self._report, now)
                 self._welcome(newcomers, now)
             else:
@@ -784,7 +787,8 @@ class Member:
         effects = self._leave_attempt(AbortCause.LEADER_LOST) if self.stage is Stage.REDUCING else []
         self.leader = self._new_leader(())
         peers = ({*self.order, *self.known} | set(self.freeze.roster if self.freeze else ())) - self.lost
-        effects += self.leader.ask(peers, self.ballot, now)
+        led = Ballot(number=self._led, leader=self.me)
+        effects += self.leader.ask(peers, led if self.ballot is None else max(self.ballot, led), now)
         self.ballot = self.leader.ballot
         self.following = self.me
         if not quietly:
@@ -833,6 +837,8 @@ class Member:
         pending = list(effects)
         while pending:
             effect = pending.pop(0)
+            if isinstance(effect, Send) and isinstance(effect.message, Call):
+                self._led = effect.message.ballot.number
             if isinstance(effect, Send) and effect.to == self.me:
                 pending = [*self._receive(self.me, effect.message, now), *pending]
             else:

@@ -67,4 +67,5 @@ def freeze_of(member: PeerId, call: Call, last: EntryHeader | None, values: int)
         deadline_seconds=call.deadline_seconds,
         terms=call.terms,
         signature=call.signature,
+        caller=call.caller,
     )

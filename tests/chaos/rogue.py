@@ -513,7 +513,8 @@ def equivocate(rogue: Rogue) -> None:
         call = call.model_copy(update={"left": ranks, "levels": call.levels[1:] or "a"})
         freeze = freeze_of(to, call, self.member.last, self.member.rules.values)
         # It signs what it says, or whoever hears it would know at once that it does not hold.
-        return call.model_copy(update={"signature": freeze and self.court.call(freeze)})
+        signed_for = self.court.call(freeze, self.member.incarnation) if freeze else {}
+        return call.model_copy(update=signed_for)
 
     Rounds._signed = telling
 

@@ -48,6 +48,8 @@ class Invariants:
         """What an entry is made of, by its digest: each contributor's samples, `,` and `;` between them."""
         self.frozen: dict[AttemptName, float] = {}
         """When the first member began each attempt."""
+        self._freezes: dict[tuple[AttemptName, str], str] = {}
+        """Which freeze that was, by its digest, in which life of its leader."""
         self.sealed: dict[tuple[AttemptName, PeerId], int] = {}
         """How many samples each member brought to an attempt."""
         self.skipped: dict[tuple[AttemptName, PeerId], tuple[int, ...]] = {}
@@ -68,6 +70,14 @@ class Invariants:
 
     def born(self, peer: Peer) -> None:
         self._heights[peer.name] = peer.position
+
+    def began(self, attempt: AttemptName, freeze: str) -> None:
+        """A member begins it: its leader has called everybody to the same, or would be proven to lie."""
+        self.frozen.setdefault(attempt, self.sim.network.now)
+        leader = self.sim.peers[attempt[1].leader]
+        life = f"{leader.incarnation} {leader.machine.incarnation}"
+        if self._freezes.setdefault((attempt, life), freeze) != freeze:
+            raise Violation(f"I2: {attempt[1].leader} called to two freezes by ballot {attempt[1].number}")
 
     def held(self, peer: Peer, header: EntryHeader) -> None:
         """The peer holds every span."""

@@ -260,7 +260,7 @@ class Peer:
         reduction = Reduction(freeze, self.name, self.sim.story.chunk_values, most, leases)
         attempt = Attempt(freeze, leases, reduction)
         self.attempt = attempt
-        self.sim.invariants.frozen.setdefault((freeze.parent, freeze.ballot), self.sim.network.now)
+        self.sim.invariants.began((freeze.parent, freeze.ballot), digest_of_freeze(freeze))
         self.later(freeze.deadline_seconds, self.give_up, attempt, AbortCause.DEADLINE)
         if self.name in freeze.finishing and self.batch_at == self.position:
             self.later(freeze.cutoff_seconds, self.seal, attempt)

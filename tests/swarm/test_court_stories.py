@@ -76,7 +76,7 @@ def test_leader_that_calls_to_two_freezes_is_out_after_the_first(
         call = call.model_copy(update={"left": (*call.left, 0), "levels": call.levels[1:]})
         freeze = freeze_of(to, call, self.member.last, self.member.rules.values)
         assert freeze is not None
-        return call.model_copy(update={"signature": self.court.call(freeze)})
+        return call.model_copy(update=self.court.call(freeze, self.member.incarnation))
 
     monkeypatch.setattr(Rounds, "_signed", telling)
     honest = play(convicted_and_on, lying, seed)

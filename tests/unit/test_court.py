@@ -79,8 +79,8 @@ def told(me: PeerId, by_leader: Freeze | None = None, incarnation: str = "i") ->
 
 def header(of: Told, number: int = 0, **fields: Any) -> Chunk:
     of_attempt = {"step": 3, "parent": "e" * 64, "ballot": of.freeze.ballot, "freeze": of.frozen}
-    signature = None if number else of.freeze.signature
-    return Chunk(**of_attempt | {"called": signature, "number": number, "samples": 1} | fields)
+    signed = {} if number else {"called": of.freeze.signature, "caller": of.freeze.caller}
+    return Chunk(**of_attempt | signed | {"number": number, "samples": 1} | fields)
 
 
 SHORTER = freeze(roster=(BERT, CARA), spans=(0, 4, 10))
@@ -109,6 +109,7 @@ def test_leader_that_called_to_two_freezes_is_convicted_by_the_first_chunk() -> 
     mine, theirs = told(BERT), told(CARA, SHORTER)
     assert mine.is_called()
     proof = mine.contradicted_by(header(theirs))
+    assert proof is not None
     assert convicted_of_two_stories(proof, run=RUN, signed=Nearby(CARA).signed) == ANNA
     assert proof == TwoStories.model_validate_json(proof.model_dump_json())
 
@@ -121,11 +122,17 @@ def test_freeze_that_the_leader_has_not_signed_proves_nothing(changes: dict[str,
         told(BERT).contradicted_by(header(told(CARA, SHORTER), **changes))
 
 
+def test_leader_that_has_restarted_and_used_a_ballot_again_is_not_convicted() -> None:
+    assert told(BERT).contradicted_by(header(told(CARA, SHORTER, "ii"))) is None
+    with pytest.raises(BadMessage, match="has not called"):  # its word for one life is none for another
+        told(BERT).contradicted_by(header(told(CARA, SHORTER), caller="ii"))
+
+
 def test_call_is_good_by_its_leaders_signature_only() -> None:
     nearby = Nearby(BERT)
     assert not Told(freeze(), nearby, RUN, "i").is_called()
     forged = Told(freeze(ballot=Ballot(number=1, leader=CARA)), Nearby(CARA), RUN, "i").freeze
-    assert not Told(freeze(signature=forged.signature), nearby, RUN, "i").is_called()
+    assert not Told(freeze(signature=forged.signature, caller="i"), nearby, RUN, "i").is_called()
     other_run = Told(freeze(), Nearby(ANNA), "0" * 64, "i").freeze
     assert not Told(other_run, nearby, RUN, "i").is_called()
 
@@ -211,7 +218,9 @@ class Hall:
 def two_stories(step: int = 3) -> TwoStories:
     """Anna's."""
     called, other = told(BERT, freeze(step=step)), told(CARA, freeze(step=step, spans=(0, 1, 2, 10)))
-    return called.contradicted_by(header(other, step=step))
+    proof = called.contradicted_by(header(other, step=step))
+    assert proof is not None
+    return proof
 
 
 def test_proof_convinces_who_is_told_of_it_once() -> None:
