@@ -306,6 +306,21 @@ def test_a_peer_that_restarts_goes_on_as_if_it_had_not(gamma: Any) -> None:
     assert back[0].replica.compute_state_digest() == members[0].replica.compute_state_digest()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_model_on_a_device_trains_its_part_as_one_on_the_cpu(device: str) -> None:
+    """With a copy on the CPU, too: what is stepped is on the CPU, and the copy follows."""
+    run = part_run("block", kind="adamw")
+    members = [Member("a", run), Member("b", run)]
+    moved = members[1]
+    moved.replica.move_model(torch.device(device))
+    moved.parts = moved.replica.train_part(moved.name)
+    for _ in range(3):
+        one_round(members, lambda theta, peer, step: noisy(theta.cpu(), peer, step).to(theta.device), steps=2)
+        at = torch.cat([parameter.detach().reshape(-1) for parameter in moved.replica.model.parameters()])
+        assert at.device.type == device
+        assert torch.equal(at.cpu(), members[0].replica.parameters)
+
+
 # -- gamma and cohesion --------------------------------------------------------------------------------------
 
 
