@@ -8,7 +8,8 @@ each is held out, and no adapter or router learns from it.
 
 - R1, *choosing*: a base that has seen a little of all three, and an adapter for each. The best possible
   choice beats the base, and what a router learns is within 1 % of it. By `p2ptrain.adapters.routing`, as the
-  command has it. Beside it one adapter that learned all three with as many samples, and the mean of three.
+  command has it. Beside it each text with the adapter of its own kind (`own`), one adapter that learned all
+  three with as many samples (`joint`), and the mean of the three (`merged`).
 - R2, *the mean of adapters that learned the same*: a base without English, and four peers with a quarter of
   the English text each. The exact mean of their adapters beats the best of them, with each seed.
 - R3, *the wrong mean*: the same four, averaged factor by factor, from one first A and from a first A each.
@@ -433,6 +434,7 @@ def choosing(seed: int) -> dict[str, float]:
         save_router(folder / "router", router, note)
         table, _ = judged(router, note, texts["judge"], length=LENGTH, most=WINDOWS, progress=progress)
         found = {way: losses["mean"] for way, losses in table.items()}
+        found["own"] = statistics.mean(table[kind][kind] for kind in KINDS)
         panel, joint = Panel(folder / "base", {"joint": folder / "joint"}), []
         for file in texts["judge"].values():
             tokens = windows(file, ByteTokenizer(), LENGTH, WINDOWS)
