@@ -364,7 +364,8 @@ def _draw_pareto(summary: Summary, mbit: float | None, axes: Any) -> None:
         axes.plot([], [], "-", color=_colour(summary, peers), label=f"N = {peers}")
     what = "MB sent by each peer" if mbit is None else f"hours at {mbit:g} Mbit/s"
     axes.set(xscale="log", xlabel=what, ylabel="held-out loss, nats", title=f"loss against {what}")
-    axes.legend(fontsize=7)
+    if shown:
+        axes.legend(fontsize=7)
 
 
 def _draw_published(summary: Summary, axes: Any) -> None:
