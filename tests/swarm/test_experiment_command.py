@@ -15,10 +15,10 @@ pytestmark = pytest.mark.swarm
 GRID = Path(__file__).parents[2] / "configs/experiments/digits.toml"
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(jobs: int, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from peers.cli import main; main()", "experiment", "run", str(GRID)]
     return subprocess.Popen(
-        [*command, "--profile", "smoke", "--jobs", "2", *words],
+        [*command, "--profile", "smoke", "--jobs", str(jobs), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -27,7 +27,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 def test_experiment_that_was_stopped_by_ctrl_c_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stopped = start("--out", str(out))
+    stopped = start(2, "--out", str(out))
     assert stopped.stderr is not None
     assert "%" in stopped.stderr.readline()
     stopped.send_signal(signal.SIGINT)
@@ -37,7 +37,7 @@ def test_experiment_that_was_stopped_by_ctrl_c_goes_on(tmp_path: Path) -> None:
     before = (out / "results.jsonl").read_text()
     assert before.endswith("\n")
 
-    goes_on = start("--out", str(out), "--resume", "--json")
+    goes_on = start(1, "--out", str(out), "--resume", "--json")
     printed, _ = goes_on.communicate(timeout=120)
     assert goes_on.returncode == 0
     assert (out / "results.jsonl").read_text().startswith(before)
