@@ -87,6 +87,8 @@ class Attempt:
     reduction: Reduction
     sealed: float | None = None
     """When this peer brought its contribution."""
+    failed: bool = False
+    """It was given up, which is told once, however often the same bad frame comes again."""
     contributions: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
     averaged: dict[tuple[int, int], str] = field(default_factory=dict)
     sent: dict[PeerId, list[Frame]] = field(default_factory=lambda: defaultdict(list))
@@ -272,7 +274,8 @@ class Peer:
             self.on_data(sender, frame)
 
     def give_up(self, attempt: Attempt, cause: AbortCause, suspects: list[PeerId] | None = None) -> None:
-        if self.attempt is attempt and not attempt.reduction.complete:
+        if self.attempt is attempt and not attempt.reduction.complete and not attempt.failed:
+            attempt.failed = True
             blamed = attempt.reduction.suspects() if suspects is None else suspects
             self.carry_out(self.machine.failed(attempt.freeze.ballot, blamed, cause, self.sim.network.now))
 
