@@ -238,7 +238,6 @@ def _attempts(swarm: Swarm, since: float) -> tuple[int, int]:
     fault="200 ms round trips, ± 50 ms of jitter; then also 1 % lost, at 20 Mbit/s",
     injected="relay, 100 ± 25 ms each way",
     criterion="every round commits; a step takes at most 25 % more than bytes, rate and round trips predict",
-    ci=True,
     deadline_seconds=360,
 )
 def far_apart(trial: Trial) -> Figures:

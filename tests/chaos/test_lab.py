@@ -145,6 +145,7 @@ def test_nothing_of_a_lab_is_left(tmp_path: Path) -> None:
     assert not any(prefix in text or str(disk) in text for text in shown)
 
 
+@pytest.mark.long
 def test_two_volunteers_in_networks_of_their_own_complete_one_run(lab: Lab, tmp_path: Path) -> None:
     run = run_file(tmp_path, "two-networks", 200, batch=16)
     with crew(tmp_path) as people:

@@ -118,6 +118,7 @@ def test_unknown_key_is_refused_with_the_nearest_one(people: Crew, tmp_path: Pat
     complaint(people.join(invite, "peer", microbatch_size=8), 2, "microbatch_size", "micro_batch_size")
 
 
+@pytest.mark.long
 def test_join_names_the_corpus_when_it_is_missing_or_too_small(people: Crew, tmp_path: Path) -> None:
     bootstrap, invite = people.bootstrap(run_file(tmp_path, "corpus", 10))
     (tmp_path / "tiny.txt").write_text("too little")
@@ -134,6 +135,7 @@ def test_join_names_the_field_when_the_swarm_trains_another_run(people: Crew, tm
     complaint(people.join(invite, "peer", "--run", str(other)), 3, "optimizer.lr", "0.5")
 
 
+@pytest.mark.long
 def test_join_names_the_field_when_others_train_another_run_of_that_name(
     people: Crew, tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_join_names_the_folder_when_nothing_can_be_written_there(people: Crew, tmp_path: Path) -> None:
     invite = invite_to(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
     with tmpfs(tmp_path / "full", "4k") as full:
@@ -178,6 +181,7 @@ def test_join_names_the_folder_when_nothing_can_be_written_there(people: Crew, t
         complaint(people.join(invite, "full/read-only"), 6, "read-only")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("folder", "disk"), [("peer", "256k"), ("peer/checkpoints", "256k,ro")])
 def test_training_goes_on_when_the_disk_is_too_small_for_checkpoints_or_read_only(
     people: Crew, tmp_path: Path, folder: str, disk: str
@@ -191,6 +195,7 @@ def test_training_goes_on_when_the_disk_is_too_small_for_checkpoints_or_read_onl
         assert "checkpoint not saved, training goes on" in peer.errors.read_text()
 
 
+@pytest.mark.long
 def test_damaged_checkpoint_is_named_when_resumed_from_or_verified(people: Crew, tmp_path: Path) -> None:
     _, invite = people.bootstrap(run_file(tmp_path, "damage", 6))
     peer = people.join(invite, "peer")
@@ -224,6 +229,7 @@ def listening_port(peer: Process) -> int:
     return next(c.laddr.port for c in daemon.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
 
 
+@pytest.mark.long
 def test_swarm_loses_nothing_when_strangers_talk_garbage_and_pages_are_read(
     people: Crew, tmp_path: Path
 ) -> None:
@@ -287,6 +293,7 @@ def rounds(data_dir: Path) -> int:
     return len(told(data_dir, "round_committed"))
 
 
+@pytest.mark.long
 def test_newcomer_that_is_killed_in_mid_download_goes_on_with_it_from_all_peers(
     people: Crew, tmp_path: Path
 ) -> None:
@@ -329,6 +336,7 @@ def figure(page: str, series: str) -> float:
     return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} "))
 
 
+@pytest.mark.long
 def test_newcomer_joins_when_its_disk_is_too_small_for_the_download(people: Crew, tmp_path: Path) -> None:
     _, invite = people.bootstrap(downloadable(tmp_path, "no-room"))
     given = {"log_megabytes": 1, "checkpoint_every_steps": 0}
@@ -341,6 +349,7 @@ def test_newcomer_joins_when_its_disk_is_too_small_for_the_download(people: Crew
         late.kill()
 
 
+@pytest.mark.long
 def test_join_names_the_field_when_its_checkpoint_is_of_another_run(people: Crew, tmp_path: Path) -> None:
     _, before = people.bootstrap(run_file(tmp_path, "same-name", 6))
     peer = people.join(before, "peer")

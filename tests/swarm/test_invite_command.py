@@ -352,6 +352,7 @@ def test_private_run_lets_in_by_invite_only_until_it_is_revoked_or_expires(
     assert json.dumps(rows).count(encode(watcher)) == 1
 
 
+@pytest.mark.long
 def test_invite_for_one_peer_lets_in_one_and_who_is_there_stays_when_all_invites_are_rotated(
     people: Crew, tmp_path: Path
 ) -> None:
