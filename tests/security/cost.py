@@ -41,6 +41,7 @@ class Swarm:
 
     def __init__(self, people: Crew, run: RunConfig, peers: int) -> None:
         self.people = people
+        people.folder.mkdir(parents=True, exist_ok=True)
         file = people.folder / "run.toml"
         file.write_text(commented_toml(run))
         _, invite = people.bootstrap(file)
