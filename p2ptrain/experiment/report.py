@@ -126,9 +126,12 @@ def published(summary: Summary) -> list[list[str]]:
 
 
 def _beside_published(summary: Summary) -> list[tuple[str, int, dict[int, float]]]:
-    """(arm, steps, peers → gap in %) at the number of steps nearest to the published one."""
-    found = []
-    for arm in summary.apart:
+    """(arm, steps, peers → gap in %) at the number of steps nearest to the published one; none for what is
+    no language model, since the published ones are."""
+    found: list[tuple[str, int, dict[int, float]]] = []
+    if summary.grid.task.kind == "digits":
+        return found
+    for arm in (arm for arm in summary.apart if arm.strategy == "local"):
         cells = [each for each in summary.of(arm.name) if each.percent is not None]
         if len({each.cell.steps for each in cells}) < 2:
             continue
