@@ -5,8 +5,7 @@ at a smaller loss scale (Micikevicius et al. 2018): no sample is lost to either.
 precision of the passes, because `backward` adds to float32.
 
 A parameter's gradient is put where it belongs as soon as it is there, while it is in the cache. To have
-`backward` add it to zeros that lie there costs a second and a third way through memory, 2 % of the time of
-the default model.
+`backward` add it to zeros that lie there costs a second and a third way through memory.
 
 What is random in a model, such as dropout, is drawn from a number that the caller gives for each micro-batch.
 
