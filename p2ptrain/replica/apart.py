@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from p2ptrain.config import Local
-from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent, in_bounds
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.gradients.noise import Spread
 from p2ptrain.records import EntryHeader
-from p2ptrain.replica.optimizers import FlatOptimizer, clip_factor
+from p2ptrain.replica.inner import InnerSteps, clip
+from p2ptrain.replica.optimizers import FlatOptimizer
 
 
 def effective_steps(samples: Sequence[int], inner_batch_size: int) -> float:
@@ -66,9 +67,8 @@ def agreement(header: EntryHeader, spread: Spread | None, factor: float) -> Agre
     return Agreement(norm, cosine, factor * math.sqrt(max(each - together, 0.0)))
 
 
-class LocalSteps:
-    """What an `Accumulator` is to strategy `sync`: `total` (float32 [numel], on the CPU) is what this peer
-    brings for its `samples`; `loss_sum` = Σ loss over them."""
+class LocalSteps(InnerSteps):
+    """`total` (float32 [numel]) is how far this peer's own steps led, times its samples."""
 
     def __init__(
         self,
@@ -81,56 +81,15 @@ class LocalSteps:
     ) -> None:
         """`anchor`: θ, the replica's parameters; `working`: those of the model, which start as a copy of it
         and are reset to one by whoever moves the anchor; `rate`: the inner learning rate as of now."""
+        super().__init__(settings.inner_batch_size, working)
         self.total = torch.zeros_like(anchor)
-        self.samples = 0
-        self.loss_sum = 0.0
-        self._settings = settings
-        self._anchor, self._working = anchor, working
+        self._settings, self._anchor = settings, anchor
         self._optimizer, self._clip_norm, self._rate = optimizer, clip_norm, rate
-        self._sum = torch.zeros_like(working)
-        self._summed = 0
-        self._waiting_loss = 0.0
         self._owed: Tensor | None = None
-        self._stale = False
 
-    @property
-    def room(self) -> int:
-        """Samples that the inner batch under way still takes."""
-        return self._settings.inner_batch_size - self._summed
-
-    def add(self, gradient: Tensor, samples: int, loss_sum: float = 0.0) -> bool:
-        """Add a gradient (float32 [numel]) and a loss, summed over at most `room` samples; when the inner
-        batch is full, take the step. False, and nothing changed, if the gradient is not finite (I5)."""
-        if not 1 <= samples <= self.room or gradient.shape != self._sum.shape:
-            raise ValueError(
-                f"expected a gradient of {list(self._sum.shape)} over 1 to {self.room} samples, "
-                f"not {list(gradient.shape)} over {samples}"
-            )
-        if not in_bounds(gradient):
-            return False
-        self._sum.add_(gradient)
-        self._summed += samples
-        self._waiting_loss += loss_sum
-        if not self.room:
-            self._step()
-        return True
-
-    def _step(self) -> None:
-        mean = self._sum.div_(torch.tensor(float(self._summed), dtype=torch.float32, device=self._sum.device))
-        factor = clip_factor([float(torch.linalg.vector_norm(mean)) ** 2], self._clip_norm)
-        if factor < 1.0:
-            mean.mul_(factor)
+    def _step(self, mean: Tensor) -> None:
+        clip(mean, self._clip_norm)
         self._optimizer.step(self._working, mean, self._rate())
-        self.samples += self._summed
-        self.loss_sum += self._waiting_loss
-        self._sum.zero_()
-        self._summed, self._waiting_loss = 0, 0.0
-        self._stale = True
-
-    @property
-    def gathered(self) -> bool:
-        """Whether `total` is up to date."""
-        return not self._stale
 
     def gather(self) -> None:
         """Bring `total` up to date. Nothing may be added meanwhile. If this peer's own steps have led to what
@@ -161,9 +120,3 @@ class LocalSteps:
         """Nothing brought yet, and nothing owed."""
         self._owed = None
         self._begin()
-
-    def _begin(self) -> None:
-        self.total.zero_()
-        self._sum.zero_()
-        self.samples, self.loss_sum = 0, 0.0
-        self._summed, self._waiting_loss, self._stale = 0, 0.0, False

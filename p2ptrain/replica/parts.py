@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from p2ptrain.config import Partition
-from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent, in_bounds
+from p2ptrain.gradients.accumulator import LARGEST_GRADIENT, Sent
 from p2ptrain.gradients.codecs import Codec
-from p2ptrain.replica.optimizers import FlatOptimizer, clip_factor
+from p2ptrain.replica.inner import InnerSteps, clip
+from p2ptrain.replica.optimizers import FlatOptimizer
 from p2ptrain.replica.subspaces import NOTHING, PROBE_VALUES, Probe, candidates
 
 PROBE, PROBE_SAMPLES = "probe", 32
@@ -63,9 +64,8 @@ class Union:
     """That owned parts."""
 
 
-class PartSteps:
-    """What an `Accumulator` is to strategy `sync`: `total` is what this peer brings for its `samples`;
-    `loss_sum` = Σ loss over them."""
+class PartSteps(InnerSteps):
+    """`total` is what this peer's own steps changed, at its coordinates."""
 
     def __init__(
         self,
@@ -78,16 +78,15 @@ class PartSteps:
         """`anchor`: θ, the replica's parameters; `working`: those of the model, which whoever moves the
         anchor resets to a copy of it; `values` are brought; `share`: this peer's, as things stand, if
         nobody is left who owns anything (true) or somebody is."""
+        super().__init__(settings.inner_batch_size, working)
         self.total = torch.zeros(values, dtype=anchor.dtype)
-        self.samples = 0
-        self.loss_sum = 0.0
         self._settings = settings
-        self._anchor, self._working, self._share_now = anchor, working, share
-        self._sum = torch.zeros_like(working)
+        self._anchor, self._share_now = anchor, share
         self._before: Share | None = None
-        self._begin(orphaned=False)
+        self._begin()
 
-    def _begin(self, *, orphaned: bool) -> None:
+    def _begin(self, *, orphaned: bool = False) -> None:
+        super()._begin()
         self.share = share = self._share_now(orphaned)
         self.orphaned = orphaned
         self._there = share.coordinates.to(self._working.device)
@@ -97,50 +96,17 @@ class PartSteps:
             *(each.clone() for each in share.optimizer.state_tensors().values()),
         ]
         self.probe = NOTHING
-        self._sum.zero_()
-        self.samples, self.loss_sum = 0, 0.0
-        self._summed, self._waiting_loss, self._stale = 0, 0.0, False
 
     @property
     def room(self) -> int:
         """Samples that the inner batch under way still takes; 0: this peer owns nothing in this step."""
-        return self._settings.inner_batch_size - self._summed if len(self.share.coordinates) else 0
+        return super().room if len(self.share.coordinates) else 0
 
-    def add(self, gradient: Tensor, samples: int, loss_sum: float = 0.0) -> bool:
-        """Add a gradient (float32 [numel]) and a loss, summed over at most `room` samples; when the inner
-        batch is full, take the step. False, and nothing changed, if the gradient is not finite (I5)."""
-        if not 1 <= samples <= self.room or gradient.shape != self._sum.shape:
-            raise ValueError(
-                f"expected a gradient of {list(self._sum.shape)} over 1 to {self.room} samples, "
-                f"not {list(gradient.shape)} over {samples}"
-            )
-        if not in_bounds(gradient):
-            return False
-        self._sum.add_(gradient)
-        self._summed += samples
-        self._waiting_loss += loss_sum
-        if not self.room:
-            self._step()
-        return True
-
-    def _step(self) -> None:
+    def _step(self, mean: Tensor) -> None:
         # The norm is that of the whole gradient, so that a short step is as short as with strategy `sync`.
-        mean = self._sum.div_(torch.tensor(float(self._summed), dtype=torch.float32, device=self._sum.device))
-        factor = clip_factor([float(torch.linalg.vector_norm(mean)) ** 2], self.share.clip_norm)
-        if factor < 1.0:
-            mean.mul_(factor)
+        clip(mean, self.share.clip_norm)
         self.share.optimizer.step(self._theta, mean[self._there].to(self._theta.device), self.share.rate)
         self._working[self._there] = self._theta.to(self._working.device)
-        self.samples += self._summed
-        self.loss_sum += self._waiting_loss
-        self._sum.zero_()
-        self._summed, self._waiting_loss = 0, 0.0
-        self._stale = True
-
-    @property
-    def gathered(self) -> bool:
-        """Whether `total` is up to date."""
-        return not self._stale
 
     def gather(self) -> None:
         """Bring `total` up to date. Nothing may be added meanwhile."""
@@ -160,12 +126,12 @@ class PartSteps:
         """The round is committed, and `codec` has lost nothing. What an inner batch under way has so far is
         dropped: it is of parameters that are no more."""
         self._before = self.share if self.share.divided and self.samples else None
-        self._begin(orphaned=False)
+        self._begin()
 
     def reset(self) -> None:
         """Nothing brought yet, wherever the replica is now."""
         self._before = None
-        self._begin(orphaned=False)
+        self._begin()
 
     def take_over(self, orphaned: bool) -> None:
         """Begin the step anew with what is this peer's if nobody is left who owns anything, or somebody is
