@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import dataclasses
 import hashlib
 import json
@@ -133,19 +134,25 @@ class _Mute:
     def __init__(self, peer_id: PeerId) -> None:
         self.peer_id = peer_id
 
+    @property
+    def delivered_bytes(self) -> int:
+        return 0
+
     async def send_chunk(self, to: PeerId, header: Any, payload: Any) -> None:
         """Gone."""
 
 
 async def reduced_again(member: Recorded, chance: Random) -> str:
     """What this member says and holds when the same things come in another order."""
-    freeze, swarm, *terms, _spawn, work, _scratch, _memory, evidence, _held, _failed, last, leases = (
+    told, swarm, *terms, _spawn, work, _scratch, _memory, evidence, _held, _failed, proven, last, leases = (
         member.arguments
     )
+    told = copy.copy(told)
+    told._means = {}  # it has heard of none yet
     ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     Recorded.made = []
     attempt = Recorded(
-        freeze,
+        told,
         _Mute(swarm.peer_id),
         *terms,
         asyncio.get_running_loop().create_task,
@@ -155,6 +162,7 @@ async def reduced_again(member: Recorded, chance: Random) -> str:
         evidence,
         lambda header, seconds: ended.set_result(""),
         lambda suspects, cause, detail: ended.set_result(f"{cause}: {detail}"),
+        proven,
         last,
         leases,
     )
