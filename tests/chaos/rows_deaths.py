@@ -71,6 +71,7 @@ def killed_forming(trial: Trial) -> Figures:
     fault="killed as sender in the all-reduce",
     injected="SIGKILL by itself, after some of its chunks",
     criterion="tried again by the others with what they had; no step on own gradients",
+    ci=True,
 )
 def killed_sending(trial: Trial) -> Figures:
     return play(trial, [("sending", "1"), ("sending", "3")], 15)

@@ -153,7 +153,6 @@ def second(
     fault="a round's recorded inputs, reduced again in shuffled arrival orders",
     injected="replay, with each codec and aggregation",
     criterion="byte-identical 100 of 100",
-    ci=True,
 )
 def replayed(trial: Trial) -> Figures:
     command = [sys.executable, "-m", "tests.chaos.replay", "--seed", str(trial.seed), "--json"]

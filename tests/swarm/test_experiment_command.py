@@ -15,8 +15,8 @@ pytestmark = pytest.mark.swarm
 GRID = Path(__file__).parents[2] / "configs/experiments/digits.toml"
 
 
-def start(jobs: int, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from peers.cli import main; main()", "experiment", "run", str(GRID)]
+def start(grid: Path, jobs: int, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from peers.cli import main; main()", "experiment", "run", str(grid)]
     return subprocess.Popen(
         [*command, "--profile", "smoke", "--jobs", str(jobs), *words],
         stdout=subprocess.PIPE,
@@ -26,8 +26,11 @@ def start(jobs: int, *words: str) -> subprocess.Popen[str]:
 
 
 def test_experiment_that_was_stopped_by_ctrl_c_goes_on(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    stopped = start(2, "--out", str(out))
+    out, grid = tmp_path / "out", tmp_path / "grid.toml"
+    text, few = GRID.read_text(), "samples = 1_000"
+    assert few in text
+    grid.write_text(text.replace(few, "samples = 4_000"))  # or it may be done before it is stopped
+    stopped = start(grid, 2, "--out", str(out))
     assert stopped.stderr is not None
     assert "%" in stopped.stderr.readline()
     stopped.send_signal(signal.SIGINT)
@@ -37,7 +40,7 @@ def test_experiment_that_was_stopped_by_ctrl_c_goes_on(tmp_path: Path) -> None:
     before = (out / "results.jsonl").read_text()
     assert before.endswith("\n")
 
-    goes_on = start(1, "--out", str(out), "--resume", "--json")
+    goes_on = start(grid, 2, "--out", str(out), "--resume", "--json")
     printed, _ = goes_on.communicate(timeout=120)
     assert goes_on.returncode == 0
     assert (out / "results.jsonl").read_text().startswith(before)
