@@ -16,7 +16,10 @@ GRID = Path(__file__).parents[2] / "configs/experiments/digits.toml"
 
 
 def start(grid: Path, jobs: int, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from peers.cli import main; main()", "experiment", "run", str(grid)]
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and a child would, too.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from peers.cli import main; main()"
+    command = [sys.executable, "-c", code, "experiment", "run", str(grid)]
     return subprocess.Popen(
         [*command, "--profile", "smoke", "--jobs", str(jobs), *words],
         stdout=subprocess.PIPE,
