@@ -379,7 +379,7 @@ class Homes:
         self.insides = [lab.place(name)[1] for name in names]
         self.addresses = [lab.address(name) for name in names]
         lab.relay(delay_seconds=chosen.rtt_ms / 2000, mbit=chosen.megabits)
-        for inside in self._insides:
+        for inside in self.insides:
             subprocess.run(
                 [*inside, "ip", "link", "set", "wan0", "mtu", str(chosen.packet_bytes)], check=True
             )
