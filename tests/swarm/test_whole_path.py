@@ -151,6 +151,7 @@ def test_adapters_of_a_model_in_a_folder_go_all_the_way_to_peft(people: Crew, tm
     demanded = people.join(invite, "unasked", corpus=str(rows))
     complaint(demanded, 2, 'wants the model "theirs"', "set model in the peer file")
     checkpoint, out, peers = finish(people, invite, own, **settings)
+    loaded = load(checkpoint)  # before others take its place
     assert {each.name for each in out.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "p2ptrain.json", "run.toml"
     }  # fmt: skip
@@ -167,7 +168,7 @@ def test_adapters_of_a_model_in_a_folder_go_all_the_way_to_peft(people: Crew, tm
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, replica = blank(loaded := load(checkpoint), load_peer(own))
+    _, replica = blank(loaded, load_peer(own))
     assert replica.base_digest in (out / "README.md").read_text()
     restore(replica, loaded)
     plain = AutoModelForCausalLM.from_pretrained(base)
