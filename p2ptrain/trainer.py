@@ -531,10 +531,14 @@ class Peer:
     def _probe(self, entry: Entry) -> tuple[float, float]:
         """On the compute thread: mean loss on the probe batch of this peer's copy, and of all copies'
         average, which the model has then."""
-        drawn = partial(self.task.batch, 0, PROBE)
-        own = self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
+        own = self._probe_loss(0)
         self.replica.show_average(entry)
-        return own, self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
+        return own, self._probe_loss(0)
+
+    def _probe_loss(self, step: int) -> float:
+        """Mean loss of the model as it is on that step's samples that nobody trains on."""
+        drawn = partial(self.task.batch, step, PROBE)
+        return self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
 
     def _tell_cohesion(self, step: int, union: Union, before: Cohesion | None) -> None:
         """How the parts of the model were put together, when that has been measured or changes, and whether
@@ -957,9 +961,8 @@ class Peer:
         if isinstance(self._accumulator, PartSteps):
             parts = self._accumulator
             parts.settle(self._codec, committed.sent)
-            drawn = partial(self.task.batch, self.replica.position.step, PROBE)
-            loss = partial(self.engine.mean_loss, drawn, self.task.loss_sum, PROBE_SAMPLES)
-            parts.measure(loss, self.replica.union, self.replica.position.step)
+            step = self.replica.position.step
+            parts.measure(partial(self._probe_loss, step), self.replica.union, step)
         elif isinstance(self._accumulator, LocalSteps):
             self._accumulator.settle(self._codec, committed.sent)
         else:

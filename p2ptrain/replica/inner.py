@@ -5,6 +5,8 @@ Not covered: what of them a peer brings to a round; see `apart` and `parts`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from p2ptrain.gradients.accumulator import in_bounds
 from p2ptrain.replica.optimizers import clip_factor
 
 
-class InnerSteps:
+class InnerSteps(ABC):
     """What strategies in which a peer takes steps of its own have in common, each an `Accumulator` to the
     trainer: gradients are summed until an inner batch is full, and its mean makes a step."""
 
@@ -62,9 +64,9 @@ class InnerSteps:
             self._summed, self._waiting_loss, self._stale = 0, 0.0, True
         return True
 
+    @abstractmethod
     def _step(self, mean: Tensor) -> None:
         """By the gradient of an inner batch (float32 [numel]), which may be changed."""
-        raise NotImplementedError
 
     def _begin(self) -> None:
         """Nothing brought yet."""

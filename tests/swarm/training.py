@@ -331,6 +331,19 @@ class Training:
 # -- what must always hold -----------------------------------------------------------------------------------
 
 
+async def rounds_at_unlike_speeds(run: RunConfig, rounds: int) -> tuple[list[EntryHeader], Tensor, int]:
+    """Three peers train: headers of the first rounds, the first peer's parameters after them, and how many
+    states could be compared."""
+    async with Training(MemoryHub(1), run) as training:
+        for number, (samples, seconds) in enumerate(((3, 0.05), (6, 0.2), (2, 0.1))):
+            training.start(f"peer{number}", micro_batch_size=samples, batch_seconds=seconds)
+        await training.until_step(rounds + 1)
+        compared = check_replicas(training.lives)
+        first = training.lives[0]
+        at_end = next(position for position in first.positions if position.step == rounds)
+        return first.headers()[:rounds], first.parameters[at_end.lineage], compared
+
+
 def check_replicas(lives: Sequence[Trainer]) -> int:
     """Assert what must hold whatever happened; returns how many states were compared.
 

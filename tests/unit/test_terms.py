@@ -85,9 +85,9 @@ def test_terms_of_the_highest_revision_count_and_the_run_ends_as_they_say() -> N
     assert [total_steps(run, each) for each in (None, old, new, terms(stop=1000))] == [100, 100, 70, 100]
 
 
-def test_what_a_peer_may_bring_allows_for_those_who_have_not_heard() -> None:
-    rules = Rules(
-        target_batch_size=64,
+def small_rules(**fields: int) -> Rules:
+    return Rules(
+        **fields,
         min_peers=1,
         max_peers=4,
         values=10,
@@ -97,6 +97,10 @@ def test_what_a_peer_may_bring_allows_for_those_who_have_not_heard() -> None:
         silence_most_seconds=60.0,
         attempt_most_seconds=60.0,
     )
+
+
+def test_what_a_peer_may_bring_allows_for_those_who_have_not_heard() -> None:
+    rules = small_rules(target_batch_size=64)
     said = terms(Change(step=10, key="target_batch_size", value=16), revision=1)
     assert rules_at(rules, said, 9).target_batch_size == 64
     assert rules_at(rules, said, 10).target_batch_size == 16
@@ -112,19 +116,7 @@ def test_target_is_that_of_the_warm_up_whatever_is_changed_until_it_is_over() ->
     targets = [in_force(local, said, step).target_batch_size for step in range(5)]
     assert targets == [8, 8, 8, 64, 64]
     assert [in_force(local, None, step).strategy for step in (2, 3)] == ["sync", "local"]
-    rules = Rules(
-        target_batch_size=96,
-        min_peers=1,
-        max_peers=4,
-        values=10,
-        encoded_bytes=40,
-        heartbeat_seconds=1.0,
-        silence_seconds=5.0,
-        silence_most_seconds=60.0,
-        attempt_most_seconds=60.0,
-        warmup_rounds=3,
-        warmup_batch_size=8,
-    )
+    rules = small_rules(target_batch_size=96, warmup_rounds=3, warmup_batch_size=8)
     assert [rules_at(rules, said, step).target_batch_size for step in range(5)] == targets
 
 
