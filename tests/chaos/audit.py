@@ -152,17 +152,29 @@ def _weights(journals: Journals, found: Audit) -> None:
 
 
 def _samples(journals: Journals, found: Audit) -> None:
-    """I3: an entry's samples are those of its roster, each counted once."""
+    """I3: an entry's samples are those of its roster, each counted once.
+
+    Who lost all that it had and takes the same step from the same state again tells of the same entry in
+    another life, and that entry holds its samples once. Twice in one life is once too often.
+    """
     entries: dict[tuple[int, str], list[tuple[str, Record]]] = defaultdict(list)
-    for name, record in _told(journals, "round_committed"):
-        entries[record["step"], record["lineage"]].append((name, record))
+    for name, records in journals.items():
+        of_this_life: set[tuple[int, str]] = set()
+        for record in records:
+            if record["event"] == "joined":
+                of_this_life = set()
+            if record["event"] != "round_committed":
+                continue
+            entry = record["step"], record["lineage"]
+            if entry in of_this_life:
+                found.problems.append(f"I3: {name} counted its samples of step {record['step']} twice")
+            of_this_life.add(entry)
+            entries[entry].append((name, record))
     for (step, _), told in entries.items():
-        names = [name for name, _ in told]
-        mine, whole, roster = sum(r["mine"] for _, r in told), told[0][1]["samples"], told[0][1]["peers"]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            found.problems.append(f"I3: {twice} counted its samples of step {step} twice")
-        elif mine > whole or (len(names) == roster and mine != whole):
+        mine = sum(samples for _, samples in {(name, record["mine"]) for name, record in told})
+        whole, roster = told[0][1]["samples"], told[0][1]["peers"]
+        names = {name for name, _ in told}
+        if mine > whole or (len(names) == roster and mine != whole):
             found.problems.append(
                 f"I3: {len(names)} of the {roster} peers of step {step} gave {mine} samples; "
                 f"{whole} were counted"

@@ -82,9 +82,17 @@ def test_samples_that_do_not_add_up_are_found() -> None:
     assert problems([joined(), committed(0, "x", mine=5)], []) == [], "the other's journal may be lost"
 
 
-def test_samples_counted_in_two_lives_are_found() -> None:
-    told = [joined(), committed(0, "x"), joined(), committed(0, "x")]
-    assert problems(told, []) == ["I3: a counted its samples of step 0 twice"]
+def test_samples_counted_twice_in_one_life_are_found() -> None:
+    told = [joined(), committed(0, "x"), committed(0, "x")]
+    assert "I3: a counted its samples of step 0 twice" in problems(told, [])
+
+
+def test_same_entry_in_two_lives_counts_its_samples_once() -> None:
+    """Who comes back with nothing, alone and as before, takes the same step to the same bytes."""
+    told = [joined(), committed(0, "x", mine=8, peers=1), joined(), committed(0, "x", mine=8, peers=1)]
+    assert problems(told, []) == []
+    (problem,) = problems([*told[:3], committed(0, "x", mine=4, peers=1)], [])
+    assert problem == "I3: 1 of the 1 peers of step 0 gave 12 samples; 8 were counted"
 
 
 def test_what_is_not_finite_is_found() -> None:
