@@ -95,7 +95,9 @@ def rate_of_honest_ones(field: Field, behaviour: Behaviour) -> float:
     """Steps per second while somebody honest does in the attacker's place what everybody may."""
     began = time.time()
     asyncio.run(behaviour.honest(field))
-    return field.stage.steps_per_second(began, time.time())
+    ended = time.time()
+    field.stage.look()
+    return field.stage.steps_per_second(began, ended)
 
 
 def line(outcome: Outcome) -> str:

@@ -54,7 +54,7 @@ async def node(
         async with swarm:
             there = await known(swarm)
             if shown is not None:
-                swarm._lanes.gate = Forced(shown(swarm.peer_id), swarm.peer_id)
+                swarm.gate = swarm._lanes.gate = Forced(shown(swarm.peer_id), swarm.peer_id)
             swarm.adopt(there.fingerprint)
             yield swarm
 
