@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from p2ptrain.errors import ConfigError, PeerFault, PortBusy
+from p2ptrain.telemetry.connections import Connections, cut, quiet
 from p2ptrain.telemetry.health import MAX_HEADER_BYTES
 from peers.watching import Json
 
@@ -156,13 +157,14 @@ class Pages:
         self._fault = fault
         self._listening = 0
         self._listener: asyncio.Server | None = None
-        self._silent: set[object] = set()
-        """New connections that no whole request has come by yet."""
+        self._connections: Connections | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._files = {path: _file(name) for path, (name, _) in PAGE.items()}
         self._runner = web.AppRunner(
             self._application(),
             handle_signals=False,
             access_log=None,
+            logger=quiet(__name__),
             shutdown_timeout=0.5,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
@@ -176,38 +178,29 @@ class Pages:
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
         try:
             loop = asyncio.get_running_loop()
-            self._listener = await loop.create_server(self._accept, self._host, self._port, backlog=128)
+            self._listener = await loop.create_server(server, self._host, self._port, backlog=128)
         except OSError as error:
             await self._runner.cleanup()
             raise self._fault(self._host, self._port, error) from error
         self._port = self._listener.sockets[0].getsockname()[1]
+        self._connections = Connections(server, QUESTION_SECONDS)
+        self._watch = asyncio.create_task(self._connections.watch())
         return self
-
-    def _accept(self) -> asyncio.BaseProtocol:
-        """The protocol of a new connection, which had better ask something."""
-        assert self._runner.server is not None
-        connection = self._runner.server()
-        self._silent.add(connection)
-
-        def cut() -> None:
-            if connection in self._silent and connection.transport is not None:
-                connection.transport.abort()
-            self._silent.discard(connection)
-
-        asyncio.get_running_loop().call_later(QUESTION_SECONDS, cut)
-        return connection
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         if self._listener is not None:
             self._listener.close()
         if self._runner.server is not None:
             for connection in self._runner.server.connections:
-                if connection.transport is not None:
-                    connection.transport.abort()  # a page that follows would hold up the end
+                cut(connection)  # a page that follows would hold up the end
         await self._runner.cleanup()
 
     def _application(self) -> web.Application:
@@ -231,7 +224,8 @@ class Pages:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response: web.StreamResponse
-        self._silent.discard(request.protocol)
+        if self._connections is not None:
+            self._connections.asked(request.protocol)
         if flaw := self._flaw(request):
             response = web.Response(status=403, text=f"{flaw}\n")
         else:

@@ -23,6 +23,7 @@ from typing import Self, cast
 from aiohttp import web
 
 from p2ptrain.errors import ConfigError, PortBusy
+from p2ptrain.telemetry.connections import Connections, cut, quiet
 
 CONNECTION_SECONDS = 10.0
 """Prometheus waits as long for a scrape."""
@@ -58,6 +59,7 @@ class HealthServer:
         self._cached = b""
         self._cached_until = float("-inf")
         self._listener: asyncio.Server | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._runner = _runner(self)
 
     @property
@@ -75,6 +77,8 @@ class HealthServer:
             await self._runner.cleanup()
             raise cannot_listen(self._host, self._port, error) from error
         self._port = self._listener.sockets[0].getsockname()[1]
+        assert self._runner.server is not None
+        self._watch = asyncio.create_task(Connections(self._runner.server, CONNECTION_SECONDS).watch())
         return self
 
     async def __aexit__(
@@ -82,9 +86,11 @@ class HealthServer:
     ) -> None:
         assert self._listener is not None
         assert self._runner.server is not None
+        assert self._watch is not None
+        self._watch.cancel()
         self._listener.close()
         for connection in self._runner.server.connections:
-            _cut(connection)  # a reader that hangs must not hold up the end
+            cut(connection)  # a reader that hangs must not hold up the end
         await self._runner.cleanup()
 
     # -- pages -----------------------------------------------------------------------------------------------
@@ -139,13 +145,11 @@ class HealthServer:
         return ""
 
     def _accept(self) -> asyncio.BaseProtocol:
-        """The protocol of a new connection, which ends in time."""
+        """The protocol of a new connection."""
         server = self._runner.server
         if server is None or len(server.connections) >= MAX_CONNECTIONS:
             return _HangUp()
-        connection = server()
-        asyncio.get_running_loop().call_later(CONNECTION_SECONDS, _cut, connection)
-        return connection
+        return server()
 
 
 def _runner(server: HealthServer) -> web.AppRunner:
@@ -158,6 +162,7 @@ def _runner(server: HealthServer) -> web.AppRunner:
         app,
         handle_signals=False,
         access_log=None,
+        logger=quiet(__name__),
         shutdown_timeout=1.0,
         max_line_size=MAX_HEADER_BYTES,
         max_field_size=MAX_HEADER_BYTES,
@@ -177,12 +182,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _cut(connection: web.RequestHandler) -> None:
-    """End it now, whatever is still unread: `close` would wait for the reader."""
-    if connection.transport is not None:
-        connection.transport.abort()
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> ConfigError | PortBusy:

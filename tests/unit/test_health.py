@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 import pytest
 import uvloop
+from aiohttp import web
 
 from p2ptrain.errors import ConfigError, PortBusy
 from p2ptrain.telemetry import health
@@ -158,24 +160,39 @@ async def test_request_is_refused_when_its_head_is_huge(server: HealthServer) ->
 
 
 async def test_client_is_cut_off_when_it_never_asks(
-    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "CONNECTION_SECONDS", 0.05)
-    reader, writer = await say(server.port, b"GET /metr")
-    assert await ended(reader) == b""
-    writer.close()
+    async with HealthServer(subject.page, subject.failed_checks) as server:
+        reader, writer = await say(server.port, b"GET /metr")
+        assert await ended(reader) == b""
+        writer.close()
+
+
+async def test_nothing_is_kept_or_logged_of_a_request_that_is_none(
+    server: HealthServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        reader, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nX: " + b"y" * 100_000)
+        await ended(reader)
+        writer.close()
+    await until(lambda: open_connections(server) == 0)
+    kept = [each for each in gc.get_objects() if isinstance(each, web.RequestHandler)]
+    assert [each for each in kept if each._manager is server._runner.server] == []
+    assert caplog.text == ""
 
 
 async def test_others_are_served_when_a_scraper_hangs(
-    server: HealthServer, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "CONNECTION_SECONDS", 0.3)
     subject.body = b"#" * 64 * 2**20  # far more than the kernel takes for a reader that does not read
-    _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert (await get(server.port, "/livez"))[0] == 200
-    assert subject.pages == 1
-    await until(lambda: open_connections(server) == 0)
-    writer.close()
+    async with HealthServer(subject.page, subject.failed_checks) as server:
+        _, writer = await say(server.port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await get(server.port, "/livez"))[0] == 200
+        assert subject.pages == 1
+        await until(lambda: open_connections(server) == 0)
+        writer.close()
 
 
 async def test_end_comes_at_once_when_a_scraper_hangs(subject: Subject) -> None:
