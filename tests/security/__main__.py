@@ -8,7 +8,9 @@ differed in a byte. Attackers share this machine's cores with their victims, whi
 own would not: so the rate is held against that with somebody honest in the attacker's place, who enters with
 an invite and looks around as often (for strangers before and after, and the mean of these), or is a volunteer
 like the others (for liars); a lying donor against an honest one that gives the state to as many. Both run at
-a lower priority. Exit status 1: one got what it wanted, or missed a bound.
+a lower priority. A flood still takes a core that its victims would train on: what it took beyond the honest
+one is measured, and the bound is held against what it left; both shares are told. Exit status 1: one got what
+it wanted, or missed a bound.
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ class Outcome:
     """Steps per second."""
     rate_share: float
     """Of that, while it went on."""
+    attacker_cores: float
+    """What the attacker took of this machine's processors beyond what somebody honest takes there."""
+    rate_share_of_its_own: float
+    """`rate_share`, had the attacker computed elsewhere: of what it left to the swarm of this machine."""
     growth_megabytes: float
     """Of the victim that grew most, with its daemon."""
     wrong_bytes: int
@@ -61,8 +67,8 @@ def play(field: Field, behaviour: Behaviour) -> Outcome:
         assert not orders.exists()
         field.liars.append(name)
     stage.watch(settle)
-    before = rate_of_honest_ones(field, behaviour)
-    memory, began = stage.megabytes(), time.time()
+    before, usual_cores = rate_of_honest_ones(field, behaviour)
+    memory, began, computed = stage.megabytes(), time.time(), computed_seconds()
     try:
         seen, met = asyncio.run(behaviour.play(field)), True
         while not behaviour.lie and time.time() < began + field.seconds:
@@ -71,6 +77,7 @@ def play(field: Field, behaviour: Behaviour) -> Outcome:
         seen, met = f"{type(error).__name__}: {error}".splitlines()[0][:300], False
         traceback.print_exc()
     ended = time.time()
+    cores = (computed_seconds() - computed) / (ended - began)
     stage.watch(settle)
     during = stage.steps_per_second(began, ended)
     after = stage.megabytes()
@@ -78,32 +85,45 @@ def play(field: Field, behaviour: Behaviour) -> Outcome:
         stage.part(field.liars[-1])
     else:
         # Whatever else this machine does may have changed meanwhile: the mean of before and after counts.
-        before = (before + rate_of_honest_ones(field, behaviour)) / 2
+        again, cores_again = rate_of_honest_ones(field, behaviour)
+        before, usual_cores = (before + again) / 2, (usual_cores + cores_again) / 2
+    share, taken = during / before if before else 0.0, max(0.0, cores - usual_cores)
     return Outcome(
         name=behaviour.name,
         met=met,
         seen=seen,
         rate_before=before,
-        rate_share=during / before if before else 0.0,
+        rate_share=share,
+        attacker_cores=taken,
+        rate_share_of_its_own=share / max(1 - taken / (os.cpu_count() or 1), 0.1),
         growth_megabytes=max(after[name] - memory[name] for name in memory),
         wrong_bytes=stage.wrong_bytes(),
         seconds=ended - began,
     )
 
 
-def rate_of_honest_ones(field: Field, behaviour: Behaviour) -> float:
-    """Steps per second while somebody honest does in the attacker's place what everybody may."""
-    began = time.time()
+def rate_of_honest_ones(field: Field, behaviour: Behaviour) -> tuple[float, float]:
+    """Steps per second while somebody honest does in the attacker's place what everybody may, and the cores
+    that this takes."""
+    began, computed = time.time(), computed_seconds()
     asyncio.run(behaviour.honest(field))
     ended = time.time()
+    cores = (computed_seconds() - computed) / (ended - began)
     field.stage.look()
-    return field.stage.steps_per_second(began, ended)
+    return field.stage.steps_per_second(began, ended), cores
+
+
+def computed_seconds() -> float:
+    """Of a core, by this process and by its daemons that have ended; what an attacker is made of."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def line(outcome: Outcome) -> str:
     return (
         f"{'met ' if outcome.met else 'FAIL'} {outcome.name:<32} rate {outcome.rate_share:5.0%} of "
-        f"{outcome.rate_before:5.1f}/s, memory {outcome.growth_megabytes:+6.1f} MB, "
+        f"{outcome.rate_before:5.1f}/s, {outcome.rate_share_of_its_own:4.0%} of what its "
+        f"{outcome.attacker_cores:.1f} cores left, memory {outcome.growth_megabytes:+6.1f} MB, "
         f"wrong bytes {outcome.wrong_bytes}: {outcome.seen}"
     )
 
@@ -124,7 +144,7 @@ def main() -> int:
             outcomes.append(play(field, BEHAVIOURS[name]))
             print(line(outcomes[-1]), flush=True)
     met = sum(outcome.met for outcome in outcomes)
-    slow = [outcome.name for outcome in outcomes if outcome.rate_share < RATE_SHARE]
+    slow = [outcome.name for outcome in outcomes if outcome.rate_share_of_its_own < RATE_SHARE]
     grown = [outcome.name for outcome in outcomes if outcome.growth_megabytes > GROWTH_MEGABYTES]
     wrong = max((outcome.wrong_bytes for outcome in outcomes), default=0)
     print(
