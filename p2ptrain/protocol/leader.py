@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
+from math import inf
 
 from p2ptrain.events import AbortCause
 from p2ptrain.protocol import progress
@@ -123,15 +124,15 @@ class Leader:
         self._most_samples = most_samples(rules, terms)
         self._deadlines = deadlines
         self._speeds, self._began = speeds or Speeds(), began
-        self._counts_from = float("inf")
+        self._counts_from = inf
         """When the next of the claims counts that cannot be true yet."""
-        self._hold_until = float("-inf")
+        self._hold_until = -inf
         self._reason = ""
         self._first = self.ballot
         self._aborted: dict[Ballot, Abort] = {}
         self._asked: set[PeerId] = set()
         self._answers: dict[PeerId, Answer] = {}
-        self._ask_deadline = float("inf")
+        self._ask_deadline = inf
 
     @property
     def ballot(self) -> Ballot:
@@ -144,12 +145,12 @@ class Leader:
                 return self._ask_deadline
             case Phase.REDUCING if self.attempt is not None:
                 return self.attempt.deadline
-            case Phase.COLLECTING if self.expected and self._hold_until > float("-inf"):
+            case Phase.COLLECTING if self.expected and self._hold_until > -inf:
                 return min(self._hold_until, self._counts_from)
             case Phase.COLLECTING:
                 return self._counts_from
             case _:
-                return float("inf")
+                return inf
 
     def audience(self) -> set[PeerId]:
         """Whom this leader keeps posted."""
@@ -310,7 +311,7 @@ class Leader:
         """Freeze, if the batch is full."""
         if self.phase is not Phase.COLLECTING:
             return []
-        self._counts_from = float("inf")
+        self._counts_from = inf
         if self.expected and now < self._hold_until:
             return []
         paces = {peer: known.pace for peer, known in self._eligible(now)}
@@ -442,7 +443,7 @@ class Leader:
         """Whatever was due has not come."""
         if self.phase is Phase.COLLECTING:
             if now >= self._hold_until:
-                self._hold_until = float("-inf")
+                self._hold_until = -inf
             return self.consider(now)
         attempt = self.attempt
         if self.phase is not Phase.REDUCING or attempt is None:

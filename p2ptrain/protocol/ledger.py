@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from blake3 import blake3
 
@@ -77,7 +78,7 @@ def leases(last: EntryHeader | None, leader: PeerId, target: int) -> Leases:
 
 def lease(of: Leases, peer: PeerId) -> Ranges:
     """The samples that are that peer's in this step, in the order to take them; () if none are."""
-    return dict(_slots(of)).get(peer, ())
+    return _slots(of).get(peer, ())
 
 
 def numbers(held: Ranges, first: int, count: int) -> list[int]:
@@ -104,7 +105,7 @@ def prefix(held: Ranges, count: int) -> Ranges:
 def taken(of: Leases, counts: Mapping[PeerId, int]) -> Ranges:
     """The samples that an entry takes out of the data, in rising order: so many from the start of each peer's
     lease. Raises ValueError if that is more than it has."""
-    slots = dict(_slots(of))
+    slots = _slots(of)
     return _joined(part for peer, count in counts.items() for part in prefix(slots.get(peer, ()), count))
 
 
@@ -118,13 +119,13 @@ def after(of: Leases, counts: Mapping[PeerId, int]) -> DataPosition:
     return DataPosition(next=end, returned=tuple(returned))
 
 
-def counts(header: EntryHeader) -> dict[PeerId, int]:
-    """How many samples of its lease each member of the entry has used, counted or skipped."""
-    skipped = header.skipped or (0,) * len(header.roster)
-    return {
-        peer: samples + over
-        for peer, samples, over in zip(header.roster, header.samples, skipped, strict=True)
-    }
+def counts(
+    roster: tuple[PeerId, ...], samples: tuple[int, ...], skipped: tuple[int, ...]
+) -> dict[PeerId, int]:
+    """How many samples of its lease each member of an entry has used, counted or skipped; `skipped` is empty
+    if none were."""
+    skipped = skipped or (0,) * len(roster)
+    return {peer: count + over for peer, count, over in zip(roster, samples, skipped, strict=True)}
 
 
 def follows(last: EntryHeader | None, header: EntryHeader, target: int) -> Ranges:
@@ -132,7 +133,8 @@ def follows(last: EntryHeader | None, header: EntryHeader, target: int) -> Range
 
     Raises ValueError if it takes what was not leased, or says that the data stands elsewhere after it.
     """
-    of, used = leases(last, header.ballot.leader, target), counts(header)
+    of = leases(last, header.ballot.leader, target)
+    used = counts(header.roster, header.samples, header.skipped)
     if header.data != (expected := after(of, used)):
         raise ValueError(f"after it the data stands at {expected}, and it says {header.data}")
     return taken(of, used)
@@ -167,7 +169,10 @@ def shuffled(number: int, size: int, seed: int) -> int:
 # -- inside --------------------------------------------------------------------------------------------------
 
 
-def _slots(of: Leases) -> Iterator[tuple[PeerId, Ranges]]:
+@lru_cache(maxsize=16)
+def _slots(of: Leases) -> Mapping[PeerId, Ranges]:
+    """What each holder's lease is."""
+    found: dict[PeerId, Ranges] = {}
     returned, slots = of.data.returned, len(of.holders)
     own = [(start, min(stop, start + of.size)) for start, stop in returned[:slots]]
     rest = deque((end, stop) for (_, end), (_, stop) in zip(own, returned, strict=False) if end < stop)
@@ -183,7 +188,8 @@ def _slots(of: Leases) -> Iterator[tuple[PeerId, Ranges]]:
             missing -= end - start
             if end < stop:
                 rest.appendleft((end, stop))
-        yield holder, tuple(held)
+        found[holder] = tuple(held)
+    return found
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Ranges:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
+from math import inf
 from typing import assert_never
 
 from p2ptrain.events import AbortCause
@@ -142,7 +143,7 @@ class Member:
         self._unanswered: set[PeerId] = set()
         self._void: set[str] = set()
         """Lineages with an entry in them that is proven to be a lie: they have no weight."""
-        self._beat_at = float("inf")
+        self._beat_at = inf
 
     @property
     def incarnation(self) -> str:
@@ -427,8 +428,8 @@ class Member:
     def deadline(self) -> float:
         """When `tick` should be called, on the caller's clock."""
         if self.stage is Stage.OUTSIDE:
-            return float("inf")
-        return min(self._beat_at, self.leader.deadline() if self.leader else float("inf"))
+            return inf
+        return self._beat_at if self.leader is None else min(self._beat_at, self.leader.deadline())
 
     def answer(self, question: Ballot | None = None) -> Answer:
         """Where this peer stands, as it tells others."""
@@ -834,13 +835,16 @@ class Member:
     def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
         """Deliver to this peer what it sends to itself, so that the leader is a member like any other."""
         settled: list[Effect] = []
-        pending = list(effects)
+        pending = deque(effects)
         while pending:
-            effect = pending.pop(0)
-            if isinstance(effect, Send) and isinstance(effect.message, Call):
+            effect = pending.popleft()
+            if not isinstance(effect, Send):
+                settled.append(effect)
+                continue
+            if isinstance(effect.message, Call):
                 self._led = effect.message.ballot.number
-            if isinstance(effect, Send) and effect.to == self.me:
-                pending = [*self._receive(self.me, effect.message, now), *pending]
+            if effect.to == self.me:
+                pending.extendleft(reversed(self._receive(self.me, effect.message, now)))
             else:
                 settled.append(effect)
         return settled

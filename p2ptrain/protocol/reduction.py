@@ -144,7 +144,8 @@ class Reduction:
         assert self.complete
         assert self._counts is not None
         samples, skipped = self._counts
-        header = EntryHeader(
+        used = counts(self.freeze.roster, samples, skipped)
+        return EntryHeader(
             step=self.freeze.step,
             parent=self.freeze.parent,
             ballot=self.freeze.ballot,
@@ -155,10 +156,8 @@ class Reduction:
             digest=digest,
             terms=self.freeze.terms,
             skipped=skipped,
+            data=None if self._leases is None else after(self._leases, used),
         )
-        if self._leases is None:
-            return header
-        return header.model_copy(update={"data": after(self._leases, counts(header))})
 
     def spread(self) -> tuple[float, float] | None:
         """`Averaged.spread` of all spans together; None if a reducer could not tell."""

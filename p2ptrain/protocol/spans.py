@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 MOST_OF_MEDIAN = 8.0
@@ -47,7 +48,8 @@ def levels(rates: Sequence[float | None]) -> str:
     return "".join(letters)
 
 
-def shares(levels: str) -> list[float]:
+@lru_cache(maxsize=64)  # rosters and rates change less often than attempts are made
+def shares(levels: str) -> tuple[float, ...]:
     """Shares of the gradient, 1 in sum, with which members of these levels end as early as can be; the same
     on every machine, to the bit. Raises ValueError for what is no level, or if nobody reduces.
 
@@ -61,7 +63,7 @@ def shares(levels: str) -> list[float]:
     each = [0.0 if x == NO_REDUCER else _medians(LETTERS.index(x) - _MEDIAN) for x in levels]
     if not reducers:
         raise ValueError("nobody reduces")
-    equal = [(1 / reducers if rate else 0.0) for rate in each]
+    equal = tuple(1 / reducers if rate else 0.0 for rate in each)
     if members < 3:
         return equal
     fastest_first, sum_of_rates = sorted(each, reverse=True), 0.0
@@ -74,10 +76,10 @@ def shares(levels: str) -> list[float]:
     ends_equal = (1 + (members - 2) / reducers) / slowest
     if ends_equal <= WORTH_IT * max(ends, 1 / slowest):
         return equal
-    return [max(rate * ends - 1, 0.0) / (members - 2) for rate in each]
+    return tuple(max(rate * ends - 1, 0.0) / (members - 2) for rate in each)
 
 
-def balanced(rates: Sequence[float | None]) -> list[float]:
+def balanced(rates: Sequence[float | None]) -> tuple[float, ...]:
     """`shares` of the `levels` of these rates."""
     return shares(levels(rates))
 

@@ -8,6 +8,7 @@ not do is believe a machine.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from p2ptrain.protocol.ledger import follows
@@ -32,6 +33,12 @@ AttemptName = tuple[str, Ballot]
 def computed_at(step: int, lineage: str) -> str:
     """How a sample's id says for which parameters it was computed."""
     return f"{step}@{lineage[:6]}"
+
+
+@lru_cache(maxsize=256)
+def destination(position: Position, header: EntryHeader) -> Position:
+    """Where the entry leads, which is asked for each member that holds it."""
+    return advance(position, header)
 
 
 class Violation(AssertionError):
@@ -81,7 +88,7 @@ class Invariants:
 
     def held(self, peer: Peer, header: EntryHeader) -> None:
         """The peer holds every span."""
-        self._leading[advance(peer.position, header).lineage] = header
+        self._leading[destination(peer.position, header).lineage] = header
         self._holders[(header.parent, header.ballot), header.digest].add(peer.name)
 
     def said(self, peer: Peer, message: Message) -> None:

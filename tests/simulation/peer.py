@@ -10,8 +10,8 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2ptrain.errors import BadMessage
 from p2ptrain.events import AbortCause
@@ -80,8 +80,19 @@ class Frame:
     lie: str = ""
 
 
+class Name(NamedTuple):
+    """How a frame says to which attempt it belongs."""
+
+    step: int
+    parent: str
+    ballot: Ballot
+    freeze: str
+    """Its digest."""
+
+
 @dataclass
 class Attempt:
+    name: Name
     freeze: Freeze
     leases: Leases | None
     reduction: Reduction
@@ -94,17 +105,8 @@ class Attempt:
     sent: dict[PeerId, list[Frame]] = field(default_factory=lambda: defaultdict(list))
 
 
-def named(freeze: Freeze) -> dict[str, Any]:
-    """The fields by which a frame says to which attempt it belongs."""
-    attempt = {"step": freeze.step, "parent": freeze.parent, "ballot": freeze.ballot}
-    return attempt | {"freeze": digest_of_freeze(freeze)}
-
-
-digest_of_freeze = lru_cache(maxsize=64)(frozen)
-
-
-def belongs(header: Chunk | Averaged, freeze: Freeze) -> bool:
-    return all(getattr(header, name) == value for name, value in named(freeze).items())
+def belongs(header: Chunk | Averaged, attempt: Attempt) -> bool:
+    return (header.step, header.parent, header.ballot, header.freeze) == attempt.name
 
 
 class Peer:
@@ -164,9 +166,7 @@ class Peer:
 
     def start(self) -> None:
         net = self.sim.network
-        net.attach(
-            self.name, lambda *mail: self.do(self.take, *mail), lambda *link: self.do(self.on_link, *link)
-        )
+        net.attach(self.name, partial(self.do, self.take), partial(self.do, self.on_link))
         self.machine.informed(self.sim.present(self), net.now)
         self.carry_out(self.machine.advance(self.position, self.last, net.now, settled=False))
         self.work()
@@ -260,9 +260,10 @@ class Peer:
         leases = self.machine.leases(freeze.ballot.leader)
         most = self.sim.rules.most_samples
         reduction = Reduction(freeze, self.name, self.sim.story.chunk_values, most, leases)
-        attempt = Attempt(freeze, leases, reduction)
+        name = Name(freeze.step, freeze.parent, freeze.ballot, frozen(freeze))
+        attempt = Attempt(name, freeze, leases, reduction)
         self.attempt = attempt
-        self.sim.invariants.began((freeze.parent, freeze.ballot), digest_of_freeze(freeze))
+        self.sim.invariants.began((freeze.parent, freeze.ballot), name.freeze)
         self.later(freeze.deadline_seconds, self.give_up, attempt, AbortCause.DEADLINE)
         if self.name in freeze.finishing and self.batch_at == self.position:
             self.later(freeze.cutoff_seconds, self.seal, attempt)
@@ -287,10 +288,12 @@ class Peer:
         freeze, mine, skipped = attempt.freeze, tuple(self.samples), tuple(self.skipped)
         self.sim.invariants.skipped[(freeze.parent, freeze.ballot), self.name] = skipped
         self.sim.invariants.sealed[(freeze.parent, freeze.ballot), self.name] = len(mine)
+        name, counts = attempt.name._asdict(), {"samples": len(mine), "skipped": len(skipped)}
+        most = max(attempt.reduction.chunks) if mine else 1
+        frames = [Frame(Chunk(**name, **counts, number=number), mine) for number in range(most)]
         for chunks, reducer in zip(attempt.reduction.chunks, freeze.roster, strict=True):
-            for number in range(chunks if mine else min(1, chunks)):
-                header = Chunk(**named(freeze), number=number, samples=len(mine), skipped=len(skipped))
-                self.send_data(attempt, reducer, Frame(header, mine))
+            for frame in frames[:chunks]:
+                self.send_data(attempt, reducer, frame)
 
     def send_data(self, attempt: Attempt, to: PeerId, frame: Frame) -> None:
         if to == self.name:
@@ -303,7 +306,7 @@ class Peer:
 
     def on_data(self, sender: PeerId, frame: Frame) -> None:
         attempt, header = self.attempt, frame.header
-        if attempt is None or not belongs(header, attempt.freeze):
+        if attempt is None or not belongs(header, attempt):
             if header.step in (self.position.step, self.position.step + 1):
                 self.early.append((sender, frame))
             return
@@ -357,7 +360,7 @@ class Peer:
             self.sim.liars.add(self.name)
             content += LIE
         header = Averaged(
-            **named(attempt.freeze),
+            **attempt.name._asdict(),
             number=number,
             samples=reduction.samples,
             skipped=reduction.skipped,

@@ -14,12 +14,12 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 
-from p2ptrain.protocol.lineage import advance, genesis
+from p2ptrain.protocol.lineage import genesis
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.round import Rules
 from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.swarm.network import Network
-from tests.simulation.invariants import Invariants, Violation
+from tests.simulation.invariants import Invariants, Violation, destination
 from tests.simulation.peer import Log, Peer, Stopped
 from tests.simulation.story import Story
 from tests.simulation.transcript import Transcript
@@ -107,7 +107,7 @@ class Simulation:
         header = log[-1][0]
         key = (header.parent, header.digest, header.ballot.number, header.ballot.leader)
         if key not in self._positions:
-            self._positions[key] = advance(self.positions(log[:-1]), header)
+            self._positions[key] = destination(self.positions(log[:-1]), header)
         return self._positions[key]
 
     def verified(self, log: tuple[tuple[EntryHeader, str], ...]) -> Position | None:
@@ -117,7 +117,7 @@ class Simulation:
             if contents.get(header.digest) != content or header.parent != position.lineage:
                 return None
             key = (header.parent, header.digest, header.ballot.number, header.ballot.leader)
-            position = self._positions.get(key) or advance(position, header)
+            position = self._positions.get(key) or destination(position, header)
         return position
 
     def present(self, asker: Peer) -> dict[PeerId, Position]:

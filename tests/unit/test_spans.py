@@ -76,7 +76,7 @@ def test_round_takes_hardly_longer_than_the_slowest_members_own_gradient_or_all_
 
 
 def test_spans_are_equal_when_rates_differ_by_no_more_than_they_waver() -> None:
-    assert balanced([8e6, 10e6, 12e6, 10e6]) == [0.25] * 4
+    assert balanced([8e6, 10e6, 12e6, 10e6]) == (0.25,) * 4
     assert balanced([5e6, 10e6, 12e6, 10e6])[0] == 0
 
 
@@ -100,13 +100,15 @@ def test_client_gets_no_span_however_fast_it_is_and_the_rest_end_together() -> N
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [
-        ([None, 3.0], [0, 1]),
-        ([None, 0.0, None], [0, 1, 0]),
-        ([None, None], [0.5, 0.5]),
-        ([None] * 4, [0.25] * 4),
+        ([None, 3.0], (0, 1)),
+        ([None, 0.0, None], (0, 1, 0)),
+        ([None, None], (0.5, 0.5)),
+        ([None] * 4, (0.25,) * 4),
     ],
 )
-def test_somebody_reduces_even_if_nobody_wants_to(rates: list[float | None], expected: list[float]) -> None:
+def test_somebody_reduces_even_if_nobody_wants_to(
+    rates: list[float | None], expected: tuple[float, ...]
+) -> None:
     assert balanced(rates) == expected
 
 
