@@ -134,7 +134,8 @@ ROOMS = {
     "peers.top": Room(WORDS | {"peers"}, names("rich textual")),
     # the web page is served here and nowhere else
     "peers.monitor_pages": Room(
-        WORDS | names("p2ptrain.telemetry.health peers.watching"), names("aiohttp segno")
+        WORDS | names("p2ptrain.telemetry.connections p2ptrain.telemetry.health peers.watching"),
+        names("aiohttp segno"),
     ),
     "peers.watching": Room(WORDS | names("p2ptrain.telemetry.feed"), frozenset(), PURE),
 }
