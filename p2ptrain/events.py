@@ -154,7 +154,7 @@ class Joined(_Happened):
     def sentence(self) -> str:
         known_as = f" ({clean(self.name)})" if self.name else ""
         return (
-            f"joined {self.run_id} as {short(self.peer)}{known_as}; {_count(self.others, 'other peer')} there"
+            f"joined {self.run_id} as {short(self.peer)}{known_as}; {counted(self.others, 'other peer')} there"
         )
 
 
@@ -171,7 +171,7 @@ class Leaving(_Happened):
     """Samples that it gave to them."""
 
     def sentence(self) -> str:
-        given = f"gave {_count(self.samples, 'sample')} in {_count(self.rounds, 'round')}"
+        given = f"gave {counted(self.samples, 'sample')} in {counted(self.rounds, 'round')}"
         return f"step {self.step}: leaving ({clean(self.reason)}); {given}"
 
 
@@ -297,7 +297,7 @@ class RoundCommitted(_Happened):
         return self.reduce_seconds + self.commit_seconds + self.apply_seconds
 
     def sentence(self) -> str:
-        averaged = f"averaged {_count(self.samples, 'sample')} from {_count(self.peers, 'peer')}"
+        averaged = f"averaged {counted(self.samples, 'sample')} from {counted(self.peers, 'peer')}"
         return f"step {self.step}: {averaged} in {duration(self.seconds)}; you gave {self.mine:,}"
 
 
@@ -359,7 +359,7 @@ class SamplesWasted(_Happened):
     cause: WasteCause
 
     def sentence(self) -> str:
-        lost = f"{_count(self.samples, 'sample')} of yours did not count"
+        lost = f"{counted(self.samples, 'sample')} of yours did not count"
         return f"step {self.step}: {lost}, {_WASTED_BECAUSE[self.cause]}"
 
 
@@ -381,7 +381,7 @@ class DeviceChosen(_Happened):
     def sentence(self) -> str:
         pace = "" if self.samples_per_second is None else f", {self.samples_per_second:,.1f} a second"
         but = f"; {clean(self.flaw)}" if self.flaw else ""
-        at_once = _count(self.samples, "sample")
+        at_once = counted(self.samples, "sample")
         return f"computing on {clean(self.device)} in {self.precision}, {at_once} at once{pace}{but}"
 
 
@@ -400,7 +400,7 @@ class MicroBatchShrunk(_Happened):
     def sentence(self) -> str:
         return (
             f"step {self.step}: the memory of {self.device} did not suffice for "
-            f"{_count(self.from_samples, 'sample')} at once; from now on {self.to_samples} (close what else "
+            f"{counted(self.from_samples, 'sample')} at once; from now on {self.to_samples} (close what else "
             "uses it, or set micro_batch_size in the peer file)"
         )
 
@@ -424,7 +424,7 @@ class CatchingUp(_Happened):
 
     def sentence(self) -> str:
         size = f"{self.done_bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB"
-        pace = f"{_count(self.donors, 'donor')}, {self.bytes_per_second / 1e6:,.1f} MB/s"
+        pace = f"{counted(self.donors, 'donor')}, {self.bytes_per_second / 1e6:,.1f} MB/s"
         left = "" if self.eta_seconds is None else f", {duration(self.eta_seconds)} left"
         return f"catching up: {self.done:,} of {self.total:,} {clean(self.what)}, {size} ({pace}{left})"
 
@@ -480,7 +480,7 @@ class RolledBack(_Happened):
     """Whose lie was in the entries that were given up, if one was."""
 
     def sentence(self) -> str:
-        given_up = f"{_count(self.samples_lost, 'sample')} given up "
+        given_up = f"{counted(self.samples_lost, 'sample')} given up "
         if self.liar is None:
             given_up += f"for the heavier lineage {self.lineage[:8]}"
         else:
@@ -782,7 +782,7 @@ class PeerStoodOut(_Happened):
     def sentence(self) -> str:
         return (
             f"step {self.step}: the gradients of {short(self.peer)} are unlike the others', "
-            f"in {_count(self.rounds, 'round')} more"
+            f"in {counted(self.rounds, 'round')} more"
         )
 
 
@@ -973,7 +973,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24:,} d {hours % 24} h"
 
 
-def _count(number: int, thing: str) -> str:
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, in words."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2ptrain.config import RunConfig, run_digest
-from p2ptrain.events import clean, short
+from p2ptrain.events import clean, counted, short
 from p2ptrain.protocol.terms import in_words
 from p2ptrain.records import PeerId
 from p2ptrain.telemetry.journal import Journal, read_journal, shown_moment
@@ -52,7 +52,7 @@ def changes(before: Book, after: Book) -> Iterator[str]:
         grant, was = issued.grant, known.get(issued.grant.serial)
         what = f"invite {grant.serial}"
         if was is None:
-            uses = "" if grant.uses is None else f", for {grant.uses} peers"
+            uses = "" if grant.uses is None else f", for {counted(grant.uses, 'peer')}"
             yield f"{what} made, role {grant.role}, name {json.dumps(grant.name)}{uses}"
         if issued.revoked and not (was is not None and was.revoked):
             yield f"{what} revoked"

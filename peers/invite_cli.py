@@ -217,11 +217,11 @@ def _facts(grant: Grant) -> dict[str, Any]:
 
 
 def _described(grant: Grant) -> str:
-    from p2ptrain.events import clean
+    from p2ptrain.events import clean, counted
 
     name = f" ({clean(grant.name, 64)})" if grant.name else ""
     until = "for ever" if grant.expires is None else f"until {_date(grant.expires)}"
-    uses = f", for {grant.uses} peers" if grant.uses else ""
+    uses = f", for {counted(grant.uses, 'peer')}" if grant.uses else ""
     return f"{grant.serial}{name}, role {grant.role}, {until}{uses}"
 
 

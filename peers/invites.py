@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2ptrain.config import RunConfig, canonical_json, run_digest
 from p2ptrain.errors import ConfigError, StorageError
-from p2ptrain.events import clean
+from p2ptrain.events import clean, counted
 from p2ptrain.protocol.terms import in_force
 from p2ptrain.records import (
     MAX_KICKED,
@@ -222,7 +222,7 @@ def redeem(folder: Path, grant: Grant, who: PeerId) -> Redeemed:
             raise ConfigError(f"{which} is good as it is")
         elif who not in issued.used_by:
             if len(issued.used_by) >= grant.uses:
-                raise ConfigError(f"{which} was for {grant.uses} peers, and so many have come by it")
+                raise ConfigError(f"{which} was for {counted(grant.uses, 'peer')}, and so many have come by it")
             issued.used_by.append(who)
         return redeemed(organizer, grant, who)
 

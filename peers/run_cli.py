@@ -123,7 +123,7 @@ def show(run: Run = "", data_dir: DataDir = "", as_json: Json = False) -> None:
         for line in in_words(book.terms):
             typer.echo(f"  {line}")
     if book.kicks is not None and book.kicks.kicks:
-        typer.echo(f"  {len(book.kicks.kicks)} peers are put out")
+        typer.echo(f"  peers that are put out: {len(book.kicks.kicks)}")
 
 
 @app.command()

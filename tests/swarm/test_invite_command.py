@@ -368,7 +368,7 @@ def test_invite_for_one_peer_lets_in_one_and_who_is_there_stays_when_all_invites
 
     peer = people.join(line, "peer")
     until(rounds, lambda: f"a round: {peer}")
-    assert "was for 1 peers" in sentence(people.join(line, "second"), 2)
+    assert "was for 1 peer" in sentence(people.join(line, "second"), 2)
 
     until(lambda: any(each.role == "train" for each in present.read(tmp_path / "organizer")), "it is seen")
     rotating = people.start("invite", "rotate", str(run), "--grace", "8s", *there, "--json")

@@ -186,7 +186,7 @@ def test_invite_for_a_few_peers_is_redeemed_by_so_many_and_by_each_as_often_as_i
     for _ in range(2):
         own = redeem(tmp_path, limited.grant, BERT)
         assert (own.grant.key, own.grant.uses, own.grant.serial) == (BERT, None, limited.grant.serial)
-    with pytest.raises(ConfigError, match="was for 1 peers, and so many have come by it"):
+    with pytest.raises(ConfigError, match="was for 1 peer, and so many have come by it"):
         redeem(tmp_path, limited.grant, CARL)
     with pytest.raises(ConfigError, match="good as it is"):
         redeem(tmp_path, decode(read(tmp_path).invites[0].line).grant, CARL)
