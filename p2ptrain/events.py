@@ -153,9 +153,8 @@ class Joined(_Happened):
 
     def sentence(self) -> str:
         known_as = f" ({clean(self.name)})" if self.name else ""
-        return (
-            f"joined {self.run_id} as {short(self.peer)}{known_as}; {counted(self.others, 'other peer')} there"
-        )
+        others = counted(self.others, "other peer")
+        return f"joined {self.run_id} as {short(self.peer)}{known_as}; {others} there"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,9 @@ def redeem(folder: Path, grant: Grant, who: PeerId) -> Redeemed:
             raise ConfigError(f"{which} is good as it is")
         elif who not in issued.used_by:
             if len(issued.used_by) >= grant.uses:
-                raise ConfigError(f"{which} was for {counted(grant.uses, 'peer')}, and so many have come by it")
+                raise ConfigError(
+                    f"{which} was for {counted(grant.uses, 'peer')}, and so many have come by it"
+                )
             issued.used_by.append(who)
         return redeemed(organizer, grant, who)
 
