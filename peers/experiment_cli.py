@@ -115,6 +115,12 @@ def _plain(summary: Summary, written: list[Path]) -> dict[str, Any]:
                 "gap_percent": each.percent if each.finite else None,
                 "rounds": each.rounds,
                 "sent_bytes": each.sent_bytes,
+                "change_norm": each.copies.change_norm,
+                "cosine": each.copies.cosine,
+                "consensus_distance": each.copies.consensus_distance,
+                "barrier": each.copies.barrier,
+                "parts_change": None if each.cohesion is None else each.cohesion.parts,
+                "cohesion_defect": None if each.cohesion is None else each.cohesion.defect,
                 "hours": {f"{mbit:g}": hours(summary, each, mbit) for mbit in summary.grid.link_mbit},
             }
             for each in summary.cells

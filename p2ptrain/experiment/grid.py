@@ -8,6 +8,7 @@ peers would turn (DiLoCo, table 3): every table here says which it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from p2ptrain.errors import ConfigError
 
 PROFILES = ("smoke", "ci", "full")
 STEPS_BETWEEN_PROBES = 20
-"""At least so many; with strategy `partition`, whose measuring costs as much as some steps."""
+"""At least so many, where peers train apart: to measure what putting together does costs as much as some
+steps."""
 
 Peers = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, max_length=16)]
 Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=10**6)], ...], Field(strict=False, max_length=32)]
@@ -192,11 +194,12 @@ class Grid(Section):
             )
         if self.samples % cell.round_samples(self.batch_size):
             rounds = self.samples / cell.round_samples(self.batch_size)
-            whole = max(1, round(rounds)) * cell.round_samples(self.batch_size)
+            all_whole = math.lcm(*(each.round_samples(self.batch_size) for each in self.cells()))
+            whole = max(1, round(self.samples / all_whole)) * all_whole
             raise ValueError(
-                f"a cell of {cell.steps} steps between averages takes {cell.round_samples(self.batch_size)} "
-                f"samples a round, so the budget of {self.samples} is {rounds:.3g} rounds of it, and must be "
-                f"a whole number; set samples to {whole}, or leave {cell.steps} out of steps"
+                f"{cell.steps} steps between averages take {cell.round_samples(self.batch_size)} samples, so "
+                f"the budget of {self.samples} samples is {rounds:.3g} rounds of them, and must be a whole "
+                f"number for each cell; set samples to {whole}, or change steps"
             )
         arm = self.arm(cell.arm)
         if arm.split == "label" and self.task.kind != "digits":
@@ -259,7 +262,7 @@ class Grid(Section):
                 by=arm.by,
                 inner_batch_size=self.batch_size // cell.peers,
                 gamma=arm.gamma,
-                probe_every=max(1, STEPS_BETWEEN_PROBES // cell.steps),
+                probe_every=rounds_between_probes(cell.steps),
             ),
             schedule=Schedule(warmup_steps=0),
         )
@@ -277,6 +280,11 @@ class Cell:
     def round_samples(self, batch_size: int) -> int:
         """Samples of all peers together between two averages."""
         return batch_size * self.steps
+
+
+def rounds_between_probes(steps: int) -> int:
+    """With so many steps between averages."""
+    return max(1, STEPS_BETWEEN_PROBES // steps)
 
 
 def load_grid(path: Path | str, profile: str = "full") -> Grid:

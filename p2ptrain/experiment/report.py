@@ -37,6 +37,11 @@ code { background: #f4f4f4; padding: .1rem .3rem; } img { max-width: 100%; } sma
 
 
 COHESION = "Change of the loss by one round, in nats, on samples that nobody trains on"
+COPIES = (
+    "How far apart peers came in a round. Cosine: between two peers' changes; consensus distance: of a copy "
+    "from the average; barrier: loss of the average, or of the undamped union, less the mean loss of the "
+    "peers' own copies, in nats, on samples that nobody trains on: below zero putting together helps"
+)
 
 
 def budget(summary: Summary) -> str:
@@ -113,6 +118,25 @@ def cohesions(summary: Summary) -> list[list[str]]:
     return rows
 
 
+def copies(summary: Summary) -> list[list[str]]:
+    """How far apart peers came, and what it cost to put together what they did; a header row first, alone if
+    nobody trained apart."""
+    rows = [["cell", "length of the mean change", "cosine", "consensus distance", "barrier"]]
+    for each in summary.cells:
+        found = each.copies
+        if found.known:
+            rows.append(
+                [
+                    f"{each.cell.arm}, N = {each.cell.peers}, H = {each.cell.steps}",
+                    "" if found.change_norm is None else f"{found.change_norm:.3g}",
+                    "" if found.cosine is None else f"{found.cosine:+.2f}",
+                    "" if found.consensus_distance is None else f"{found.consensus_distance:.3g}",
+                    "" if found.barrier is None else f"{found.barrier:+.4f}",
+                ]
+            )
+    return rows
+
+
 def published(summary: Summary) -> list[list[str]]:
     """The published gaps at 30 steps, and ours at the number of steps nearest to that; a header row first."""
     rows = [["gap in % of the synchronous loss", *(f"N = {peers}" for peers in (1, 2, 4, 8))]]
@@ -154,6 +178,8 @@ def lines(summary: Summary) -> list[str]:
             said += ["", _heading(summary, arm.name), *_aligned(table(summary, arm.name))]
     if len(fits := cohesions(summary)) > 1:
         said += ["", f"{COHESION}:", *_aligned(fits)]
+    if len(apart := copies(summary)) > 1:
+        said += ["", f"{COPIES}:", *_aligned(apart)]
     said += ["", *answers(summary)]
     found = checks(summary)
     if found:
@@ -244,6 +270,9 @@ def _page(summary: Summary, picture: bytes | None, commands: list[str]) -> str:
     if len(fits := cohesions(summary)) > 1:
         parts += ["<h2>How parts fit together</h2>", _html_table(fits)]
         parts.append(f"<p><small>{COHESION}; mean over seeds and rounds.</small></p>{made}")
+    if len(apart := copies(summary)) > 1:
+        parts += ["<h2>How far apart peers came</h2>", _html_table(apart)]
+        parts.append(f"<p><small>{COPIES}; mean over seeds and rounds.</small></p>{made}")
     if _beside_published(summary):
         parts += ["<h2>Beside the published curve</h2>", _html_table(published(summary)), made]
     parts += ["<h2>All cells</h2>", _html_table(losses(summary))]

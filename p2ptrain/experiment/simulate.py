@@ -25,11 +25,12 @@ from p2ptrain.gradients.devices import CPU
 from p2ptrain.gradients.engine import Engine, chance_of
 from p2ptrain.gradients.feedback import Owed
 from p2ptrain.gradients.likeness import Likeness
+from p2ptrain.gradients.noise import UNMEASURED, Spread
 from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.spans import balanced, chunk_ranges, share_out
 from p2ptrain.records import Ballot, EntryHeader, PeerId
-from p2ptrain.replica.apart import LocalSteps
+from p2ptrain.replica.apart import Agreement, LocalSteps, agreement
 from p2ptrain.replica.log import Entry
 from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps
 from p2ptrain.replica.replica import Replica, parameter_table
@@ -92,18 +93,30 @@ class Member:
         """The round is committed; `owed` is what this peer kept as a reducer."""
         self.replica.apply(entry)
         self.gathered.settle(self._codec, self.sent)
+        step = self.replica.position.step
         if isinstance(parts := self.gathered, PartSteps):
-            drawn = partial(self._task.batch, self.replica.position.step, PROBE)
-            loss = partial(self.engine.mean_loss, drawn, self._task.loss_sum, PROBE_SAMPLES)
-            parts.measure(loss, self.replica.union, self.replica.position.step)
+            parts.measure(partial(self.probe_loss, step), self.replica.union, step)
         self.owed = owed
+
+    def probe_loss(self, step: int) -> float:
+        """Mean loss of the model as it is on that step's samples that nobody trains on."""
+        drawn = partial(self._task.batch, step, PROBE)
+        return self.engine.mean_loss(drawn, self._task.loss_sum, PROBE_SAMPLES)
 
 
 class Simulation:
     """The replicas of a run whose members are always the same, in roster order."""
 
-    def __init__(self, run: RunConfig, task: Task, roster: Sequence[str], micro_batch_size: int) -> None:
-        """All at step 0; each computes `micro_batch_size` samples at once."""
+    def __init__(
+        self,
+        run: RunConfig,
+        task: Task,
+        roster: Sequence[str],
+        micro_batch_size: int,
+        barrier_every: int = 0,
+    ) -> None:
+        """All at step 0; each computes `micro_batch_size` samples at once. With strategy `local` the
+        averaging barrier is measured every so many rounds; 0: never."""
         if run.delay or run.audit or run.data == "leased" or run.local.warmup_rounds:
             raise ValueError("delay, audit, leased data and a warm-up cannot be simulated")
         if list(roster) != sorted(set(roster)):
@@ -116,6 +129,12 @@ class Simulation:
         self._scratch = Scratch()
         self.cohesions: list[Cohesion] = []
         """With strategy `partition`: of each round that was measured."""
+        self.agreements: list[Agreement] = []
+        """With strategy `local`: of each round."""
+        self.barriers: list[float] = []
+        """With strategy `local`, of the rounds that were measured: loss of the copies' average, on samples
+        that nobody trains on, less the mean loss of the copies. Below zero averaging helped."""
+        self._barrier_every = barrier_every
 
     @property
     def replica(self) -> Replica:
@@ -143,16 +162,28 @@ class Simulation:
         """
         for member, count in zip(self.members, samples, strict=True):
             member.gather(count)
-        entry, owed = self._entry([member.gathered.samples for member in self.members], spans, ballot)
+        entry, owed, spread = self._entry([member.gathered.samples for member in self.members], spans, ballot)
+        if self.run.strategy == "local":
+            self._compare(entry, spread)
         for member, kept in zip(self.members, owed, strict=True):
             member.apply(entry, kept)
         if (found := self.replica.cohesion) is not None:
             self.cohesions.append(found)
         return entry.header
 
+    def _compare(self, entry: Entry, spread: Spread | None) -> None:
+        """How the copies that the entry averages, and that the members still have, are to each other."""
+        header, first = entry.header, self.members[0]
+        factor, _ = self.replica.scale(self.run, header)
+        self.agreements.append(agreement(header, spread, factor))
+        if self._barrier_every and (header.step + 1) % self._barrier_every == 0:
+            copies = [member.probe_loss(header.step) for member in self.members]
+            self.replica.show_average(entry)
+            self.barriers.append(first.probe_loss(header.step) - math.fsum(copies) / len(copies))
+
     def _entry(
         self, samples: Sequence[int], spans: Sequence[int] | None, ballot: Ballot | None
-    ) -> tuple[Entry, list[Owed]]:
+    ) -> tuple[Entry, list[Owed], Spread | None]:
         """What `allreduce.Attempt` does on as many machines: each member reduces its span, chunk by chunk."""
         position, last = self.replica.position, self.replica.last
         spans = spans or share_out(self.replica.values, balanced([0.0 for _ in self.members]))
@@ -163,9 +194,10 @@ class Simulation:
         digests: list[bytes] = []
         norms: list[float] = []
         owed: list[Owed] = []
+        likeness = Likeness()  # one for all reducers: what it holds adds up
         for member, (start, stop) in zip(self.members, pairwise(spans), strict=True):
             kept = member.owed.moved(start, stop)
-            rule = Rule(self._codec, self._aggregation, usual, kept, Likeness(), last=last)
+            rule = Rule(self._codec, self._aggregation, usual, kept, likeness, last=last)
             norm = 0.0
             for at, end in chunk_ranges(start, stop, self.run.chunk_values):
                 parts = [self._codec.encode(self.members[rank].gathered.total[at:end]) for rank in ranks]
@@ -194,4 +226,5 @@ class Simulation:
             squared_norms=tuple(norms),
             digest=joint_digest(digests),
         )
-        return Entry(header, b"".join(chunks)), owed
+        spread = None if self._codec.name in UNMEASURED else likeness.spread()
+        return Entry(header, b"".join(chunks)), owed, spread

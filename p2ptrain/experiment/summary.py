@@ -24,6 +24,21 @@ SIGMAS = 2.0
 
 
 @dataclass(frozen=True)
+class Copies:
+    """How far what peers did apart was from each other, as in `Result`, mean over seeds; None: not known."""
+
+    change_norm: float | None
+    cosine: float | None
+    consensus_distance: float | None
+    barrier: float | None
+    """In nats."""
+
+    @property
+    def known(self) -> bool:
+        return any(value is not None for value in (self.change_norm, self.barrier))
+
+
+@dataclass(frozen=True)
 class Measured:
     """A cell with all its seeds; losses in nats, infinite where it diverged."""
 
@@ -50,6 +65,7 @@ class Measured:
     """The gap, of the synchronous loss."""
     cohesion: Cohesion | None
     """With strategy `partition`: mean over seeds and rounds."""
+    copies: Copies
 
     @property
     def loss(self) -> float:
@@ -161,7 +177,19 @@ def _measured(
         sigma=sigma,
         percent=percent,
         cohesion=_cohesion(found),
+        copies=Copies(
+            change_norm=_mean([each.change_norm for each in found]),
+            cosine=_mean([each.cosine for each in found]),
+            consensus_distance=_mean([each.consensus_distance for each in found]),
+            barrier=_mean([each.barrier for each in found]),
+        ),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None unless all are known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _cohesion(found: Sequence[Result]) -> Cohesion | None:

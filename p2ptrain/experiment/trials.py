@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from p2ptrain.config import AnyTask, RunConfig, canonical_json
-from p2ptrain.experiment.grid import Cell, Grid
+from p2ptrain.experiment.grid import Cell, Grid, rounds_between_probes
 from p2ptrain.experiment.simulate import Diverged, Simulation
 from p2ptrain.experiment.skew import ByLabel
 from p2ptrain.protocol.spans import moved_bytes
@@ -71,6 +72,16 @@ class Result:
     rounds that were measured; None for others."""
     defect: float | None = None
     """The cohesion defect of a round, likewise."""
+    change_norm: float | None = None
+    """Strategy `local`, mean over the rounds: length of the mean of the peers' changes; None for others."""
+    cosine: float | None = None
+    """Likewise, between two peers' changes; None for one peer, or where the codec hides it."""
+    consensus_distance: float | None = None
+    """Likewise, of a copy from the average of all."""
+    barrier: float | None = None
+    """What putting together what peers did apart adds to the mean loss of their copies, on samples that
+    nobody trains on, mean over the rounds that were measured: the average of the copies with strategy
+    `local`, the undamped union of the parts with `partition`. Below zero it helps."""
 
     @property
     def cell(self) -> Cell:
@@ -112,7 +123,8 @@ def conduct(grid: Grid, trial: Trial) -> Result:
     task = _task(grid.task, trial.seed, grid.arm(cell.arm).split, cell.peers)
     began = time.perf_counter()
     inner = grid.batch_size // cell.peers
-    simulation = Simulation(run, task, roster(cell.peers), inner)
+    every = rounds_between_probes(cell.steps) if cell.peers > 1 else 0
+    simulation = Simulation(run, task, roster(cell.peers), inner, barrier_every=every)
     each = [run.target_batch_size // cell.peers] * cell.peers
     looks = {math.ceil(run.total_steps * look / LOOKS) for look in range(1, LOOKS + 1)}
     curve: list[tuple[int, float]] = []
@@ -131,6 +143,7 @@ def conduct(grid: Grid, trial: Trial) -> Result:
         figures = {}
     encoded = simulation.encoded_bytes
     rounds_measured, fits = len(simulation.cohesions), together(simulation.cohesions)
+    barriers = [each.union - each.parts / cell.peers for each in simulation.cohesions] or simulation.barriers
     return Result(
         key=key_of(grid, trial),
         arm=cell.arm,
@@ -147,7 +160,17 @@ def conduct(grid: Grid, trial: Trial) -> Result:
         seconds=time.perf_counter() - began,
         parts_change=fits.parts / rounds_measured if rounds_measured else None,
         defect=fits.defect / rounds_measured if rounds_measured else None,
+        change_norm=_mean([each.norm for each in simulation.agreements]),
+        cosine=_mean([each.cosine for each in simulation.agreements]),
+        consensus_distance=_mean([each.consensus_distance for each in simulation.agreements]),
+        barrier=_mean(barriers),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None if none is, or one is not finite, as in a training that diverged."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and all(map(math.isfinite, known)) else None
 
 
 # -- what is due ---------------------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ def test_every_cell_spends_the_same_samples_in_steps_of_the_same_batch(tmp_path:
     [
         (
             ("steps = [1, 4]", "steps = [1, 3]"),
-            "FILE: a cell of 3 steps between averages takes 24 samples a round, so the budget of 64 is 2.67 "
-            "rounds of it, and must be a whole number; set samples to 72, or leave 3 out of steps",
+            "FILE: 3 steps between averages take 24 samples, so the budget of 64 samples is 2.67 rounds of "
+            "them, and must be a whole number for each cell; set samples to 72, or change steps",
         ),
         (
             ("steps = [1, 4]", "steps = [1, 16]"),
-            "FILE: a cell of 16 steps between averages takes 128 samples a round, so the budget of 64 is 0.5 "
-            "rounds of it, and must be a whole number; set samples to 128, or leave 16 out of steps",
+            "FILE: 16 steps between averages take 128 samples, so the budget of 64 samples is 0.5 rounds of "
+            "them, and must be a whole number for each cell; set samples to 128, or change steps",
         ),
         (
             ("peers = [1, 2]", "peers = [1, 3]"),
@@ -110,7 +110,7 @@ def test_grid_is_refused_with_a_sentence(tmp_path: Path, change: tuple[str, str]
 
 
 def test_profile_is_refused_when_its_budget_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"profile ci of .*a cell of 4 steps between averages takes 32"):
+    with pytest.raises(ConfigError, match=r"profile ci of .*4 steps between averages take 32"):
         small(tmp_path, SMALL.replace("[[arms]]", "[ci]\nsamples = 48\n\n[[arms]]", 1), "ci")
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from p2ptrain.errors import P2PTrainError, StorageError
 from p2ptrain.experiment.grid import Arm, Cell, Grid
-from p2ptrain.experiment.report import PAGE, PICTURE, cohesions, published, table, write
+from p2ptrain.experiment.report import PAGE, PICTURE, cohesions, copies, lines, published, table, write
 from p2ptrain.experiment.rows import checks
 from p2ptrain.experiment.store import RESULTS, Store, open_store, read_store
 from p2ptrain.experiment.summary import Summary, answers, hours, pareto, spearman, summarise
@@ -275,3 +275,34 @@ def test_report_tells_how_parts_fit_together_and_says_nothing_of_others() -> Non
         "yes",
     ]
     assert len(cohesions(summary_of(grid_r5()))) == 1
+
+
+def test_report_tells_how_far_peers_came_apart_on_the_page_and_for_programs(tmp_path: Path) -> None:
+    grid = grid_r5()
+    results, _ = conducted(grid, expected)
+    told = {
+        key: replace(
+            each,
+            change_norm=0.5,
+            cosine=0.25 if each.peers > 1 else None,
+            consensus_distance=0.1 * each.seed if each.peers > 1 else None,
+            barrier=-0.001 * each.seed if each.peers > 1 else None,
+        )
+        if each.arm == "average"
+        else each
+        for key, each in results.items()
+    }
+    summary = summarise(grid, told)
+    rows = copies(summary)
+    assert len(rows) == 1 + 12
+    assert rows[1] == ["average, N = 1, H = 1", "0.5", "", "", ""]
+    assert rows[-1] == ["average, N = 4, H = 8", "0.5", "+0.25", "0.2", "-0.0020"]
+    assert any("-0.0020" in line for line in lines(summary))
+    store = open_store(tmp_path / "out", grid, resume=False)
+    for each in told.values():
+        store.add(each)
+    said = CliRunner().invoke(app, ["experiment", "report", str(tmp_path / "out"), "--json"])
+    cell = json.loads(said.stdout.splitlines()[-1])["cells"][-4]
+    assert (cell["arm"], cell["cosine"], cell["barrier"]) == ("average", 0.25, pytest.approx(-0.002))
+    assert (cell["cohesion_defect"], cell["parts_change"]) == (None, None)
+    assert "How far apart peers came" in (tmp_path / "out" / PAGE).read_text()

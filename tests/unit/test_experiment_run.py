@@ -83,6 +83,33 @@ def test_round_apart_takes_the_mean_of_where_the_peers_went() -> None:
     assert weight(simulation) == pytest.approx((2 * (1 - 0.81) + 2 * (1 - 0.36)) / 2)
 
 
+def test_copies_are_compared_as_they_are_before_they_are_averaged() -> None:
+    """One goes to 0.2 and the other to 0.8; on the probe, where x is 2, w is 2 (w - 2)² off."""
+    run = line_run(strategy="local")
+    simulation = Simulation(run, Line(), ["a", "b"], 1, barrier_every=2)
+    simulation.round([1, 1])
+    found = simulation.agreements[0]
+    assert found.norm == pytest.approx(0.5)
+    assert found.consensus_distance == pytest.approx(0.3)
+    assert found.cosine == pytest.approx((0.2 * 0.8) / ((0.2**2 + 0.8**2) / 2))
+    assert simulation.barriers == []
+    simulation.round([1, 1])
+    assert weight(simulation) == pytest.approx(0.5 + (0.15 + 0.6) / 2)
+    copies = [0.5 + 0.15, 0.5 + 0.6]
+    losses = [2 * (w - 2) ** 2 for w in [*copies, sum(copies) / 2]]
+    assert simulation.barriers == [pytest.approx(losses[2] - (losses[0] + losses[1]) / 2)]
+
+
+def test_measuring_the_barrier_changes_no_bit_of_the_training() -> None:
+    run = line_run(strategy="local", local=Local(inner_batch_size=1), target_batch_size=4)
+    looking, plain = (Simulation(run, Line(), ["a", "b"], 1, barrier_every=every) for every in (1, 0))
+    for _ in range(4):
+        for one in (looking, plain):
+            one.round([2, 2])
+    assert len(looking.barriers) == 4
+    assert looking.replica.compute_state_digest() == plain.replica.compute_state_digest()
+
+
 def test_member_that_brings_nothing_counts_for_nothing() -> None:
     simulation = Simulation(line_run(), Line(), ["a", "b"], 1)
     header = simulation.round([1, 0])
@@ -116,6 +143,7 @@ def test_cell_has_the_same_figures_when_it_is_trained_again() -> None:
     grid, trial = tiny(), Trial(Cell("average", 2, 2), 0.01, 1)
     result = conduct(grid, trial)
     assert replace(conduct(grid, trial), seconds=result.seconds) == result
+    assert None not in (result.change_norm, result.cosine, result.consensus_distance)
     assert (result.rounds, result.curve[-1][0]) == (4, 64)
     assert result.loss == result.curve[-1][1]
     assert result.loss is not None
