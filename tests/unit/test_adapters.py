@@ -70,6 +70,7 @@ def test_what_a_cut_loses_is_the_root_of_the_squares_cut_off(shape: tuple[int, i
 
 
 def test_a_cut_loses_nothing_when_the_rank_is_all_there_is() -> None:
+    """T6."""
     whole = concatenated([random_factors(30, 4, 20, seed) for seed in (1, 2)], [1.0, 1.0])
     assert (compressed(whole, 8, None).factors.delta() - whole.delta()).norm() < 1e-9
 
@@ -85,6 +86,7 @@ def test_energy_keeps_the_smallest_rank_that_has_it() -> None:
 
 @pytest.mark.parametrize("rank", [7, 100])
 def test_a_rank_above_what_the_factors_hold_is_refused(rank: int) -> None:
+    """T6."""
     with pytest.raises(ValueError, match="at most rank 6"):
         compressed(random_factors(6, 8, 20, 1), rank, None)
 

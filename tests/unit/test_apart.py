@@ -138,6 +138,7 @@ def test_one_inner_step_with_outer_momentum_is_synchronous_nesterov() -> None:
 
 
 def test_one_inner_step_is_not_synchronous_training_when_the_inner_optimizer_is_adamw() -> None:
+    """T8: the identity is linear training's alone."""
     found = trained(
         noisy,
         counts=[1, 1],
@@ -179,7 +180,7 @@ def test_averaging_later_changes_nothing_on_a_quadratic_that_all_share() -> None
 
 @pytest.mark.parametrize("peers", [1, 2, 5])
 def test_peers_with_the_same_data_are_one_peer_that_trains_alone(peers: int) -> None:
-    """T10."""
+    """T10: and one peer is plain training."""
     found = trained(
         lambda parameters, peer, number, step: noisy(parameters, 0, number, step),
         counts=[7] * peers,

@@ -181,7 +181,7 @@ def optimizer64(count: int, decayed: list[tuple[int, int]]) -> FlatOptimizer:
 
 @pytest.mark.parametrize("by", ["tensor", "block", "random"])
 def test_parts_that_go_round_with_their_state_are_trained_as_by_one_owner(by: Any) -> None:
-    """T13."""
+    """T13: as by one optimizer that never changed hands."""
     size, peers, rounds, steps, decayed = 30, 3, 7, 4, [(0, 20)]
     tensors = [(0, 12), (12, 20), (20, 30)]
     theta = torch.linspace(-1, 1, size, dtype=torch.float64)

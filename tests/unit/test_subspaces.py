@@ -138,7 +138,7 @@ def parts_after(theta: Tensor, steps: int) -> list[Tensor]:
 def test_union_diverges_where_curvature_couples_what_was_trained_apart_for_long(
     gamma: float, steps: int, converges: bool
 ) -> None:
-    """T12."""
+    """T12: Jacobi's method, with a spectral radius of 1.2."""
     theta = torch.ones(12, dtype=torch.float64)
     for _ in range(2000 // steps):
         theta += gamma * torch.stack(parts_after(theta, steps)).sum(0)
