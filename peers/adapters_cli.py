@@ -137,8 +137,13 @@ def route_train(
     length: Length = 192,
     windows: Windows = 200,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Below this confidence the base goes on without an adapter.")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Below this confidence the base goes on without an adapter; found out if not given.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Learn from texts which adapter is best after their first tokens."""

@@ -70,13 +70,15 @@ class Panel:
 
     @torch.no_grad()
     def features(self, prefixes: Tensor) -> Tensor:
-        """float64 [texts, width]: the mean of the base's last hidden states; prefixes: int64 [texts,
-        length]."""
+        """float64 [texts, 3 · width]: means over the prefix of the base's embeddings, its hidden states
+        half-way up, and its last ones. What is said of a text lies in the upper ones, which bytes it has in
+        the lower. prefixes: int64 [texts, length]."""
         parts = []
         for at in range(0, len(prefixes), AT_ONCE):
             batch = prefixes[at : at + AT_ONCE]
-            states = self._forward(batch, [0] * len(batch), output_hidden_states=True).hidden_states[-1]
-            parts.append(states.double().mean(dim=1))
+            states = self._forward(batch, [0] * len(batch), output_hidden_states=True).hidden_states
+            looked_at = (states[0], states[len(states) // 2], states[-1])
+            parts.append(torch.cat([each.double().mean(dim=1) for each in looked_at], dim=1))
         return torch.cat(parts)
 
     def scores(self, tokens: Tensor, prefix: int, domain: int, choices: int) -> Scores:

@@ -6,9 +6,12 @@ follows. Choice 0 is the base without any adapter. Four ways are measured beside
 
 - each fixed choice; - the *oracle*: by the loss on what follows itself, which no router can know; none does
 better; - by *likelihood*: the one that makes the most of the prefix. It needs a pass of every adapter; -
-*learned*: p(choice | x) = softmax(W·f(x) + b), where f is the mean of the base's last hidden states over the
-prefix. It is trained on the loss that it would cause, Σ over choices of p(choice | x) · loss(choice, x),
-which is exact: with few choices nothing has to be drawn. Below a confidence it is the base's.
+*learned*: p(choice | x) = softmax(W·f(x) + b), where f are means of the base's hidden states over the prefix.
+It is trained on the loss that it would cause, Σ over choices of p(choice | x) · loss(choice, x), which is
+exact: with few choices nothing has to be drawn. Below a confidence it is the base's.
+
+How strongly weights are held back, and that confidence, are what does best on texts that a router did not
+learn from: each fifth of them is judged by one that learned from the others.
 
 Not covered: choosing again in the middle of a text, which would want the attention's cache computed anew, and
 choosing by layer or token (Arrow, X-LoRA), which did worse on texts as short as ours.
@@ -23,7 +26,12 @@ import torch
 from torch import Tensor
 
 STEPS = 100
-WEIGHT_DECAY = 1e-3
+FOLDS = 5
+WEIGHT_DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
+THRESHOLDS = tuple(number / 20 for number in range(20))
+INDIFFERENT = 1e-3
+"""Of the loss: of thresholds that differ by no more the highest is taken, since a context that is unlike all
+that were learned from is better left to the base."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,11 @@ class Scores:
     """float64 [texts, width]: what the base thinks of the prefix."""
     domains: tuple[int, ...]
     """Of each text, where it comes from."""
+
+    def of(self, texts: Tensor) -> Scores:
+        """Of these texts alone: bool [texts]."""
+        domains = tuple(domain for domain, kept in zip(self.domains, texts.tolist(), strict=True) if kept)
+        return Scores(self.prefix[:, texts], self.rest[:, texts], self.features[texts], domains)
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,32 @@ class Router:
         return torch.where(confidence >= self.threshold, choice, 0)
 
 
-def train(scores: Scores, threshold: float) -> Router:
-    """The router with the least expected loss on these texts; the same for the same scores."""
+def train(scores: Scores, threshold: float | None = None) -> Router:
+    """The router with the least expected loss on these texts; the same for the same scores. Without a
+    `threshold` it is found."""
+    texts = torch.arange(scores.rest.shape[1])
+    judged: dict[float, tuple[Tensor, Tensor]] = {}
+    for decay in WEIGHT_DECAYS:
+        confidence = torch.zeros(len(texts), dtype=torch.float64)
+        choice = torch.zeros_like(texts)
+        for fold in range(FOLDS):
+            held = texts % FOLDS == fold
+            router = _fitted(scores.of(~held), decay, 0.0)
+            confidence[held], choice[held] = router.probabilities(scores.features[held]).max(dim=1)
+        judged[decay] = confidence, choice
+
+    def loss(decay: float, least: float) -> float:
+        confidence, choice = judged[decay]
+        return scores.rest[torch.where(confidence >= least, choice, 0), texts].mean().item()
+
+    decay = min(WEIGHT_DECAYS, key=lambda each: loss(each, threshold or 0.0))
+    if threshold is None:
+        best = min(loss(decay, least) for least in THRESHOLDS)
+        threshold = max(least for least in THRESHOLDS if loss(decay, least) <= best * (1 + INDIFFERENT))
+    return _fitted(scores, decay, threshold)
+
+
+def _fitted(scores: Scores, decay: float, threshold: float) -> Router:
     center, scale = scores.features.mean(0), scores.features.std(0).clamp_min(1e-6)
     inputs, loss = (scores.features - center) / scale, scores.rest.T
     loss = loss - loss.min(dim=1, keepdim=True).values  # what a choice costs beside the best one
@@ -73,7 +110,7 @@ def train(scores: Scores, threshold: float) -> Router:
     def closure() -> Tensor:
         optimizer.zero_grad()
         expected = (torch.softmax(inputs @ weight.T + bias, dim=1) * loss).sum(1).mean()
-        value = expected + WEIGHT_DECAY * weight.square().mean()
+        value = expected + decay * weight.square().mean()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

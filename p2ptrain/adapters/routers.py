@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,9 @@ class RouterNote(BaseModel):
     """Path of the base's folder."""
     adapters: tuple[Choice, ...] = Field(min_length=1)
     """Choices 1, 2, …; choice 0 is the base alone."""
-    feature: str = "mean of the base's last hidden states over the prefix"
+    feature: Literal["means over the prefix of the base's embeddings, middle and last hidden states"] = (
+        "means over the prefix of the base's embeddings, middle and last hidden states"
+    )
     prefix: int = Field(ge=2)
     """Tokens that are looked at."""
     threshold: float = Field(ge=0, le=1)

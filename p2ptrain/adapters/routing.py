@@ -32,11 +32,11 @@ def trained(
     prefix: int,
     length: int,
     most: int,
-    threshold: float,
+    threshold: float | None,
     progress: Callable[[str], None],
 ) -> tuple[route.Router, RouterNote]:
     """A router among the base and these adapters, learned from four of five windows of each text and judged
-    by the others. Raises AdapterError."""
+    by the others; without a `threshold` the first find it. Raises AdapterError."""
     tokenizer = tokenizer_of(base)
     panel, _ = _panel(base, adapters, merged=None)
     learned: list[route.Scores] = []
@@ -56,7 +56,7 @@ def trained(
             for name, path in adapters.items()
         ),
         prefix=prefix,
-        threshold=threshold,
+        threshold=router.threshold,
         domains=tuple(texts),
         confusion=found.confusion,
         table=_table(found, panel.choices, tuple(texts)),

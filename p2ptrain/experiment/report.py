@@ -124,7 +124,7 @@ def copies(summary: Summary) -> list[list[str]]:
     rows = [["cell", "length of the mean change", "cosine", "consensus distance", "barrier"]]
     for each in summary.cells:
         found = each.copies
-        if found.known:
+        if found.known and each.finite:
             rows.append(
                 [
                     f"{each.cell.arm}, N = {each.cell.peers}, H = {each.cell.steps}",
@@ -354,6 +354,9 @@ def _draw_gaps(summary: Summary, arm: str, axes: Any) -> None:
         axes.fill_between(steps, low, high, color=colour, alpha=0.2)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="H, steps between averages", ylabel="loss above synchronous, % ± σ")
+    _, steps = sizes([each.cell for each in summary.of(arm)])
+    axes.set_xticks(steps, list(map(str, steps)))
+    axes.minorticks_off()
     axes.set_title(f"{arm}: gap to synchronous")
     axes.legend()
 
@@ -396,6 +399,7 @@ def _draw_pareto(summary: Summary, mbit: float | None, axes: Any) -> None:
         axes.plot([], [], "-", color=_colour(summary, peers), label=f"N = {peers}")
     what = "MB sent by each peer" if mbit is None else f"hours at {mbit:g} Mbit/s"
     axes.set(xscale="log", xlabel=what, ylabel="held-out loss, nats", title=f"loss against {what}")
+    axes.tick_params(axis="x", which="minor", labelbottom=False)  # they would lie on each other
     if shown:
         axes.legend(fontsize=7)
 

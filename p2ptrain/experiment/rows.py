@@ -85,7 +85,8 @@ def _rises(expected: str, cells: list[Measured], axis: str) -> Check:
 def _flat(expected: str, cells: list[Measured]) -> Check:
     first, pooled = cells[0], math.sqrt(math.fsum(each.spread**2 for each in cells) / len(cells))
     sigma = pooled * math.sqrt(2 / len(first.losses))
-    apart = max(abs(each.loss - first.loss) for each in cells)
+    finite = all(each.finite for each in cells)
+    apart = max(abs(each.loss - first.loss) for each in cells) if finite else math.inf
     losses = ", ".join(f"N = {each.cell.peers}: {_loss(each)}" for each in cells)
     seen = f"at most {apart:.4f} from N = {first.cell.peers}, σ is {sigma:.4f} ({losses})"
     return Check(expected, apart <= SIGMAS * sigma, seen)

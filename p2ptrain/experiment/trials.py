@@ -1,8 +1,9 @@
 """One training of one cell, and which of them are still due.
 
-Each cell is first trained with the tuning seed at every rate; the one with the least held-out loss is the
-cell's, and with it each of the measured seeds is trained. `due` says what is next by what is there already,
-so an experiment that was stopped goes on where it stood, and the order in which trials end is of no account.
+Each cell is first trained with the tuning seed at every rate. Of those with the least held-out loss, or
+within a hundredth of it, the lowest is the cell's, and with it each of the measured seeds is trained. `due`
+says what is next by what is there already, so an experiment that was stopped goes on where it stood, and the
+order in which trials end is of no account.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from p2ptrain.tasks import Task, build_task
 
 MOST_EXTENSIONS = 3
 """Rates beyond either end of the row that are tried while the best is at that end."""
+AS_GOOD = 0.01
+"""Of the least loss: rates that come so near it are as good, and the lowest of them is the farthest from
+where training fails with another seed."""
 LARGEST_RATE = 10.0
 """That a run file may have."""
 LOOKS = 12
@@ -207,13 +211,19 @@ def tuned(grid: Grid, cell: Cell, results: Mapping[str, Result]) -> dict[float, 
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
-    """With the least loss; of equal ones, the lowest."""
-    return min(sorted(tried), key=tried.__getitem__)
+    """The lowest of those that are as good as the one with the least loss."""
+    least = min(tried.values())
+    return min(rate for rate, loss in tried.items() if loss <= least * (1 + AS_GOOD))
 
 
 def at_the_edge(grid: Grid, cell: Cell, tried: Mapping[float, float]) -> bool:
-    """Whether the best rate is at an end of those tried, so that a better one may lie beyond."""
-    return len(grid.rates_of(cell)) > 1 and best_rate(tried) in (min(tried), max(tried))
+    """Whether the least loss is at an end of the rates tried, so that a lower one may lie beyond."""
+    return len(grid.rates_of(cell)) > 1 and _lowest(tried) in (min(tried), max(tried))
+
+
+def _lowest(tried: Mapping[float, float]) -> float:
+    """The rate with the least loss; of equal ones, the lowest."""
+    return min(sorted(tried), key=tried.__getitem__)
 
 
 def _beyond(row: Sequence[float], *, up: bool) -> list[float]:
@@ -229,7 +239,7 @@ def _row(first: tuple[float, ...], tried: Mapping[float, float]) -> list[float]:
     """The rates to try by what is known: the first ones, and beyond an end as long as the best is there."""
     if not set(first) <= tried.keys():
         return list(first)
-    best = best_rate(tried)
+    best = _lowest(tried)
     beyond = [
         rate
         for end, up in ((max(tried), True), (min(tried), False))

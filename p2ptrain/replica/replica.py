@@ -141,6 +141,7 @@ class Replica:
         self._mean = torch.empty(self.values) if own else self.gradient
         self.union: Union | None = None
         """With strategy `partition`: what the last entry was, until the next one or another state."""
+        self._found_part: dict[tuple[int, int, int], Tensor] = {}
         self.cohesion: Cohesion | None = None
         """How well the parts of the entry before the last fitted together, as the last one tells."""
         self._gamma = 0.0
@@ -362,8 +363,11 @@ class Replica:
             mine = torch.arange(self.numel)
         elif me in last.roster:
             turn = turn_of(self.position.step, partition.rotate_every)
-            of = owners(partition.by, self._tensors, len(last.roster), self.run.seed, turn)
-            mine = coordinates(of, last.roster.index(me))
+            part = (len(last.roster), last.roster.index(me), turn)
+            if part not in self._found_part:  # it is mostly that of the step before
+                of = owners(partition.by, self._tensors, part[0], self.run.seed, turn)
+                self._found_part = {part: coordinates(of, part[1])}
+            mine = self._found_part[part]
         else:
             mine = torch.empty(0, dtype=torch.int64)
         run = self._run_now()

@@ -361,7 +361,9 @@ def rounds_pass(rows: Sequence[dict[str, float]]) -> bool:
 
 # -- R1 ------------------------------------------------------------------------------------------------------
 
-LENGTH, PREFIX, WINDOWS = 128, 64, 100
+LENGTH, PREFIX = 128, 64
+LEARNED_WINDOWS, JUDGED_WINDOWS = 800, 300
+"""Of each kind of text, at most."""
 LLAMA_BATCH, LLAMA_BASE_STEPS, LLAMA_OWN_STEPS, LLAMA_RATE = 8, 500, 300, 3e-3
 
 
@@ -376,11 +378,16 @@ def choosing(seed: int) -> dict[str, float]:
     from p2ptrain.adapters.texts import ByteTokenizer, windows
 
     chance = torch.Generator().manual_seed(seed)
+    for_models: dict[str, Tensor] = {}
+    for_router: dict[str, Tensor] = {}
+    for kind in KINDS:
+        cut = len(text_of(kind).train) * 4 // 5
+        for_models[kind], for_router[kind] = text_of(kind).train.split([cut, len(text_of(kind).train) - cut])
 
     def learn(model: Any, kinds: Sequence[str], steps: int, parameters: Sequence[nn.Parameter]) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=LLAMA_RATE, weight_decay=0.0)
         for step in range(steps):
-            data = text_of(kinds[step % len(kinds)]).train
+            data = for_models[kinds[step % len(kinds)]]
             starts = torch.randint(len(data) - LENGTH, (LLAMA_BATCH,), generator=chance)
             tokens = data[starts[:, None] + torch.arange(LENGTH)].long()
             optimizer.zero_grad()
@@ -412,10 +419,9 @@ def choosing(seed: int) -> dict[str, float]:
             adapted.save_pretrained(folder / own)
         texts: dict[str, dict[str, Path]] = {"learn": {}, "judge": {}}
         for kind in KINDS:
-            data, half = bytes(text_of(kind).heldout.numpy()), len(text_of(kind).heldout) // 2
-            for use, piece in (("learn", data[:half]), ("judge", data[half:])):
+            for use, piece in (("learn", for_router[kind]), ("judge", text_of(kind).heldout)):
                 texts[use][kind] = folder / f"{use}-{kind}.txt"
-                texts[use][kind].write_bytes(piece)
+                texts[use][kind].write_bytes(bytes(piece.numpy()))
         adapters = {kind: folder / kind for kind in KINDS}
 
         def progress(line: str) -> None:
@@ -427,17 +433,20 @@ def choosing(seed: int) -> dict[str, float]:
             texts["learn"],
             prefix=PREFIX,
             length=LENGTH,
-            most=WINDOWS,
-            threshold=0.4,
+            most=LEARNED_WINDOWS,
+            threshold=None,
             progress=progress,
         )
         save_router(folder / "router", router, note)
-        table, _ = judged(router, note, texts["judge"], length=LENGTH, most=WINDOWS, progress=progress)
+        table, confusion = judged(
+            router, note, texts["judge"], length=LENGTH, most=JUDGED_WINDOWS, progress=progress
+        )
+        progress(f"threshold {router.threshold:g}; best choice by row, router's by column: {confusion}")
         found = {way: losses["mean"] for way, losses in table.items()}
         found["own"] = statistics.mean(table[kind][kind] for kind in KINDS)
         panel, joint = Panel(folder / "base", {"joint": folder / "joint"}), []
         for file in texts["judge"].values():
-            tokens = windows(file, ByteTokenizer(), LENGTH, WINDOWS)
+            tokens = windows(file, ByteTokenizer(), LENGTH, JUDGED_WINDOWS)
             joint.append(panel.losses(tokens, [1] * len(tokens))[:, PREFIX - 1 :].mean().item())
         return found | {"joint": statistics.mean(joint)}
 

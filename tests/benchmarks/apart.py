@@ -129,10 +129,10 @@ def trained(homes: Homes, strategy: str, samples: int) -> dict[str, Any]:
 
 def measure(chosen: argparse.Namespace, lab: Any) -> dict[str, Any]:
     homes = Homes(chosen, lab)
-    local = trained(homes, "local", BUDGET)
+    local = trained(homes, "local", chosen.samples)
     goal = local["looks"][-1]["loss"]
     print(f"local: {json.dumps(local)}", file=sys.stderr, flush=True)
-    sync = trained(homes, "sync", 2 * BUDGET)
+    sync = trained(homes, "sync", 2 * chosen.samples)
     print(f"sync: {json.dumps(sync)}", file=sys.stderr, flush=True)
     there = next((look for look in sync["looks"] if look["loss"] <= goal), None)
     needed = local["looks"][-1]["seconds"]
@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--megabits", type=float, default=20.0, help="of each host, up and down")
     parser.add_argument("--rtt-ms", type=float, default=50.0)
     parser.add_argument("--steps", type=int, default=50, help="that each peer takes between two averages")
+    parser.add_argument("--samples", type=int, default=BUDGET, help="that `local` may spend; `sync` twice")
+    parser.add_argument("--packet-bytes", type=int, default=1400, help="at most, of a packet")
     parser.add_argument("--congestion", default="", help="control of TCP, such as cubic; else as it is here")
     parser.add_argument("--most-seconds", type=float, default=900.0, help="for each strategy")
     chosen = parser.parse_args()

@@ -58,6 +58,14 @@ def test_router_leaves_it_to_the_base_when_a_context_tells_nothing() -> None:
     assert router.choose(learned.features.mean(0, keepdim=True)).tolist() == [0]
 
 
+def test_threshold_that_is_found_is_high_where_that_costs_nothing() -> None:
+    learned = scores(400, 1)
+    router = train(learned)
+    assert router.threshold > 0.5
+    found, without = (compare(scores(200, 2), each, 2).learned for each in (router, train(learned, 0.0)))
+    assert found == pytest.approx(without, abs=0.02)
+
+
 def test_training_again_gives_the_same_router() -> None:
     one, other = train(scores(80, 1), 0.4), train(scores(80, 1), 0.4)
     assert torch.equal(one.weight, other.weight)
