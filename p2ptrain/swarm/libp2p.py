@@ -1,6 +1,6 @@
 """The real network: libp2p through the daemon p2pd, and hivemind's DHT for finding each other.
 
-This is the only module that imports hivemind, and importing that takes seconds: do it late. hivemind gives
+This is the only module that imports hivemind, and as that takes seconds (torch), do it late. hivemind gives
 the DHT node and the words of p2pd's control protocol; daemon, streams and links are looked after here, in one
 process, on the caller's event loop, asyncio's own or uvloop. If p2pd dies it is started again under the same
 identity and ports, and callers see no more than broken links.
@@ -31,16 +31,6 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import base58
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe
-from hivemind.proto import dht_pb2, p2pd_pb2
-from hivemind.utils import MSGPackSerializer
-from hivemind.utils.logging import use_hivemind_log_handler
-from hivemind.utils.multiaddr import Multiaddr
 from pydantic import BaseModel, ValidationError
 
 from p2ptrain.errors import (
@@ -93,6 +83,7 @@ from p2ptrain.swarm.holders import lock_holder, port_holder
 from p2ptrain.swarm.identity import load_or_create, verify
 from p2ptrain.swarm.lanes import ASKING, KINDS, Kind, Lanes, Stream
 from p2ptrain.swarm.p2pd import START_SECONDS, Daemon
+from p2ptrain.swarm.partly import parts_only
 from p2ptrain.swarm.port import Buffer, Handler
 from p2ptrain.swarm.throttle import Throttle
 from p2ptrain.swarm.tls import TlsCarrier
@@ -104,6 +95,18 @@ from p2ptrain.swarm.validator import (
     seal,
     unseal,
 )
+
+with parts_only("hivemind"):  # its averagers want scipy: half a second more, and 40 MB
+    from hivemind.dht.node import DHTNode
+    from hivemind.dht.routing import DHTID
+    from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+    from hivemind.dht.validation import DHTRecord
+    from hivemind.p2p import P2P, PeerID
+    from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe
+    from hivemind.proto import dht_pb2, p2pd_pb2
+    from hivemind.utils import MSGPackSerializer
+    from hivemind.utils.logging import use_hivemind_log_handler
+    from hivemind.utils.multiaddr import Multiaddr
 
 logger = logging.getLogger(__name__)
 

@@ -514,3 +514,11 @@ def test_hivemind_stays_unimported_when_only_the_rest_of_the_rim_is_used() -> No
         "sys.exit('hivemind' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_of_hivemind_no_more_is_imported_than_is_used() -> None:
+    code = (
+        "import sys, p2ptrain.swarm.libp2p; "
+        "sys.exit('hivemind.averaging' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
