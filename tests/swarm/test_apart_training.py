@@ -18,7 +18,7 @@ from p2ptrain.replica.apart import effective_steps
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 ROUNDS = 12
 

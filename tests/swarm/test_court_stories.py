@@ -23,7 +23,7 @@ from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 from tests.swarm.training import Trainer, Training, check_replicas, small_run
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PEERS, LIAR, BEGINS = 4, "peer1", 3
 

@@ -33,7 +33,7 @@ from p2ptrain.replica.snapshot import Packed, pack, unpack
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PIECE_BYTES = 1024
 SNAPSHOT_BYTES = 50_000

@@ -21,7 +21,7 @@ from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.tasks import Numbered, Task
 from p2ptrain.tasks.causal_lm import CausalLmTask as LanguageTask
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PACES = {"anna": (3, 0.1), "bert": (5, 0.17), "carl": (2, 0.05)}
 """(samples, virtual seconds) of each peer's micro-batches."""

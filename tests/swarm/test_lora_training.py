@@ -18,7 +18,7 @@ from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.tasks import build_model
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 STEPS = 50
 PACES = ((3, 0.1), (5, 0.17), (2, 0.05))

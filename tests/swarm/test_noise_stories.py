@@ -15,7 +15,7 @@ from p2ptrain.gradients.noise import LEAST_ROUNDS, STRANGER_ROUNDS, NoiseMeter, 
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PACES = {"anna": (2, 0.1), "bert": (4, 0.17), "carl": (1, 0.05), "dora": (2, 0.12)}
 """(samples, virtual seconds) of each peer's micro-batches."""

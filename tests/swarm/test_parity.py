@@ -24,7 +24,7 @@ from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.tasks import Task, build_task
 from tests.unit.hub_models import save_shards
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 STEPS = 20
 PACES = ((3, 0.1), (5, 0.17), (2, 0.05), (7, 0.4), (1, 0.03))

@@ -26,7 +26,7 @@ from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 from tests.swarm.training import Regression, Training, check_replicas, small_run
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PEERS, SAMPLES, STEPS = 5, 128, 30
 TASK = Regression()

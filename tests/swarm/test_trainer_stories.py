@@ -27,7 +27,7 @@ from p2ptrain.records import Change, PeerId, Terms
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.virtual]
 
 PACES = {"anna": (3, 0.1), "bert": (5, 0.17), "carl": (2, 0.05)}
 """(samples, virtual seconds) of each peer's micro-batches."""
