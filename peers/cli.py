@@ -29,6 +29,7 @@ from peers import (
     run_cli,
     service_cli,
 )
+from peers.lasting import lasting_imports
 from peers.verbs import needed
 
 if TYPE_CHECKING:  # the verbs import it when they run
@@ -152,12 +153,14 @@ def join(
     config = with_settings(config, given, "the options")
     own_run = load_run(run) if run else None
     if not no_doctor:
-        from peers import doctor as doctor_role
+        with lasting_imports():
+            from peers import doctor as doctor_role
 
         doctor_role.insist(doctor_role.look_over(config))
     _begin_log()
     logging.getLogger("p2ptrain").info("loading what trains, which takes a few seconds")
-    from peers.volunteer import receipt_lines, volunteer
+    with lasting_imports():
+        from peers.volunteer import receipt_lines, volunteer
 
     receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
     if as_json:
@@ -222,7 +225,8 @@ def bootstrap(
             f"--entrance {wrong[0]!r}: expected an address such as /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW…, "
             "as a second bootstrap prints it"
         )
-    from peers import bootstrap as role
+    with lasting_imports():
+        from peers import bootstrap as role
 
     place = role.Place(page_host, page_port) if page else None
     if beside:
