@@ -289,6 +289,8 @@ class RoundCommitted(_Happened):
     noise_excess: float | None = None
     """Noise between peers over that within this one: 1 where all draw from the same data, less where they
     draw the same samples, more where data differ."""
+    clipped: bool | None = None
+    """Whether the averaged gradient was shortened to `clip_norm`; None with strategies that shorten none."""
 
     @property
     def seconds(self) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -37,17 +36,16 @@ from p2ptrain.auditing import Audit
 from p2ptrain.config import PeerConfig, RunConfig, canonical_json
 from p2ptrain.court import Convicted
 from p2ptrain.errors import BadMessage, DeviceError, IncompatibleRun, LocalFault, PeerFault
-from p2ptrain.gradients.accumulator import Accumulator
 from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.engine import Engine, chance_of
 from p2ptrain.gradients.likeness import StoodOut
-from p2ptrain.gradients.noise import NoiseMeter, Spread, Unlike
+from p2ptrain.gradients.noise import Unlike
 from p2ptrain.protocol.ledger import Account, Ranges, account, follows, lease, numbers, shuffled
 from p2ptrain.protocol.member import Member
 from p2ptrain.protocol.presence import PRESENCE_SECONDS, look_seconds, milestone, standing
-from p2ptrain.protocol.round import Benched, Distrusted, Diverged, Rules, TookOver, Waiting
-from p2ptrain.protocol.terms import due, in_force, in_words, revision, total_steps
+from p2ptrain.protocol.round import Benched, Distrusted, Diverged, TookOver, Waiting
+from p2ptrain.protocol.terms import due, in_force, in_words, revision, rules_of, total_steps
 from p2ptrain.records import (
     Ballot,
     Change,
@@ -62,18 +60,16 @@ from p2ptrain.records import (
     Terms,
     Watching,
 )
-from p2ptrain.replica.apart import LocalSteps, agreement
 from p2ptrain.replica.bases import Bases
 from p2ptrain.replica.checkpoint import discard_after, save
 from p2ptrain.replica.donor import Compute, Donor
 from p2ptrain.replica.joining import Progress, outvoted, sent_in_round
-from p2ptrain.replica.log import Entry, EntryLog
+from p2ptrain.replica.log import EntryLog
 from p2ptrain.replica.partial import Partial
-from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps, Union
 from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.replica.snapshot import Snapshot
-from p2ptrain.replica.subspaces import Cohesion, together
+from p2ptrain.replica.strategy import Contributor, Gathered, Round, Told, probe_by
 from p2ptrain.replica.transfer import CatchUp
 from p2ptrain.swarm.port import Buffer, Swarm
 from p2ptrain.tasks import Numbered, Task
@@ -90,8 +86,6 @@ PREVIEW_SECONDS = 15.0
 """Between two samples of what the model writes: enough to watch it learn, at a few per cent of the time."""
 PREVIEW_LENGTH = 100
 """In the task's units: for text, characters. Others wait for this peer meanwhile."""
-COHESION_ROUNDS = 8
-"""Over which is added up what parts gain alone and together: by one round it is mostly chance."""
 MOST_NONFINITE = 20
 """Micro-batches without a finite gradient in a row, after which this peer gives up: nothing it computes
 counts."""
@@ -193,11 +187,6 @@ class Peer:
         """Those that were looked for in the log of whoever gave the last snapshot."""
         self._milestones: tuple[Milestone, ...] = ()
         """Which states it had at some of its last steps, for its presence record."""
-        self._noise = NoiseMeter()
-        self._cohesions: deque[Cohesion] = deque(maxlen=COHESION_ROUNDS)
-        """Of the last rounds, with strategy `partition`."""
-        self._gains_eaten = False
-        self._gamma_told = 0.0
         self._leader_waits = self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -214,36 +203,16 @@ class Peer:
         self._checkpoints = checkpoints
         self.metrics_port = 0
         self._codec = codec_named(run.codec)
-        device = replica.gradient.device
-        self._elsewhere = None if device.type == "cpu" else device
-        self._accumulator = self._fitting_accumulator()
-        if run.audit and isinstance(self._accumulator, Accumulator):
-            self._accumulator.keep_one_more()
-        self._ahead = Accumulator(replica.numel, self._elsewhere) if run.delay else None
-        """What is computed for the next step while this one's round is under way."""
+        self._probe = probe_by(engine, task.batch, task.loss_sum)
+        self._strategy, self._contributor = replica.strategy, self._new_contributor()
         upload_bytes_per_second = config.donor_upload_mbit * 1e6 / 8
         self.donor = Donor(canonical_json(run), replica, self.log, compute, aside, upload_bytes_per_second)
-        rules = Rules(
-            target_batch_size=run.target_batch_size,
-            min_peers=run.min_peers,
-            max_peers=run.max_peers,
-            values=replica.values,
-            encoded_bytes=self._codec.encoded_bytes(replica.values),
-            heartbeat_seconds=run.heartbeat_seconds,
-            silence_seconds=run.silence_seconds,
-            silence_most_seconds=run.silence_most_seconds,
-            attempt_most_seconds=run.attempt_most_seconds,
-            quorum=run.quorum,
-            leased=run.data == "leased",
-            warmup_rounds=run.local.warmup_rounds if run.strategy == "local" else 0,
-            warmup_batch_size=run.local.warmup_batch_size if run.strategy == "local" else 0,
-        )
         self._numbered: Numbered | None = None
         """What samples are leased from, once this peer has arrived; None: they are drawn."""
         member = Member(
             swarm.peer_id,
             incarnation,
-            rules,
+            rules_of(run, replica.values, self._codec.encoded_bytes(replica.values)),
             reduces=config.reduces,
             most_rate=config.limits.bytes_per_second,
         )
@@ -372,12 +341,12 @@ class Peer:
     @property
     def samples_now(self) -> int:
         """What this peer has computed for the step under way."""
-        return self._accumulator.samples
+        return self.gathered.samples
 
     @property
     def stands_aside(self) -> bool:
         """Whether it is paused, and nothing of it is awaited by a round."""
-        return self.paused and not self._accumulator.samples and self.rounds.attempt is None
+        return self.paused and not self.gathered.samples and self.rounds.attempt is None
 
     async def pause(self) -> None:
         """Take part in nothing while paused, then come back as after an absence."""
@@ -408,7 +377,7 @@ class Peer:
             if patience is not None and patience <= 0:
                 break
             if self._batch is None:
-                full = self._accumulator.samples >= self.rounds.member.target_batch_size
+                full = self.gathered.samples >= self.rounds.member.target_batch_size
                 if not full and not self._to_draw() and 2 * self._skipped > self._drawn:
                     await self._begin_lease()  # too many were not finite: without this, nobody might go on
                 if self.paused or full or not self._to_draw():
@@ -417,27 +386,25 @@ class Peer:
                     continue
                 self._begin_batch()
             if await self._batch_ends(patience):
-                await self._take_batch(self._accumulator)
-        if not self._accumulator.gathered:
+                await self._take_batch(self.gathered)
+        if not self.gathered.gathered:
             # Not on the compute thread, where a micro-batch that came too late may be under way.
-            before = self._accumulator.samples
-            await self._aside(self._accumulator.gather)
-            if lost := before - self._accumulator.samples:
+            before = self.gathered.samples
+            await self._aside(self.gathered.gather)
+            if lost := before - self.gathered.samples:
                 cause = events.WasteCause.NONFINITE
                 self._observe(
                     events.SamplesWasted(step=self.replica.position.step, samples=lost, cause=cause)
                 )
-        return Contribution(
-            self._accumulator.total, self._accumulator.samples, self._skipped_for_good, self._lease
-        )
+        return Contribution(self.gathered.total, self.gathered.samples, self._skipped_for_good, self._lease)
 
     async def join_round(self, contribution: Contribution) -> Outcome:
         """Average with the swarm, with `delay` computing for the next step meanwhile; whatever the outcome
         is, the caller must look at it."""
         joining = asyncio.ensure_future(self.rounds.join(contribution))
         try:
-            if self._ahead is not None:
-                await self._compute_ahead(self._ahead, contribution.samples, joining)
+            if (ahead := self._contributor.ahead) is not None:
+                await self._compute_ahead(ahead, contribution.samples, joining)
             outcome = await joining
         finally:
             joining.cancel()
@@ -452,21 +419,14 @@ class Peer:
         rank = header.roster.index(self.swarm.peer_id)
         if not header.samples[rank]:
             await self._discard(events.WasteCause.NO_LEASE)
-        mine = self._accumulator.samples
-        loss = self._accumulator.loss_sum / mine if mine else None
+        mine = self.gathered.samples
+        loss = self.gathered.loss_sum / mine if mine else None
         taken = self._taken(header)
         self.log.append(entry)
         self.donor.appended()
         await self._digested()
-        had_a_part = bool(self._accumulator.room)
-        run = in_force(self.run, header.terms, header.step)
-        rate = learning_rate(run, header.step)
-        apart = None
-        if run.strategy == "local":
-            apart = await self._look_at_copies(committed, run, probe=bool(mine))
-        within = await self._compute(self._apply_now, committed)
-        # How far peers came apart from each other tells nothing of single samples.
-        reading = self._noise.round(committed.spread if run.strategy == "sync" else None, within)
+        had_a_part = bool(self.gathered.room)
+        told: Told = await self._compute(self._apply_now, committed)
         self._observe(
             events.RoundCommitted(
                 step=header.step,
@@ -475,8 +435,9 @@ class Peer:
                 mine=mine,
                 peers=len(header.roster),
                 loss=loss,
-                gradient_norm=self.replica.averaged_norm(header),
-                learning_rate=rate,
+                gradient_norm=told.norm,
+                clipped=told.clipped,
+                learning_rate=learning_rate(self.replica.run_for(header), header.step),
                 compute_seconds=self._compute_seconds,
                 accumulate_seconds=max(committed.sealed - self._step_began, 0.0),
                 reduce_seconds=committed.held - committed.sealed,
@@ -486,17 +447,13 @@ class Peer:
                 digest=header.digest,
                 parent=header.parent,
                 **taken,
-                noise_scale=reading.noise_scale,
-                signal_norm_squared=reading.signal,
-                noise_excess=reading.excess,
+                noise_scale=told.noise.noise_scale,
+                signal_norm_squared=told.noise.signal,
+                noise_excess=told.noise.excess,
             )
         )
-        if apart is not None:
-            self._observe(apart)
-        if self.replica.union is not None:
-            self._tell_cohesion(header.step, self.replica.union, self.replica.cohesion)
-        if reading.duplicated:
-            self._observe(events.DataDuplicated(step=header.step, noise_excess=reading.excess))
+        for event in told.events:
+            self._observe(event)
         self.rounds_joined += 1
         self.samples_given += mine
         if (self._lease or self._numbered is None) and had_a_part:
@@ -508,67 +465,6 @@ class Peer:
         if header.ballot.leader == self.swarm.peer_id and began - self._round_published > PRESENCE_SECONDS:
             self._round_published = began
             self._spawn(self._publish_round(len(header.roster)))
-
-    async def _look_at_copies(
-        self, committed: Committed, run: RunConfig, *, probe: bool
-    ) -> events.CopiesAveraged:
-        """How the copies that an entry averages were to each other; as often as at held-out data also, for
-        peers that have one, what averaging does to the loss."""
-        entry, step = committed.entry, committed.entry.header.step
-        found = agreement(entry.header, committed.spread, self.replica.scale(run, entry.header)[0])
-        every, losses = self.config.eval_every_steps, (None, None)
-        if probe and every and (step + 1) % every == 0:
-            losses = await self._compute(self._probe, entry)
-        return events.CopiesAveraged(
-            step=step,
-            change_norm=found.norm,
-            cosine=found.cosine,
-            consensus_distance=found.consensus_distance,
-            own_loss=losses[0],
-            average_loss=losses[1],
-        )
-
-    def _probe(self, entry: Entry) -> tuple[float, float]:
-        """On the compute thread: mean loss on the probe batch of this peer's copy, and of all copies'
-        average, which the model has then."""
-        own = self._probe_loss(0)
-        self.replica.show_average(entry)
-        return own, self._probe_loss(0)
-
-    def _probe_loss(self, step: int) -> float:
-        """Mean loss of the model as it is on that step's samples that nobody trains on."""
-        drawn = partial(self.task.batch, step, PROBE)
-        return self.engine.mean_loss(drawn, self.task.loss_sum, PROBE_SAMPLES)
-
-    def _tell_cohesion(self, step: int, union: Union, before: Cohesion | None) -> None:
-        """How the parts of the model were put together, when that has been measured or changes, and whether
-        it is worth it."""
-        if before is None and union.gamma == self._gamma_told:
-            return
-        self._gamma_told = union.gamma
-        self._observe(
-            events.PartsUnited(
-                step=step,
-                owners=union.members,
-                gamma=union.gamma,
-                union_change=None if before is None else before.union,
-                parts_change=None if before is None else before.parts,
-            )
-        )
-        if before is None:
-            return
-        self._cohesions.append(before)
-        found = together(self._cohesions)
-        if found.eats_the_gains and not self._gains_eaten:
-            self._observe(
-                events.GainsEaten(
-                    step=step,
-                    rounds=len(self._cohesions),
-                    parts_change=found.parts,
-                    defect=found.defect,
-                )
-            )
-        self._gains_eaten = found.eats_the_gains
 
     async def catch_up(self, behind: Behind) -> None:
         """Get from a donor to where the swarm is. If it cannot help, the machine names the next one."""
@@ -756,7 +652,7 @@ class Peer:
 
     # -- micro-batches ---------------------------------------------------------------------------------------
 
-    async def _compute_ahead(self, ahead: Accumulator, most: int, joining: asyncio.Future[Outcome]) -> None:
+    async def _compute_ahead(self, ahead: Gathered, most: int, joining: asyncio.Future[Outcome]) -> None:
         """Micro-batches for the next step, until the round ends: at most as many samples as are in it, or a
         slow network would make the steps larger than the run asks for. What is still computed when the round
         ends is taken by whichever step comes next."""
@@ -773,7 +669,7 @@ class Peer:
                 await self._take_batch(ahead)
 
     def _begin_batch(self, *, ahead: bool = False) -> None:
-        count = min(self._batch_size, self._accumulator.room, self._to_draw())
+        count = min(self._batch_size, self.gathered.room, self._to_draw())
         step = self.replica.position.step
         if count != self._batch_count:
             self._batch_seconds *= count / self._batch_count
@@ -824,10 +720,10 @@ class Peer:
             return False
         return step - self._batch_step <= self.run.delay
 
-    async def _take_batch(self, into: Accumulator | LocalSteps | PartSteps) -> None:
+    async def _take_batch(self, into: Gathered) -> None:
         """Add the finished micro-batch, unless it is too old."""
         assert self._batch is not None
-        ahead = into is self._ahead
+        ahead = into is self._contributor.ahead
         counts = self._batch_counts(self.replica.position.step + ahead)
         batch, self._batch = self._batch, None
         loss_sum, ended = await batch
@@ -867,7 +763,7 @@ class Peer:
                     'precision = "fp32" in the peer file, or tell the organizer that the learning rate is '
                     "too high"
                 )
-        if isinstance(into, Accumulator) or into.samples > counted:
+        if into.counts_each or into.samples > counted:
             self._skipped_for_good = self._skipped
         if not ahead:
             self._report()
@@ -886,34 +782,33 @@ class Peer:
             in_flight = self._batch_count
             finish = max(self._batch_began + self._batch_seconds - self._now(), 0.0)
         self.rounds.progressed(
-            self._accumulator.samples, in_flight, finish, self._batch_seconds, self.state_digest
+            self.gathered.samples, in_flight, finish, self._batch_seconds, self.state_digest
         )
 
     # -- which samples ---------------------------------------------------------------------------------------
 
     def _to_draw(self) -> int:
         """How many samples this peer may still begin in this step."""
-        if not self._accumulator.room:
+        if not self.gathered.room:
             return 0
         if self._numbered is None:
             return self.rounds.member.target_batch_size
         return sum(stop - start for start, stop in self._lease) - self._drawn
 
     async def _keep_part(self, attempt: Attempt | None) -> None:
-        """A peer that owns nothing trains everything if nobody is left who does: then it is this one that
-        leads, or there is none of them in the attempt."""
-        if not isinstance(parts := self._accumulator, PartSteps) or (last := self.replica.last) is None:
-            return
-        if self.swarm.peer_id in last.roster:
+        """Who was not in the last round may have other things to do if nobody is left who was: then it is
+        this peer that leads, or there is none of them in the attempt."""
+        last = self.replica.last
+        if last is None or self.swarm.peer_id in last.roster:
             return
         if attempt is None:
             orphaned = self.rounds.member.following == self.swarm.peer_id
         else:
             orphaned = set(last.roster).isdisjoint(attempt.freeze.roster)
-        if orphaned != parts.orphaned:
+        if (begin_anew := self._contributor.rethink(orphaned)) is not None:
             self._waste(events.WasteCause.NO_PART)
             self._void_batch = self._batch
-            await self._compute(parts.take_over, orphaned)
+            await self._compute(begin_anew)
 
     async def _keep_lease(self, attempt: Attempt | None) -> None:
         """Go by the lease that this peer has now, or has in the attempt. Who has one only for leading has
@@ -934,7 +829,7 @@ class Peer:
         return () if leases is None else lease(leases, self.swarm.peer_id)
 
     async def _discard(self, cause: events.WasteCause) -> None:
-        if self._accumulator.samples:
+        if self.gathered.samples:
             self._waste(cause)
             await self._compute(self._reset)
 
@@ -954,46 +849,31 @@ class Peer:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _apply_now(self, committed: Committed) -> Spread | None:
-        """On the compute thread; returns how far this peer's micro-batches were apart."""
-        self.replica.apply(committed.entry)
-        within = None
-        if isinstance(self._accumulator, PartSteps):
-            parts = self._accumulator
-            parts.settle(self._codec, committed.sent)
-            step = self.replica.position.step
-            parts.measure(partial(self._probe_loss, step), self.replica.union, step)
-        elif isinstance(self._accumulator, LocalSteps):
-            self._accumulator.settle(self._codec, committed.sent)
-        else:
-            within = self._accumulator.settle(self._codec, committed.sent)
-            if self._ahead is not None:
-                self._accumulator.absorb(self._ahead)
+    def _apply_now(self, committed: Committed) -> Told:
+        """On the compute thread; returns what there is to tell of the round."""
+        told = self._contributor.take(Round(committed.entry, committed.sent, committed.spread))
         self._follow_strategy()
-        return within
-
-    def _fitting_accumulator(self) -> Accumulator | LocalSteps | PartSteps:
-        """For what peers bring where the replica stands."""
-        match self.replica.strategy:
-            case "local":
-                return self.replica.train_apart()
-            case "partition":
-                return self.replica.train_part(self.swarm.peer_id)
-        return Accumulator(self.replica.numel, self._elsewhere)
+        return told
 
     def _follow_strategy(self) -> None:
         """Where a warm-up ends, or somebody rolls back into one, other things are brought than before; what a
         codec owed of those is not paid."""
-        if isinstance(self._accumulator, LocalSteps) != (self.replica.strategy == "local"):
-            self._accumulator = self._fitting_accumulator()
-            self._noise = NoiseMeter()
+        if self._strategy is not self.replica.strategy:
+            self._strategy = self.replica.strategy
+            self._contributor = self._new_contributor()
+
+    def _new_contributor(self) -> Contributor:
+        return self.replica.contributor(self.swarm.peer_id, self._probe, self.config.eval_every_steps)
+
+    @property
+    def gathered(self) -> Gathered:
+        """What this peer has done for the round under way."""
+        return self._contributor.gathered
 
     def _reset(self) -> None:
         """On the compute thread."""
         self._follow_strategy()
-        self._accumulator.reset()
-        if self._ahead is not None:
-            self._ahead.reset()
+        self._contributor.reset()
 
     def _start_step(self, newcomers: Iterable[PeerId], *, settled: bool, above: Ballot | None = None) -> None:
         if not settled:
@@ -1012,7 +892,7 @@ class Peer:
         self.rounds.advance(self.replica.position, self.replica.last, newcomers, settled=settled, above=above)
         self._look_for_lies()
         self._lease = self._lease_now()
-        if self._accumulator.samples:
+        if self.gathered.samples:
             self._report()
 
     def _tell_changes(self) -> None:
@@ -1069,10 +949,10 @@ class Peer:
         self._report()
 
     def _waste(self, cause: events.WasteCause) -> None:
-        if self._accumulator.samples:
+        if self.gathered.samples:
             self._observe(
                 events.SamplesWasted(
-                    step=self.replica.position.step, samples=self._accumulator.samples, cause=cause
+                    step=self.replica.position.step, samples=self.gathered.samples, cause=cause
                 )
             )
 
@@ -1114,7 +994,7 @@ class Peer:
                 step = self.replica.position.step
                 self._observe(events.PeerStoodOut(step=step, peer=peer, rounds=rounds))
             case Unlike(peer, excess):
-                if self.replica.strategy == "sync" and not self._noise.duplicates:
+                if self._contributor.judges_data:
                     step = self.replica.position.step
                     self._observe(events.DataUnlike(step=step, peer=peer, noise_excess=excess))
             case Gone(peer):

@@ -33,7 +33,8 @@ from p2ptrain.gradients.engine import Engine
 from p2ptrain.protocol.forecast import Links
 from p2ptrain.protocol.spans import chunk_ranges
 from p2ptrain.records import Averaged, Ballot, Chunk, Message, PeerId, Presence, Reply, Request
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.flat import parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.swarm.port import Buffer
 from p2ptrain.trainer import Peer, train

@@ -34,7 +34,8 @@ from p2ptrain.records import (
     Presence,
 )
 from p2ptrain.replica.checkpoint import MANIFEST, LoadedCheckpoint, compare, latest, load, restore
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.flat import parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm.access import Invite
 from p2ptrain.swarm.port import Swarm

@@ -39,7 +39,8 @@ from p2ptrain.errors import IncompatibleRun, InviteError, OtherVersion, PeerFaul
 from p2ptrain.records import GetRun, PeerId, Presence
 from p2ptrain.replica.checkpoint import latest, load, restore
 from p2ptrain.replica.donor import Compute
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.flat import parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.swarm.access import ASK, Invite, encode
 from p2ptrain.swarm.gate import Gate
 from p2ptrain.swarm.libp2p import Libp2pSwarm
@@ -186,7 +187,6 @@ async def volunteer(
             metrics = Metrics(
                 run.run_id,
                 print_,
-                clip_norm=run.optimizer.clip_norm if run.strategy == "sync" else 0.0,
                 sample_tokens=run.task.tokens_per_sample,
                 about={"device": config.device, "reduces": str(config.reduces).lower()},
             )

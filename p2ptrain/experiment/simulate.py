@@ -1,10 +1,9 @@
 """A swarm without its network: the replicas of a run in one process, round after round.
 
-Everything that a number passes through is what a volunteer runs: `Engine`, `Accumulator` or what strategies
-`local` and `partition` have in its place, codecs, `average_chunk` in roster order, error feedback,
-`Replica.apply`. What is left out is everything else: leaders, messages, deadlines. So a round here is the
-round of a swarm whose members brought as many samples, bit for bit, header included (T18:
-`tests/swarm/test_simulated.py`).
+Everything that a number passes through is what a volunteer runs: `Engine`, the strategy's `Contributor`,
+codecs, `average_chunk` in roster order, error feedback, `Replica.apply`. What is left out is everything else:
+leaders, messages, deadlines. So a round here is the round of a swarm whose members brought as many samples,
+bit for bit, header included (T18: `tests/swarm/test_simulated.py`).
 
 Not covered: leased data, `delay`, `audit`, and a roster that changes.
 """
@@ -18,7 +17,8 @@ from itertools import pairwise
 
 from p2ptrain.config import RunConfig, fingerprint
 from p2ptrain.errors import P2PTrainError
-from p2ptrain.gradients.accumulator import Accumulator, Sent
+from p2ptrain.events import PartsUnited
+from p2ptrain.gradients.accumulator import Sent
 from p2ptrain.gradients.aggregation import AGGREGATIONS
 from p2ptrain.gradients.codecs import LARGEST, codec_named
 from p2ptrain.gradients.devices import CPU
@@ -30,10 +30,11 @@ from p2ptrain.gradients.reducing import Rule, Scratch, Spoilt, average_chunk
 from p2ptrain.protocol.lineage import joint_digest
 from p2ptrain.protocol.spans import balanced, chunk_ranges, share_out
 from p2ptrain.records import Ballot, EntryHeader, PeerId
-from p2ptrain.replica.apart import Agreement, LocalSteps, agreement
+from p2ptrain.replica.apart import Agreement, LocalStrategy, agreement
+from p2ptrain.replica.flat import parameter_table
 from p2ptrain.replica.log import Entry
-from p2ptrain.replica.parts import PROBE, PROBE_SAMPLES, PartSteps
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.replica import Replica
+from p2ptrain.replica.strategy import Gathered, Round, Told, probe_by
 from p2ptrain.replica.subspaces import Cohesion
 from p2ptrain.tasks import Task, build_model
 
@@ -49,22 +50,18 @@ class Member:
         model, base_digest = build_model(task, run)
         self.name = name
         self.replica = Replica(model, run, fingerprint(run, parameter_table(model), base_digest), base_digest)
-        self.gathered = self._fitting_accumulator(run)
         self.engine = Engine(model, self.replica.gradient, CPU, micro_batch_size)
+        self.probe_loss = probe_by(self.engine, task.batch, task.loss_sum)
+        self._contributor = self.replica.contributor(name, self.probe_loss)
         self.micro_batch_size = micro_batch_size
-        self._codec = codec_named(run.codec)
-        self.owed = Owed(self._codec)
+        self.owed = Owed(codec_named(run.codec))
         self.sent: list[Sent] = []
         self._run, self._task = run, task
 
-    def _fitting_accumulator(self, run: RunConfig) -> Accumulator | LocalSteps | PartSteps:
-        match run.strategy:
-            case "sync":
-                return Accumulator(self.replica.numel)
-            case "local":
-                return self.replica.train_apart()
-            case "partition":
-                return self.replica.train_part(self.name)
+    @property
+    def gathered(self) -> Gathered:
+        """For the next round."""
+        return self._contributor.gathered
 
     def gather(self, samples: int) -> None:
         """Compute so many samples of the step that the replica is at; none, if this peer owns no part of the
@@ -89,19 +86,10 @@ class Member:
         if self.gathered.samples < samples or not float(self.gathered.total.abs().max()) <= LARGEST:
             raise Diverged(f"what a peer brings to step {step} is not finite")
 
-    def apply(self, entry: Entry, owed: Owed) -> None:
-        """The round is committed; `owed` is what this peer kept as a reducer."""
-        self.replica.apply(entry)
-        self.gathered.settle(self._codec, self.sent)
-        step = self.replica.position.step
-        if isinstance(parts := self.gathered, PartSteps):
-            parts.measure(partial(self.probe_loss, step), self.replica.union, step)
+    def apply(self, entry: Entry, owed: Owed) -> Told:
+        """The round is committed; `owed` is what this peer kept as a reducer. Returns what it tells."""
         self.owed = owed
-
-    def probe_loss(self, step: int) -> float:
-        """Mean loss of the model as it is on that step's samples that nobody trains on."""
-        drawn = partial(self._task.batch, step, PROBE)
-        return self.engine.mean_loss(drawn, self._task.loss_sum, PROBE_SAMPLES)
+        return self._contributor.take(Round(entry, self.sent))
 
 
 class Simulation:
@@ -163,22 +151,22 @@ class Simulation:
         for member, count in zip(self.members, samples, strict=True):
             member.gather(count)
         entry, owed, spread = self._entry([member.gathered.samples for member in self.members], spans, ballot)
-        if self.run.strategy == "local":
-            self._compare(entry, spread)
-        for member, kept in zip(self.members, owed, strict=True):
-            member.apply(entry, kept)
-        if (found := self.replica.cohesion) is not None:
-            self.cohesions.append(found)
+        if isinstance(strategy := self.replica.strategy, LocalStrategy):
+            self._compare(strategy, entry, spread)
+        first, *_ = [member.apply(entry, kept) for member, kept in zip(self.members, owed, strict=True)]
+        for event in first.events:
+            if isinstance(event, PartsUnited) and event.union_change is not None:
+                assert event.parts_change is not None
+                self.cohesions.append(Cohesion(event.union_change, event.parts_change))
         return entry.header
 
-    def _compare(self, entry: Entry, spread: Spread | None) -> None:
+    def _compare(self, strategy: LocalStrategy, entry: Entry, spread: Spread | None) -> None:
         """How the copies that the entry averages, and that the members still have, are to each other."""
         header, first = entry.header, self.members[0]
-        factor, _ = self.replica.scale(self.run, header)
-        self.agreements.append(agreement(header, spread, factor))
+        self.agreements.append(agreement(header, spread, strategy.factor(header)))
         if self._barrier_every and (header.step + 1) % self._barrier_every == 0:
             copies = [member.probe_loss(header.step) for member in self.members]
-            self.replica.show_average(entry)
+            strategy.show_average(self.replica.mean_of(entry), header)
             self.barriers.append(first.probe_loss(header.step) - math.fsum(copies) / len(copies))
 
     def _entry(

@@ -30,6 +30,8 @@ class Accumulator:
     before; `loss_sum` = Σ loss over the same samples. The total is on the CPU, and is up to date unless
     gradients from another device wait there, see `gather`."""
 
+    counts_each = True
+
     def __init__(self, numel: int, device: torch.device | None = None) -> None:
         """`device`: where the gradients come from, if that is another one."""
         self.total = torch.zeros(numel)

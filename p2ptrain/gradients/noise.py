@@ -166,6 +166,10 @@ class Reading:
     """Peers seem to compute on the same samples. Said once, until it is over."""
 
 
+UNREAD = Reading(noise_scale=None, signal=None, excess=None, duplicated=False)
+"""Where nothing is measured."""
+
+
 class NoiseMeter:
     """The noise over the rounds that this peer took part in."""
 

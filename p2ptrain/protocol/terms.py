@@ -71,6 +71,26 @@ def total_steps(run: RunConfig, terms: Terms | None) -> int:
     return run.total_steps if stop is None else min(run.total_steps, stop)
 
 
+def rules_of(run: RunConfig, values: int, encoded_bytes: int) -> Rules:
+    """What the machines of this run go by; an entry averages so many values, of so many bytes."""
+    warms_up = run.strategy == "local"
+    return Rules(
+        target_batch_size=run.target_batch_size,
+        min_peers=run.min_peers,
+        max_peers=run.max_peers,
+        values=values,
+        encoded_bytes=encoded_bytes,
+        heartbeat_seconds=run.heartbeat_seconds,
+        silence_seconds=run.silence_seconds,
+        silence_most_seconds=run.silence_most_seconds,
+        attempt_most_seconds=run.attempt_most_seconds,
+        quorum=run.quorum,
+        leased=run.data == "leased",
+        warmup_rounds=run.local.warmup_rounds if warms_up else 0,
+        warmup_batch_size=run.local.warmup_batch_size if warms_up else 0,
+    )
+
+
 def rules_at(rules: Rules, terms: Terms | None, step: int) -> Rules:
     """The rules that hold at this step."""
     if step < rules.warmup_rounds:

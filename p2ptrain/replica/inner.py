@@ -20,6 +20,7 @@ class InnerSteps(ABC):
 
     total: Tensor
     """float32 [values], on the CPU: what this peer brings."""
+    counts_each = False
 
     def __init__(self, inner_batch_size: int, working: Tensor) -> None:
         """`working`: the model's parameters [numel]."""

@@ -105,6 +105,13 @@ def clip_factor(squared_norms: Sequence[float], clip_norm: float) -> float:
     return clip_norm / norm if 0 < clip_norm < norm else 1.0
 
 
+def scaled(vector: Tensor, factor: float) -> Tensor:
+    """The vector (float32) times a number, in place: by a scalar that is rounded once, alike everywhere."""
+    if factor != 1.0:
+        vector.mul_(torch.tensor(factor, dtype=torch.float32))
+    return vector
+
+
 class SGD:
     """θ ← (1 - lr·decay)·θ - lr·d, with velocity ← momentum·velocity + g, and d the velocity or, with
     Nesterov, g + momentum·velocity. Weight decay is decoupled: it does not pass through the velocity."""

@@ -252,17 +252,18 @@ class Metrics:
         run_id: str,
         fingerprint: str,
         *,
-        clip_norm: float = 0.0,
         sample_tokens: int = 0,
         about: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clip_norm`: of the run, 0 for none; `sample_tokens`: in one sample, 0 where there is no such
-        thing; `about`: what does not change about this peer, never its id."""
+        """`sample_tokens`: in one sample, 0 where there is no such thing; `about`: what does not change about
+        this peer, never its id."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of counters
         self.registry = registry = CollectorRegistry()
         self._clock = clock
-        self._clip_norm, self._sample_tokens = clip_norm, sample_tokens
+        self._sample_tokens = sample_tokens
+        self.clips: int | None = None
+        """Steps so far whose gradient was shortened; None before the first that might have been."""
 
         # A keyword argument is the family's label, with the values that it can take.
         def counter(name: str, text: str, **label: type[StrEnum]) -> Counter:
@@ -326,7 +327,6 @@ class Metrics:
             "tokens_total", "Tokens in the samples computed here that a committed entry counts."
         )
         self.micro_batch_seconds = histogram("micro_batch_seconds", "Time to compute one micro-batch.")
-        self._clips = counter("gradient_clips_total", "Steps whose gradient was shortened to clip_norm.")
         self._data = gauge(
             "data_samples",
             "Leased samples of the run after its last round: counted, lost for want of a finite gradient, "
@@ -638,8 +638,8 @@ class Metrics:
         for fate in DataFate:
             self._data.labels(fate).set(getattr(event, fate))
         self._tokens.inc(event.mine * self._sample_tokens)
-        if 0 < self._clip_norm < event.gradient_norm:
-            self._clips.inc()
+        if event.clipped is not None:
+            self.clips = (self.clips or 0) + event.clipped
         if event.loss is not None:
             self._loss.labels(Split.TRAIN).set(event.loss)
         self._norm.set(event.gradient_norm)
@@ -674,6 +674,11 @@ class _Readings(Collector):
             for lane in LANES:
                 family.add_metric([lane], traffic.get(lane, (0, 0))[place])
             yield family
+        yield CounterMetricFamily(
+            "p2ptrain_gradient_clips",
+            "Steps whose gradient was shortened to clip_norm; not there with strategies that shorten none.",
+            value=self._metrics.clips,
+        )
         carriers = GaugeMetricFamily(
             "p2ptrain_carrier_peers", "Peers whose chunks go this way.", labels=["carrier"]
         )

@@ -86,7 +86,8 @@ async def _peer(folder: Path, width: int, count: int, samples: Synchronized[int]
     from p2ptrain.config import PeerConfig, fingerprint
     from p2ptrain.gradients.devices import CPU
     from p2ptrain.gradients.engine import Engine
-    from p2ptrain.replica.replica import Replica, parameter_table
+    from p2ptrain.replica.flat import parameter_table
+    from p2ptrain.replica.replica import Replica
     from p2ptrain.swarm.libp2p import Libp2pSwarm
     from p2ptrain.tasks import build_task
     from p2ptrain.trainer import Peer, train
@@ -123,7 +124,7 @@ async def _peer(folder: Path, width: int, count: int, samples: Synchronized[int]
             async with peer:
                 training = asyncio.create_task(train(peer, run))
                 while not training.done():
-                    samples.value = peer._accumulator.samples
+                    samples.value = peer.gathered.samples
                     await asyncio.sleep(0.01)
                 await training
 

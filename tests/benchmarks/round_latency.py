@@ -170,7 +170,8 @@ async def train_here(
     from p2ptrain.config import Optimizer, PeerConfig, RunConfig, Schedule, fingerprint
     from p2ptrain.gradients.devices import CPU
     from p2ptrain.gradients.engine import Engine
-    from p2ptrain.replica.replica import Replica, parameter_table
+    from p2ptrain.replica.flat import parameter_table
+    from p2ptrain.replica.replica import Replica
     from p2ptrain.swarm.libp2p import Libp2pSwarm
     from p2ptrain.trainer import Peer, train
 

@@ -598,7 +598,7 @@ def stubborn(rogue: Rogue) -> None:
     async def staying(self: Peer, behind: allreduce.Behind) -> None:
         rogue.tell(step=self.replica.position.step, theirs=behind.position.step)
         await self._digested()
-        await self._compute(self._accumulator.reset)
+        await self._compute(self._contributor.reset)
         self.rounds.unhelpful(behind.donor)
         self._start_step((), settled=True)
 

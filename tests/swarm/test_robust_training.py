@@ -19,8 +19,9 @@ from p2ptrain.allreduce import Attempt, Contribution
 from p2ptrain.config import fingerprint
 from p2ptrain.gradients.aggregation import AGGREGATIONS, norm_clip
 from p2ptrain.protocol.spans import chunk_ranges
+from p2ptrain.replica.flat import parameter_table
 from p2ptrain.replica.optimizers import build_optimizer
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.schedule import learning_rate
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub

@@ -551,7 +551,7 @@ def test_peer_gives_up_with_a_remedy_when_nothing_it_computes_is_finite() -> Non
 def watch_what_is_owed(life: Trainer) -> None:
     """Assert at every event of this peer that only commits change what it owes, and how much that is."""
     assert life.peer is not None
-    rounds, accumulator, observe = life.peer.rounds, life.peer._accumulator, life._observe
+    rounds, accumulator, observe = life.peer.rounds, life.peer.gathered, life._observe
     settle, owed = accumulator.settle, rounds._owed
 
     def settling(codec: Codec, sent: Sequence[Sent]) -> None:
@@ -589,7 +589,7 @@ def test_only_commits_change_what_the_codec_owes_and_a_newcomer_owes_nothing() -
         dora = start(training, "dora")
         await training.until(lambda: dora.of(events.CaughtUp))
         assert dora.peer is not None
-        assert not dora.peer._accumulator.total.any()
+        assert not dora.peer.gathered.total.any()
         assert not dora.peer.rounds._owed._lost.numel()
         watch_what_is_owed(dora)
         await training.until(lambda: len(dora.of(events.RoundCommitted)) > 3)
@@ -654,7 +654,7 @@ def watch_ages(life: Trainer) -> list[int]:
 
     async def takes(into: Accumulator) -> None:
         before = into.samples
-        counts_for = life.step + (into is peer._ahead)
+        counts_for = life.step + (into is peer._contributor.ahead)
         await take(into)
         ages.extend([counts_for - computed_at] * (into.samples - before))
 

@@ -24,7 +24,8 @@ from p2ptrain.gradients.engine import Engine
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import EntryHeader, PeerId, Position
 from p2ptrain.replica.checkpoint import latest, load, restore
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.flat import parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.swarm.memory import MemoryHub
 from p2ptrain.tasks import Task, build_model
 from p2ptrain.trainer import Peer, train
@@ -174,7 +175,7 @@ class Trainer:
     def contributed(self) -> int:
         """Samples in the contribution to its next round."""
         assert self.peer is not None
-        return self.peer._accumulator.samples
+        return self.peer.gathered.samples
 
     def outside(self) -> bool:
         """Whether it takes part in nothing until it has caught up."""

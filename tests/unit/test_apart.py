@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from replicas import FINGERPRINT, next_entry, small_replica, small_run
+from replicas import FINGERPRINT, next_entry, small_replica, small_run, unmeasured
 from torch import Tensor, nn
 
 from p2ptrain.config import Local, Optimizer, RunConfig, Schedule
@@ -16,9 +16,10 @@ from p2ptrain.gradients.aggregation import EmptyRound, mean_chunk
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.gradients.noise import spread_of
 from p2ptrain.records import PeerId
-from p2ptrain.replica.apart import Agreement, LocalSteps, agreement, effective_steps
+from p2ptrain.replica.apart import Agreement, LocalSteps, LocalStrategy, agreement, effective_steps
 from p2ptrain.replica.optimizers import FlatOptimizer, build_optimizer, outer_optimizer
 from p2ptrain.replica.replica import Replica
+from p2ptrain.replica.sync import SyncStrategy
 
 SIZE = 6
 Gradient = Callable[[Tensor, int, int, int], Tensor]
@@ -326,11 +327,11 @@ def test_warm_up_is_strategy_sync_to_the_last_bit_and_then_the_outer_step_applie
         small_replica(small_run(codec="fp32", schedule=Schedule(warmup_steps=2), optimizer=optimizer)),
     )
     for step in range(WARM):
-        assert replica.strategy == "sync"
+        assert isinstance(replica.strategy, SyncStrategy)
         for each in (replica, sync):
             each.apply(next_entry(each, step))
         assert torch.equal(replica.parameters, sync.parameters)
-    assert replica.strategy == "local"
+    assert isinstance(replica.strategy, LocalStrategy)
     before, entry = replica.parameters.clone(), next_entry(replica, WARM)
     mean = torch.frombuffer(bytearray(entry.payload), dtype=torch.float32)
     replica.apply(entry)
@@ -369,7 +370,7 @@ def test_own_steps_go_on_with_the_optimizer_of_the_warm_up_and_a_joiners_with_a_
     gradient = torch.linspace(-1, 1, replica.numel)
     moved = []
     for each in (replica, joiner):
-        steps = each.train_apart()
+        steps = each.contributor(PeerId("me"), unmeasured).gathered
         assert steps.add(4 * gradient, 4)
         steps.gather()
         moved.append(steps.total / 4)
@@ -430,10 +431,11 @@ def test_copies_that_went_the_same_way_agree_and_one_alone_tells_nothing() -> No
 
 def test_average_that_is_shown_is_that_of_the_copies_and_ends_with_the_next_step() -> None:
     replica = small_replica(small_run(strategy="local", codec="fp32"))
-    replica.train_apart()
+    replica.contributor(PeerId("me"), unmeasured)
     entry, before = next_entry(replica), replica.parameters.clone()
     mean = torch.frombuffer(bytearray(entry.payload), dtype=torch.float32)
-    replica.show_average(entry)
+    assert isinstance(replica.strategy, LocalStrategy)
+    replica.strategy.show_average(replica.mean_of(entry), entry.header)
     shown = torch.cat([each.detach().reshape(-1) for each in replica.model.parameters()])
     assert torch.equal(shown, before - mean)
     assert torch.equal(replica.parameters, before)

@@ -325,10 +325,13 @@ def with_state(replica: Replica, change) -> Replica:
             "model.0.weight[70]: {} in the first, 0.0 in the second",
         ),
         (
-            lambda r: r._optimizer.state_tensors()["mean"][5].fill_(2.5),
+            lambda r: r.strategy.optimizer.state_tensors()["mean"][5].fill_(2.5),
             "optimizer.mean[5]: {} in",
         ),
-        (lambda r: setattr(r._optimizer, "_beta1_power", 0.5), "beta1_power: 0.81 in the first, 0.5 in"),
+        (
+            lambda r: setattr(r.strategy.optimizer, "_beta1_power", 0.5),
+            "beta1_power: 0.81 in the first, 0.5 in",
+        ),
     ],
 )
 def test_compare_names_the_first_value_when_states_at_one_position_differ(
@@ -338,7 +341,7 @@ def test_compare_names_the_first_value_when_states_at_one_position_differ(
     sick = with_state(advanced(small_replica(), 2), change)
     values = {
         "model": healthy.parameters[70].item(),
-        "optim": healthy._optimizer.state_tensors()["mean"][5].item(),
+        "optim": healthy.strategy.optimizer.state_tensors()["mean"][5].item(),
     }
     comparison = compare(saved(tmp_path / "a", healthy), saved(tmp_path / "b", sick))
     assert str(comparison.difference).startswith(expected.format(values.get(expected[:5])))

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from lora_models import Arithmetic, tiny_llama
-from replicas import entry_at, next_entry
+from replicas import entry_at, next_entry, unmeasured
 from torch import Tensor, nn
 
 from p2ptrain.adapters.files import load_adapter
 from p2ptrain.config import Local, Lora, Optimizer, RunConfig, Schedule, fingerprint
 from p2ptrain.errors import BadMessage, CheckpointError, ConfigError, IncompatibleRun
 from p2ptrain.gradients.codecs import codec_named
+from p2ptrain.records import PeerId
+from p2ptrain.replica.apart import LocalStrategy
 from p2ptrain.replica.checkpoint import latest, load, restore, save
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.flat import parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.tasks import build_model
 from p2ptrain.tasks.lora import add_adapters, base_digest, chosen_layers
 
@@ -177,7 +180,7 @@ class Swarm:
     def __init__(self, run: RunConfig, steps: Sequence[int]) -> None:
         self.replicas = [lora_replica(run) for _ in steps]
         self.steps = steps
-        self.apart = [replica.train_apart() for replica in self.replicas]
+        self.apart = [replica.contributor(PeerId("me"), unmeasured).gathered for replica in self.replicas]
         self.task = Arithmetic()
 
     def compute(self) -> Tensor:
@@ -269,11 +272,11 @@ def test_adapters_trained_apart_are_resumed_bit_for_bit_and_peft_loads_them(tmp_
 
 def test_both_factors_own_optimizers_go_on_from_the_warm_up() -> None:
     replica = moved(lora_replica(apart_run(warmup_rounds=2)), 2)
-    assert replica.strategy == "local"
-    warm = replica.train_apart()
+    assert isinstance(replica.strategy, LocalStrategy)
+    warm = replica.contributor(PeerId("me"), unmeasured).gathered
     fresh = lora_replica(apart_run(warmup_rounds=2))
     fresh.load_state(replica.snapshot())
-    alone = fresh.train_apart()
+    alone = fresh.contributor(PeerId("me"), unmeasured).gathered
     gradient = torch.full((replica.numel,), 1e-3)
     for each in (warm, alone):
         each.add(gradient, 2)

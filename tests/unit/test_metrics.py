@@ -247,13 +247,20 @@ def test_registries_are_apart_when_two_peers_share_a_process(metrics: Metrics) -
     assert value(other, "global_step") == 0
 
 
-def test_clip_is_counted_when_the_gradient_is_longer_than_the_run_allows() -> None:
-    metrics = Metrics("run", "f" * 64, clip_norm=0.5, sample_tokens=128)
-    metrics.observe(dataclasses.replace(COMMITTED, gradient_norm=0.5))
+def test_clips_are_counted_by_the_rounds_that_may_have_one_and_are_not_there_without() -> None:
+    metrics = Metrics("run", "f" * 64)
+    metrics.observe(COMMITTED)
+    assert "\np2ptrain_gradient_clips_total " not in metrics.page().decode()
+    metrics.observe(dataclasses.replace(COMMITTED, clipped=False))
     assert value(metrics, "gradient_clips_total") == 0
-    metrics.observe(dataclasses.replace(COMMITTED, gradient_norm=0.6))
+    metrics.observe(dataclasses.replace(COMMITTED, clipped=True))
     assert value(metrics, "gradient_clips_total") == 1
-    assert value(metrics, "tokens_total") == 2 * 512 * 128
+
+
+def test_tokens_are_those_of_the_samples_that_count() -> None:
+    metrics = Metrics("run", "f" * 64, sample_tokens=128)
+    metrics.observe(COMMITTED)
+    assert value(metrics, "tokens_total") == 512 * 128
 
 
 def test_dht_requests_are_timed_by_outcome_when_asked(metrics: Metrics) -> None:

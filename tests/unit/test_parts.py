@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from replicas import FINGERPRINT
+from replicas import FINGERPRINT, unmeasured
 from torch import Tensor, nn
 
 from p2ptrain.config import CausalLmTask, Optimizer, Outer, Partition, RunConfig, Schedule, Sync
@@ -65,7 +65,7 @@ class Member:
     def __init__(self, name: str, run: RunConfig) -> None:
         self.name = PeerId(name)
         self.replica = Replica(tiny_model(), run, FINGERPRINT)
-        self.parts = self.replica.train_part(self.name)
+        self.parts = self.replica.contributor(self.name, unmeasured).gathered
 
     def train(self, gradient: Gradient, steps: int) -> None:
         for _ in range(steps):
@@ -110,7 +110,9 @@ def one_round(
         member.parts.settle(codec_named("fp32"), ())
         if loss is not None:
             working = member.parts._working
-            member.parts.measure(partial(loss, working), member.replica.union, member.replica.position.step)
+            member.parts.measure(
+                partial(loss, working), member.replica.strategy.union, member.replica.position.step
+            )
             assert torch.equal(working, member.replica.parameters)
     assert len({member.replica.compute_state_digest() for member in members}) == 1
     return entry
@@ -313,7 +315,7 @@ def test_a_model_on_a_device_trains_its_part_as_one_on_the_cpu(device: str) -> N
     members = [Member("a", run), Member("b", run)]
     moved = members[1]
     moved.replica.move_model(torch.device(device))
-    moved.parts = moved.replica.train_part(moved.name)
+    moved.parts = moved.replica.contributor(moved.name, unmeasured).gathered
     for _ in range(3):
         one_round(members, lambda theta, peer, step: noisy(theta.cpu(), peer, step).to(theta.device), steps=2)
         at = torch.cat([parameter.detach().reshape(-1) for parameter in moved.replica.model.parameters()])
@@ -342,9 +344,10 @@ def test_gamma_falls_where_parts_undo_each_other_and_all_replicas_take_the_same(
     gammas = []
     for _ in range(4):
         one_round(members, drawn_together, 60, coupled_loss)
-        assert members[0].replica.union is not None
-        gammas.append(members[0].replica.union.gamma)
-        assert {member.replica.union.gamma for member in members if member.replica.union} == {gammas[-1]}
+        unions = [member.replica.strategy.union for member in members]
+        assert all(unions)
+        gammas.append(unions[0].gamma)
+        assert {union.gamma for union in unions} == {gammas[-1]}
     assert gammas[0] == 0.25  # nothing was measured yet
     assert all(gamma < 1.0 for gamma in gammas)
     assert coupled_loss(members[0].replica.parameters) < coupled_loss(swarm(part_run())[0].replica.parameters)
@@ -361,7 +364,7 @@ def test_cohesion_is_what_the_loss_says_of_the_round_before() -> None:
         changes.append(own - before)
     one_round(members, drawn_together, 40, coupled_loss)
     one_round(members, drawn_together, 1, coupled_loss)
-    found = members[0].replica.cohesion
+    found = members[0].replica.strategy.cohesion
     assert found is not None
     at = coupled_loss(before)
     assert found.union == pytest.approx(coupled_loss(before + torch.stack(changes).sum(0)) - at, rel=1e-3)
@@ -373,17 +376,17 @@ def test_cohesion_is_not_told_when_somebody_who_owned_a_part_has_gone() -> None:
     members = swarm(part_run("block"))
     one_round(members, loss=coupled_loss)
     one_round(members[:3], loss=coupled_loss)
-    assert members[0].replica.cohesion is None
+    assert members[0].replica.strategy.cohesion is None
     one_round(members[:3], loss=coupled_loss)
-    assert members[0].replica.cohesion is not None
+    assert members[0].replica.strategy.cohesion is not None
 
 
 def test_a_loss_that_is_no_number_counts_as_very_bad() -> None:
     members = swarm(part_run("block", gamma="auto"))
     one_round(members, loss=lambda theta: float("nan"))
     one_round(members)
-    assert members[0].replica.union is not None
-    assert members[0].replica.union.gamma == 1.0  # all are as bad: the largest
+    assert members[0].replica.strategy.union is not None
+    assert members[0].replica.strategy.union.gamma == 1.0  # all are as bad: the largest
     assert members[0].replica.parameters.isfinite().all()
 
 
@@ -397,7 +400,7 @@ def test_mean_squares_stay_above_zero_when_a_peer_says_otherwise() -> None:
     for member in members:
         member.replica.apply(entry)
         member.parts.settle(codec_named("fp32"), ())
-        assert (member.replica._optimizer.state_tensors()["square_mean"] >= 0).all()
+        assert (member.replica.strategy.optimizer.state_tensors()["square_mean"] >= 0).all()
     one_round(members)
     assert members[0].replica.parameters.isfinite().all()
 

@@ -19,8 +19,9 @@ from p2ptrain.errors import CheckpointError, ConfigError, IncompatibleRun, Invit
 from p2ptrain.records import Averaged, Chunk, GetEntry, GetManifest, Message, PeerId, Reply, Request
 from p2ptrain.replica.checkpoint import MANIFEST, STATE, save
 from p2ptrain.replica.donor import Donor
+from p2ptrain.replica.flat import parameter_table
 from p2ptrain.replica.log import EntryLog
-from p2ptrain.replica.replica import Replica, parameter_table
+from p2ptrain.replica.replica import Replica
 from p2ptrain.replica.snapshot import Snapshot
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
