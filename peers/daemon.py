@@ -181,7 +181,7 @@ class Daemon:
             self._set(self._pauses.remove(organizer))
         elif not self._pauses.has(organizer):
             self._set(self._pauses.add(organizer, time.time()))
-            peer.save_soon()
+            peer.upkeep.save_soon()
 
     async def look(self) -> None:
         """Pause or go on, as the machine's limits say now."""
@@ -296,7 +296,7 @@ class Daemon:
             "catching_up": None
             if catching_up is None
             else asdict(catching_up) | {"eta_seconds": catching_up.eta_seconds},
-            "batch": {"mine": peer.samples_now, "target": peer.run.target_batch_size},
+            "batch": {"mine": peer.gathered.samples, "target": peer.run.target_batch_size},
             "rounds": peer.rounds_joined,
             "samples": peer.samples_given,
             "data": None if peer.data is None else asdict(peer.data),
@@ -320,7 +320,7 @@ class Daemon:
             "sent_bytes_per_second": sent_rate,
             "received_bytes_per_second": received_rate,
             "deadlines": standing.deadlines,
-            "metrics_port": peer.metrics_port,
+            "metrics_port": peer.attendance.metrics_port,
             "page": self.page,
         }
 

@@ -53,7 +53,7 @@ from p2ptrain.telemetry.journal import Journal
 from p2ptrain.telemetry.logs import tell
 from p2ptrain.telemetry.metrics import Extent, LogCounter, Metrics, watch_event_loop
 from p2ptrain.telemetry.trackers import Tracking, open_tracker
-from p2ptrain.trainer import Peer, base_note, train
+from p2ptrain.trainer import Peer, train
 from peers import doctor
 from peers.admission import admit, stay_admitted
 from peers.daemon import ControlServer, Daemon, state
@@ -226,7 +226,7 @@ async def volunteer(
                 lambda: math.nan if (skew := swarm.clock_skew_seconds) is None else skew
             )
             swarm.asked_dht = metrics.asked_dht
-            peer.batch_took = metrics.micro_batch_seconds.observe
+            peer.batches.took = metrics.micro_batch_seconds.observe
             metrics.read_donated = lambda: peer.donor.served_bytes
             _export_catch_up(metrics, peer)
             pages = _pages(peer, swarm, invite, metrics, feed)
@@ -240,7 +240,7 @@ async def volunteer(
                 _beside(staying),
                 _panel(daemon),
             ):
-                peer.metrics_port = served.port
+                peer.attendance.metrics_port = served.port
                 here = url(config.metrics_host, served.port)
                 logger.info("metrics: %smetrics; data: %s", here, folder)
                 if config.page:
@@ -251,7 +251,7 @@ async def volunteer(
                 if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
                 peer.give_up()
-                path = await peer.save_checkpoint()
+                path = await peer.upkeep.save()
                 observe(
                     events.Leaving(
                         step=replica.position.step,
@@ -279,7 +279,7 @@ async def volunteer(
                     share=standing.samples / standing.samples_of_all if standing.samples_of_all else None,
                     first_loss=standing.first_loss,
                     last_loss=standing.losses[-1] if standing.losses else None,
-                    heldout_loss=peer.heldout.get("loss"),
+                    heldout_loss=peer.upkeep.heldout.get("loss"),
                     checkpoint=str(path) if path else None,
                 )
 
@@ -331,9 +331,9 @@ async def _refuse_to_train_apart(swarm: Libp2pSwarm, run: RunConfig, replica: Re
         why = f"protocol: {PROTOCOL_VERSION} here, {other.protocol} there; {upgrade(other.protocol)}"
     else:
         why = "the shapes of the model's parameters; use the same version of p2ptrain"
-        if replica.base_digest and not other.extra.startswith(base_note(replica)):
+        if replica.base_digest and not other.extra.startswith(replica.base_note):
             why = (
-                f"the model that the adapters are for, {base_note(replica)[:21]} here, "
+                f"the model that the adapters are for, {replica.base_note[:21]} here, "
                 f"{events.clean(other.extra[:21])} there; take the same weights as the swarm's, to the bit "
                 "(`model` in the peer file names their folder)"
             )

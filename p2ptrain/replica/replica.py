@@ -81,6 +81,11 @@ class Replica:
         return self.strategy.contributor(self, me, probe, probes_every)
 
     @property
+    def base_note(self) -> str:
+        """How the presence of a peer that trains adapters begins: with what they are for."""
+        return f"base {self.base_digest[:16]}, " if self.base_digest else ""
+
+    @property
     def model(self) -> nn.Module:
         return self._flat.model
 

@@ -32,7 +32,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from p2ptrain import allreduce, trainer
+from p2ptrain import allreduce
 from p2ptrain import config as config_module
 from p2ptrain.allreduce import Attempt, Contribution, Rounds
 from p2ptrain.config import RunConfig
@@ -48,6 +48,8 @@ from p2ptrain.replica.snapshot import Assembly
 from p2ptrain.swarm import lanes
 from p2ptrain.swarm.libp2p import Libp2pSwarm
 from p2ptrain.trainer import Peer
+from p2ptrain.training import attendance
+from p2ptrain.training.batches import Batches
 from peers import cli, offspring, volunteer
 
 SAYS = "rogue: "
@@ -114,15 +116,15 @@ def lie(install: Deviation) -> Deviation:
 @death
 def accumulating(rogue: Rogue) -> None:
     """In its micro-batch number N (1) of a step, computed and not yet added."""
-    nth, gradients = rogue.number or 1, Peer._gradients
+    nth, gradients = rogue.number or 1, Batches._gradients
 
-    def computed(self: Peer, step: int, first: int, count: int, held: Ranges) -> float:
+    def computed(self: Batches, step: int, first: int, count: int, held: Ranges) -> float:
         loss = gradients(self, step, first, count, held)
         if first // count + 1 >= nth:
             rogue.die(step=step, samples=first)
         return loss
 
-    Peer._gradients = computed
+    Batches._gradients = computed
 
 
 def at_effect(
@@ -573,7 +575,7 @@ def protocol(rogue: Rogue) -> None:
     """It speaks protocol N (the next one)."""
     other = rogue.number or lanes.PROTOCOL_VERSION + 1
     rogue.tell(protocol=other)
-    for module in (config_module, lanes, trainer, volunteer):
+    for module in (config_module, lanes, attendance, volunteer):
         module.PROTOCOL_VERSION = other
 
 

@@ -440,7 +440,7 @@ def test_joiner_begins_anew_when_no_donor_has_its_snapshot_any_more(tmp_path: Pa
 
 def test_peer_replays_and_downloads_no_snapshot_when_the_log_holds_what_it_missed(tmp_path: Path) -> None:
     async def story(training: Training) -> None:
-        await training.peers["bert"].peer.save_checkpoint()  # type: ignore[union-attr]
+        await training.peers["bert"].peer.upkeep.save()  # type: ignore[union-attr]
         killed = await training.kill("bert")
         asked = intercept(training.peers["anna"], as_it_is)
         asked_too = intercept(training.peers["carl"], as_it_is)
@@ -485,7 +485,7 @@ def test_replay_changes_donors_when_the_first_one_fails(fails: str) -> None:
 @pytest.mark.parametrize("entries", [8, 200])
 def test_joiner_catches_up_when_its_checkpoint_is_behind(tmp_path: Path, entries: int) -> None:
     async def story(training: Training) -> None:
-        await training.peers["bert"].peer.save_checkpoint()  # type: ignore[union-attr]
+        await training.peers["bert"].peer.upkeep.save()  # type: ignore[union-attr]
         killed = await training.kill("bert")
         await training.until_step(killed.step + 20)
         back = training.start("bert")
@@ -504,7 +504,7 @@ def test_swarm_takes_the_heavier_log_when_a_checkpoint_is_ahead_of_it(tmp_path: 
         await training.kill("bert")
         await training.kill("carl")
         await training.until_step(40)
-        await anna.peer.save_checkpoint()  # type: ignore[union-attr]
+        await anna.peer.upkeep.save()  # type: ignore[union-attr]
         ahead = (await training.kill("anna")).replica.position
         bert = training.start("bert")
         await training.until_step(3)

@@ -20,10 +20,11 @@ from p2ptrain.allreduce import Attempt
 from p2ptrain.config import RunConfig
 from p2ptrain.errors import DeviceError
 from p2ptrain.events import CatchUpBy, WasteCause
-from p2ptrain.gradients.accumulator import Accumulator, Sent
+from p2ptrain.gradients.accumulator import Sent
 from p2ptrain.gradients.codecs import Codec
 from p2ptrain.protocol.member import Stage
 from p2ptrain.records import Change, PeerId, Terms
+from p2ptrain.replica.strategy import Gathered
 from p2ptrain.swarm import clock
 from p2ptrain.swarm.memory import MemoryHub
 
@@ -551,7 +552,7 @@ def test_peer_gives_up_with_a_remedy_when_nothing_it_computes_is_finite() -> Non
 def watch_what_is_owed(life: Trainer) -> None:
     """Assert at every event of this peer that only commits change what it owes, and how much that is."""
     assert life.peer is not None
-    rounds, accumulator, observe = life.peer.rounds, life.peer.gathered, life._observe
+    rounds, accumulator = life.peer.rounds, life.peer.gathered
     settle, owed = accumulator.settle, rounds._owed
 
     def settling(codec: Codec, sent: Sequence[Sent]) -> None:
@@ -571,9 +572,8 @@ def watch_what_is_owed(life: Trainer) -> None:
             owed = rounds._owed
         elif isinstance(event, events.RoundAborted):
             assert rounds._owed is owed
-        observe(event)
 
-    life.peer._observe = observing
+    life.watching.append(observing)
     accumulator.settle = settling  # type: ignore[method-assign,assignment]
 
 
@@ -643,22 +643,22 @@ def test_client_takes_part_and_reduces_nothing_unless_nobody_else_is_there() -> 
 def watch_ages(life: Trainer) -> list[int]:
     """How many steps old each sample's gradient is in the step that it counts for."""
     assert life.peer is not None
-    peer, ages = life.peer, []
-    begin, take = peer._begin_batch, peer._take_batch
+    batches, ages = life.peer.batches, []
+    begin, take = batches.begin, batches.take
     computed_at = life.step
 
-    def begins(*, ahead: bool = False) -> None:
+    def begins(most: int) -> None:
         nonlocal computed_at
         computed_at = life.step
-        begin(ahead=ahead)
+        begin(most)
 
-    async def takes(into: Accumulator) -> None:
+    async def takes(into: Gathered, step: int) -> bool:
         before = into.samples
-        counts_for = life.step + (into is peer._contributor.ahead)
-        await take(into)
-        ages.extend([counts_for - computed_at] * (into.samples - before))
+        taken = await take(into, step)
+        ages.extend([step - computed_at] * (into.samples - before))
+        return taken
 
-    peer._begin_batch, peer._take_batch = begins, takes  # type: ignore[method-assign]
+    batches.begin, batches.take = begins, takes  # type: ignore[method-assign]
     return ages
 
 

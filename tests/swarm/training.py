@@ -143,6 +143,8 @@ class Trainer:
         self.peer: Peer | None = None
         self.happened: list[tuple[float, events.Event]] = []
         """(virtual time, event), in order."""
+        self.watching: list[Callable[[events.Event], None]] = []
+        """Told of each event before anybody else."""
         self.positions: list[Position] = [self.replica.position]
         """Every position that this replica had, in order."""
         self.parameters: dict[str, Tensor] = {}
@@ -249,6 +251,8 @@ class Trainer:
             self.parameters[position.lineage] = self.replica.parameters.clone()
 
     def _observe(self, event: events.Event) -> None:
+        for watch in self.watching:
+            watch(event)
         self.happened.append((self._training.now, event))
         self._training.something_happened()
 

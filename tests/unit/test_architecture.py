@@ -109,10 +109,15 @@ ROOMS = {
     ),
     "p2ptrain.auditing": Room(LOWER | {"p2ptrain.court"}, names("blake3"), PURE | {"asyncio"}),
     "p2ptrain.court": Room(LOWER, names("blake3")),
-    "p2ptrain.trainer": Room(
-        LOWER | names("p2ptrain.allreduce p2ptrain.auditing p2ptrain.court"),
+    "p2ptrain.training": Room(
+        LOWER | names("p2ptrain.allreduce p2ptrain.court"),
         names("torch"),
-        PURE | {"asyncio", "contextlib", "pathlib"},
+        PURE | {"asyncio", "pathlib"},
+    ),
+    "p2ptrain.trainer": Room(
+        LOWER | names("p2ptrain.allreduce p2ptrain.auditing p2ptrain.court p2ptrain.training"),
+        frozenset(),
+        PURE | {"asyncio", "pathlib"},
     ),
     # beside: tools that need no swarm
     "p2ptrain.adapters": Room(
@@ -143,7 +148,10 @@ ROOMS = {
 UNLOADING = names("pickle marshal shelve dill cloudpickle joblib")
 """Ways to let bytes run code (ADR 8)."""
 
-TRAINS = names("p2ptrain.gradients p2ptrain.replica p2ptrain.tasks p2ptrain.allreduce p2ptrain.trainer torch")
+TRAINS = names(
+    "p2ptrain.gradients p2ptrain.replica p2ptrain.tasks p2ptrain.allreduce p2ptrain.training "
+    "p2ptrain.trainer torch"
+)
 
 MACHINES = names("p2ptrain.protocol.member p2ptrain.protocol.leader p2ptrain.protocol.reduction")
 

@@ -1,6 +1,6 @@
 """The size of a micro-batch follows what fits into a step."""
 
-from p2ptrain.trainer import fitting_batch_size
+from p2ptrain.training.batches import fitting_batch_size
 
 
 def test_micro_batch_is_halved_while_nothing_of_it_counts_and_never_less_than_one_sample() -> None:
