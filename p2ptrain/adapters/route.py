@@ -7,8 +7,9 @@ follows. Choice 0 is the base without any adapter. Four ways are measured beside
 - each fixed choice; - the *oracle*: by the loss on what follows itself, which no router can know; none does
 better; - by *likelihood*: the one that makes the most of the prefix. It needs a pass of every adapter; -
 *learned*: p(choice | x) = softmax(W·f(x) + b), where f are means of the base's hidden states over the prefix.
-It is trained on the loss that it would cause, Σ over choices of p(choice | x) · loss(choice, x), which is
-exact: with few choices nothing has to be drawn. Below a confidence it is the base's.
+It is trained by cross-entropy to the best choice, softened so that one which is hardly worse is hardly less
+right. Below a confidence it is the base's. (Trained on the loss that it would cause, Σ over choices of
+p(choice | x) · loss(choice, x), it learned less from as many texts: that is not convex.)
 
 How strongly weights are held back, and that confidence, are what does best on texts that a router did not
 learn from: each fifth of them is judged by one that learned from the others.
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 STEPS = 100
+SOFTNESS = 0.1
+"""Nats per token: a choice whose loss is so much higher is e times less right."""
 FOLDS = 5
 WEIGHT_DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 THRESHOLDS = tuple(number / 20 for number in range(20))
@@ -75,7 +78,7 @@ class Router:
 
 
 def train(scores: Scores, threshold: float | None = None) -> Router:
-    """The router with the least expected loss on these texts; the same for the same scores. Without a
+    """The router that tells best what is right for these texts; the same for the same scores. Without a
     `threshold` it is found."""
     texts = torch.arange(scores.rest.shape[1])
     judged: dict[float, tuple[Tensor, Tensor]] = {}
@@ -101,16 +104,15 @@ def train(scores: Scores, threshold: float | None = None) -> Router:
 
 def _fitted(scores: Scores, decay: float, threshold: float) -> Router:
     center, scale = scores.features.mean(0), scores.features.std(0).clamp_min(1e-6)
-    inputs, loss = (scores.features - center) / scale, scores.rest.T
-    loss = loss - loss.min(dim=1, keepdim=True).values  # what a choice costs beside the best one
-    weight = torch.zeros(loss.shape[1], inputs.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(loss.shape[1], dtype=torch.float64, requires_grad=True)
+    inputs, right = (scores.features - center) / scale, torch.softmax(-scores.rest.T / SOFTNESS, dim=1)
+    weight = torch.zeros(right.shape[1], inputs.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(right.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        expected = (torch.softmax(inputs @ weight.T + bias, dim=1) * loss).sum(1).mean()
-        value = expected + decay * weight.square().mean()
+        told = torch.log_softmax(inputs @ weight.T + bias, dim=1)
+        value = decay * weight.square().mean() - (right * told).sum(1).mean()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -40,7 +40,7 @@ INPUTS, OUTPUTS = 99, 100
 VALUES = (INPUTS + 1) * OUTPUTS
 """Parameters of the model: 10,000."""
 WARMUP_ROUNDS = 10
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 ROUND_SECONDS = 30.0
 """Nothing that is waited for may take longer."""
 
