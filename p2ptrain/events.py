@@ -57,6 +57,7 @@ class WasteCause(StrEnum):
     """Why samples that this peer computed were not counted in any entry."""
 
     BEHIND = "behind"
+    LATE = "late"
     NONFINITE = "nonfinite"
     NO_LEASE = "no_lease"
     NO_PART = "no_part"
@@ -96,6 +97,7 @@ _ABORTED_BECAUSE = {
 
 _WASTED_BECAUSE = {
     WasteCause.BEHIND: "the swarm stepped without this peer",
+    WasteCause.LATE: "the step was full before they were done",
     WasteCause.NONFINITE: "their gradient was not finite; if that goes on, look at your data, or set "
     'precision = "fp32" in the peer file',
     WasteCause.NO_LEASE: "another peer leads this step now, and the lease went to it",

@@ -251,6 +251,7 @@ async def volunteer(
                 if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
                 peer.give_up()
+                await peer.attendance.leave()
                 path = await peer.upkeep.save()
                 observe(
                     events.Leaving(

@@ -20,6 +20,9 @@ from p2ptrain.replica.transfer import CatchUp
 from p2ptrain.swarm.port import Swarm
 from p2ptrain.training.hands import Hands, now
 
+LEAVE_SECONDS = 1.0
+"""That the last record may take: whoever has pressed Ctrl-C waits."""
+
 
 class Attendance:
     """This peer's presence record, and what it makes of the others'."""
@@ -52,6 +55,7 @@ class Attendance:
         self._milestones: tuple[Milestone, ...] = ()
         """Which states the replica had at some of its last steps."""
         self._round_published = self._looked_at = float("-inf")
+        self._left = False
         self._waiting_told = ""
         self._deadlines_told: dict[str, float] = {}
 
@@ -72,6 +76,16 @@ class Attendance:
                 "use the same Python version, or the same files"
             )
         self._hands.spawn(self._keep_up())
+
+    async def leave(self) -> None:
+        """Say that this peer has no state to give any more: newcomers would ask it in vain until its record
+        ends."""
+        self._left = True
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._publish()
+        except TimeoutError:
+            return  # then the record ends by itself
 
     def stood(self, state_digest: str) -> None:
         """That is the digest of the state that the replica has now."""
@@ -110,7 +124,7 @@ class Attendance:
             protocol=PROTOCOL_VERSION,
             fingerprint=self._fingerprint,
             incarnation=self._incarnation,
-            position=self._replica.position,
+            position=None if self._left else self._replica.position,
             metrics_port=self.metrics_port,
             extra=self._note,
             milestones=self._milestones,
@@ -125,6 +139,7 @@ class Attendance:
             record
             for record in await self._swarm.lookup("presence")
             if isinstance(record, Presence) and record.role == "train" and record.peer != me
+            if record.position is not None  # else it leaves
         ]
         self._rounds.informed({other.peer: other.position for other in others if other.position is not None})
         odd = outvoted(self._milestones, {other.peer: other.milestones for other in others})

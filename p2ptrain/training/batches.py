@@ -115,7 +115,7 @@ class Batches:
         loss_sum, ended = await batch
         count = self._count
         if not counts:
-            self._wasted(count, events.WasteCause.BEHIND)
+            self._wasted(count, events.WasteCause.LATE)
             return False
         took = ended - self._began
         self.compute_seconds += took

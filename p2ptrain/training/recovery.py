@@ -6,12 +6,13 @@ and which lies are known: a log with one of them in it is void (ADR 32).
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from p2ptrain import events
 from p2ptrain.allreduce import Behind, Rounds
 from p2ptrain.court import Convicted
-from p2ptrain.errors import BadMessage, PeerFault
+from p2ptrain.errors import BadMessage, PeerFault, Unreachable
 from p2ptrain.gradients.codecs import codec_named
 from p2ptrain.records import Ballot, PeerId, Position
 from p2ptrain.replica.bases import Bases
@@ -28,6 +29,8 @@ from p2ptrain.training.hands import Hands, now
 
 CATCHING_UP_SECONDS = 5.0
 """Between two lines about how far a catch-up is; one that takes less is told of when it is done."""
+RETRY_SECONDS = 0.3
+"""Before the next donor is asked, or this one again, when one could not be reached."""
 
 
 class Recovery:
@@ -158,6 +161,8 @@ class Recovery:
         except PeerFault as fault:
             self._hands.observe(events.CatchUpFailed(from_step=before.step, donor=donor, reason=str(fault)))
             self._rounds.unhelpful(donor)
+            if isinstance(fault, Unreachable):
+                await asyncio.sleep(RETRY_SECONDS)  # its link may be on its way up; nobody waits for us
         else:
             self._tell_arrival(before, arrival, now() - began)
             if arrival.how is events.CatchUpBy.SNAPSHOT:

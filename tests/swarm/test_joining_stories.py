@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,30 @@ def test_others_go_on_when_a_donor_falls_silent_in_mid_download() -> None:
         assert training.now - began < 15
         training.hub.heal()
         await arrives(training, dora)
+
+    play(story)
+
+
+def test_donors_that_cannot_be_reached_are_asked_again_in_a_while_and_not_at_once() -> None:
+    async def story(training: Training) -> None:
+        for name in tuple(training.peers):
+            await training.kill(name)  # their records go on for a while
+        dora = training.start("dora")
+        await training.until(lambda: dora.of(events.RoundCommitted))
+        failed = [at for at, event in dora.happened if isinstance(event, events.CatchUpFailed)]
+        assert len(failed) > 3
+        assert all(later - earlier >= 0.3 for earlier, later in pairwise(failed))
+
+    play(story)
+
+
+def test_peer_that_has_left_is_asked_for_nothing() -> None:
+    async def story(training: Training) -> None:
+        await training.peers["bert"].peer.attendance.leave()
+        await training.kill("bert")
+        dora = training.start("dora")
+        await arrives(training, dora)
+        assert not [event for event in dora.of(events.PeerFaulted) if event.peer == "bert"]
 
     play(story)
 

@@ -169,6 +169,7 @@ async def test_client_is_cut_off_when_it_never_asks(
         writer.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # garbage of other tests
 async def test_nothing_is_kept_or_logged_of_a_request_that_is_none(
     server: HealthServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,7 +178,8 @@ async def test_nothing_is_kept_or_logged_of_a_request_that_is_none(
         await ended(reader)
         writer.close()
     await until(lambda: open_connections(server) == 0)
-    kept = [each for each in gc.get_objects() if isinstance(each, web.RequestHandler)]
+    gc.collect()
+    kept = [each for each in gc.get_objects() if type(each) is web.RequestHandler]
     assert [each for each in kept if each._manager is server._runner.server] == []
     assert caplog.text == ""
 
