@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p2ptrain.replica.strategy import PROBE
 from p2ptrain.tasks import Numbered, Task
 from p2ptrain.tasks.draws import draws
 
 
 class ByLabel:
     """A `Task`: the numbered samples of another, sorted by label, in as many equal parts as the roster has
-    peers; each draws from its own."""
+    peers; each draws from its own, and the probe, which is nobody, from all."""
 
     def __init__(self, task: Task, seed: int, roster: Sequence[str]) -> None:
         """`task`: of samples (inputs, labels int64 [n]) that are numbered."""
@@ -37,6 +38,8 @@ class ByLabel:
         return self._task.build_model(seed)
 
     def batch(self, step: int, peer: str, first: int, count: int) -> Any:
+        if peer == PROBE:
+            return self._task.batch(step, peer, first, count)
         part = self._parts[peer]
         drawn = [each % len(part) for each in draws(self._seed, step, peer, first, count)]
         return self._numbered.samples(part[drawn].tolist())

@@ -16,6 +16,7 @@ from p2ptrain.experiment.simulate import Diverged, Simulation
 from p2ptrain.experiment.skew import ByLabel
 from p2ptrain.experiment.store import open_store
 from p2ptrain.experiment.trials import Result, Trial, conduct, due, roster
+from p2ptrain.replica.strategy import PROBE
 from p2ptrain.tasks.digits import DigitsTask as Digits
 from tests.unit.experiments import grid_of
 
@@ -159,6 +160,11 @@ def test_peers_know_few_labels_each_when_split_by_label() -> None:
     assert set.union(*labels) == set(range(10))
     assert all(len(each) <= 3 for each in labels)
     assert torch.equal(task.batch(3, names[0], 5, 5)[1], task.batch(3, names[0], 0, 10)[1][5:])
+
+
+def test_probe_knows_all_labels_when_split_by_label() -> None:
+    task = ByLabel(Digits(DigitsTask(), 1), 1, roster(5))
+    assert set(task.batch(0, PROBE, 0, 200)[1].tolist()) == set(range(10))
 
 
 def test_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
