@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Coroutine
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -159,10 +160,19 @@ def join(
         doctor_role.insist(doctor_role.look_over(config))
     _begin_log()
     logging.getLogger("p2ptrain").info("loading what trains, which takes a few seconds")
+    from peers.signals import Stopped
+
     with lasting_imports():
         from peers.volunteer import receipt_lines, volunteer
 
-    receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
+    try:
+        receipt = _run(volunteer(entrance, config, own_run, until_step, demanding=not no_doctor))
+    except Stopped as stopped:
+        if as_json:
+            typer.echo(json.dumps({"run_id": entrance.run_id, "stopped": str(stopped)}))
+        else:
+            typer.echo(f"Stopped by {stopped} before it trained: join again whenever you like.")
+        _end_now()
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     else:
@@ -614,6 +624,13 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
     _begin_log()
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
+
+
+def _end_now() -> NoReturn:
+    """End, and wait for no thread: one that builds a model, or reads a dataset, cannot be stopped."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _begin_log() -> None:

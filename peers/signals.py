@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
+
+
+class Stopped(Exception):
+    """A first signal came before there was anything to finish; says which."""
 
 
 class Stop:
@@ -57,3 +63,33 @@ class Stop:
     def _came(self, number: signal.Signals) -> None:
         (self._second if self._first.is_set() else self._first).set()
         self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+
+
+@contextlib.asynccontextmanager
+async def heeding(stop: Stop) -> AsyncIterator[Callable[[], None]]:
+    """While entered, a first signal ends what this task waits for, at once, and Stopped comes out; until what
+    is given here has been called: from then on the signal is somebody else's to heed."""
+    owner = asyncio.current_task()
+    assert owner is not None
+    ended = False
+
+    def end(watch: asyncio.Task[None]) -> None:
+        nonlocal ended
+        if not watch.cancelled():
+            ended = True
+            owner.cancel()
+
+    def over() -> None:
+        watching.remove_done_callback(end)
+        watching.cancel()
+
+    watching = asyncio.create_task(stop.first(), name="stop")
+    watching.add_done_callback(end)
+    try:
+        yield over
+    except asyncio.CancelledError:
+        if ended and owner.uncancel() == 0:
+            raise Stopped(stop.reason) from None
+        raise
+    finally:
+        over()

@@ -63,7 +63,7 @@ from peers.monitor_pages import Pages
 from peers.panel import Below
 from peers.places import data_folder
 from peers.replaying import address as url
-from peers.signals import Stop
+from peers.signals import Stop, Stopped, heeding
 
 logger = logging.getLogger("p2ptrain")
 
@@ -127,7 +127,8 @@ async def volunteer(
 
     `own_run` is what the caller believes the run to be, if anything: the swarm's must be equal. `demanding`:
     take part only if this machine has the memory and the disk for it. Raises P2PTrainError with one sentence
-    for whatever keeps this peer from taking part.
+    for whatever keeps this peer from taking part, and Stopped if a first signal comes before it trains. Then
+    a thread may still be building what nobody waits for any more, and cannot be stopped.
     """
     folder = data_folder(config, invite.run_id)
     torch.set_num_threads(config.threads)
@@ -156,7 +157,7 @@ async def volunteer(
         observers.append(daemon.observe)
         addresses = len(invite.addresses)
         logger.info("looking for the swarm of %s, by %d addresses", invite.run_id, addresses)
-        async with ControlServer(folder, invite.run_id, daemon.answer), swarm:
+        async with heeding(stop) as over, ControlServer(folder, invite.run_id, daemon.answer), swarm:
             await admit(swarm, invite, folder)
             logger.info("the swarm is found; asking for the run file")
             run = await fetch_run(swarm, invite)
@@ -247,6 +248,7 @@ async def volunteer(
                     daemon.page = here
                     logger.info("the run is to be seen at %s", here)
                 assert swarm.gate is not None
+                over()  # from here on, the round under way is finished first
                 put_out = await _train_until_stopped(peer, run, until_step, stop, swarm.gate)
                 if not (stop.reason or put_out):
                     await peer.see_off(FINISH_SECONDS)
@@ -382,9 +384,14 @@ def _give_way() -> None:
 def threads(
     stack: contextlib.ExitStack, name: str, count: int, begin: Callable[[], None] = lambda: None
 ) -> Compute:
-    """So many threads, until the stack ends, to run functions on; each thread starts with `begin`."""
+    """So many threads, until the stack ends, to run functions on; each thread starts with `begin`. They are
+    waited for, unless it ends with Stopped."""
     executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
-    stack.callback(executor.shutdown, wait=True, cancel_futures=True)
+
+    def end(kind: type[BaseException] | None, *_: object) -> None:
+        executor.shutdown(wait=kind is not Stopped, cancel_futures=True)
+
+    stack.push(end)
 
     async def call(function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,30 @@ def test_join_asks_for_a_new_invite_when_its_run_is_no_longer_the_bootstraps(
     key = load_or_create(tmp_path / "bootstrap" / "organizer.key")
     before = organizer.invite(decode(link).addresses, organizer=key, run_id="changed", run_digest="0" * 64)
     complaint(people.join(encode(before), "peer"), 4, "not 00000000", "ask the organizer for a new invite")
+
+
+def test_ctrl_c_ends_a_join_at_once_while_its_task_is_built(
+    people: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that builds cannot be stopped, and this one takes ten minutes."""
+    begun = tmp_path / "begun"
+    lines = ("import pathlib, time", "def make(*_, **__):", f"    pathlib.Path({str(begun)!r}).touch()")
+    (tmp_path / "slowly.py").write_text("\n".join((*lines, "    time.sleep(600)", "")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    run = run_file(tmp_path, "slow", 10)
+    head, _, rest = run.read_text().partition("[task]")
+    schedule = rest.partition("[schedule]")[2]
+    run.write_text(f'{head}[task]\nkind = "own"\nfactory = "slowly:make"\n[schedule]{schedule}')
+    _, invite = people.bootstrap(run)
+    peer = people.join(invite, "peer", allow_tasks=["slowly"])
+    until(begun.exists, lambda: f"its task: {peer}")
+    daemons = peer.daemons()
+    assert daemons
+    peer.interrupt()
+    assert peer.end() == 0
+    assert peer.result() == {"run_id": "slow", "stopped": "Ctrl-C"}
+    assert "Traceback" not in peer.errors.read_text()
+    until(lambda: not any(each.is_running() for each in daemons), "the end of its p2pd", 10)
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text[:-5], lambda _: "hello", lambda text: text.upper()])
