@@ -429,10 +429,10 @@ async def test_start_says_so_when_the_address_is_not_of_this_machine(fabric: Lib
 async def test_start_says_so_when_the_clocks_differ(
     fabric: Libp2pFabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from p2ptrain.swarm import libp2p
+    from p2ptrain.swarm import node
 
     await fabric.join("alice")
-    monkeypatch.setattr(libp2p, "MAX_CLOCK_SKEW_SECONDS", -1.0)
+    monkeypatch.setattr(node, "MAX_CLOCK_SKEW_SECONDS", -1.0)
     with pytest.raises(LocalFault, match="clock"):
         await fabric.join("bob")
 
