@@ -153,11 +153,20 @@ class Engine:
 
     def judge(self, look: Callable[..., Result], *arguments: Any) -> Result:
         """What `look(model, …)` returns, with the model as it is used and not trained: without dropout, and
-        in float32, so that peers' figures compare whatever their precision."""
+        in float32, so that peers' figures compare whatever their precision.
+
+        Raises DeviceError if the memory does not suffice for that."""
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
             return look(self._model, *arguments)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceError(
+                f"the memory of {self.place.found} does not suffice to look at held-out samples; close what "
+                "else uses it, or set eval_every_steps = 0 in the peer file"
+            ) from error
         finally:
             for module, training in modes:
                 module.training = training

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from p2ptrain.config import OwnTask, PeerConfig
 from p2ptrain.errors import ConfigError, P2PTrainError
+from p2ptrain.gradients.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     from p2ptrain.tasks import Task
@@ -64,7 +65,8 @@ def _entry(factory: str) -> EntryPoint:
 class CheckedTask:
     """Somebody else's task, held to the `Task` interface: what it does wrong is one sentence that names it.
 
-    Each method raises ConfigError for that.
+    Each method raises ConfigError for that. Too little memory is no fault of the task's: to whoever asked for
+    samples, for a loss or for figures it comes as it is, since fewer samples at once may do.
     """
 
     def __init__(self, name: str, task: Task) -> None:
@@ -80,7 +82,7 @@ class CheckedTask:
         return model
 
     def batch(self, step: int, peer: str, first: int, count: int) -> Any:
-        with _faults_named(self._name, "could not give samples"):
+        with _faults_named(self._name, "could not give samples", at_work=True):
             return self._task.batch(step, peer, first, count)
 
     @property
@@ -92,11 +94,11 @@ class CheckedTask:
         return size
 
     def samples(self, numbers: Sequence[int]) -> Any:
-        with _faults_named(self._name, "could not give samples by their number"):
+        with _faults_named(self._name, "could not give samples by their number", at_work=True):
             return self._task.samples(numbers)  # type: ignore[attr-defined]
 
     def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
-        with _faults_named(self._name, "could not compute its loss"):
+        with _faults_named(self._name, "could not compute its loss", at_work=True):
             loss = self._task.loss_sum(model, batch)
         fine = (
             isinstance(loss, Tensor)
@@ -109,7 +111,7 @@ class CheckedTask:
         return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        with _faults_named(self._name, "could not evaluate its model"):
+        with _faults_named(self._name, "could not evaluate its model", at_work=True):
             figures = self._task.evaluate(model)
         fine = isinstance(figures, dict) and all(isinstance(each, float) for each in figures.values())
         self._expect(
@@ -120,7 +122,7 @@ class CheckedTask:
     def preview(
         self, model: nn.Module, prompt: str, length: int, generator: torch.Generator, temperature: float = 0.7
     ) -> str:
-        with _faults_named(self._name, "could not show what its model does"):
+        with _faults_named(self._name, "could not show what its model does", at_work=True):
             text = self._task.preview(model, prompt, length, generator, temperature)
         self._expect(isinstance(text, str), "preview must return text", text)
         return text
@@ -140,13 +142,16 @@ class CheckedTask:
 
 
 @contextmanager
-def _faults_named(name: str, what: str) -> Iterator[None]:
-    """Its own P2PTrainErrors pass; anything else becomes one, with where it came from, for its author."""
+def _faults_named(name: str, what: str, *, at_work: bool = False) -> Iterator[None]:
+    """Its own P2PTrainErrors pass; anything else becomes one, with where it came from, for its author.
+    `at_work`: too little memory passes as well; the engine has an answer to it."""
     try:
         yield
     except P2PTrainError:
         raise
     except Exception as error:  # of somebody else's code: the boundary that turns it into a sentence
+        if at_work and is_out_of_memory(error):
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
             f"the task {name} {what}: {type(error).__name__}: {' '.join(str(error).split())[:200]} "

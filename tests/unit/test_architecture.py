@@ -97,7 +97,9 @@ ROOMS = {
         WORDS | {"p2ptrain.tasks"}, names("tokenizers transformers"), PURE | {"pathlib"}
     ),
     "p2ptrain.tasks.own": Room(  # the one that loads code which others wrote
-        WORDS | {"p2ptrain.tasks"}, TORCH, PURE | {"contextlib", "importlib", "traceback"}
+        WORDS | {"p2ptrain.tasks", "p2ptrain.gradients.devices"},
+        TORCH,
+        PURE | {"contextlib", "importlib", "traceback"},
     ),
     "p2ptrain.telemetry.trackers": Room(WORDS, names("torch trackio wandb"), PURE | {"pathlib"}),
     "p2ptrain.telemetry": Room(WORDS, names("aiohttp prometheus_client psutil")),

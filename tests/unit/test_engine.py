@@ -116,8 +116,23 @@ def test_peer_is_told_what_to_do_when_one_sample_is_too_much() -> None:
     assert engine.try_size(draw, loss_sum, 4)
 
 
+def test_peer_is_told_what_to_do_when_held_out_samples_are_too_much() -> None:
+    engine = engine_of(small_replica())
+    engine.gradients(draw, loss_sum, 0, 8, chance=1)
+
+    def look(model: nn.Module) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(DeviceError, match=r"held-out samples; close .* eval_every_steps = 0 in"):
+        engine.judge(look)
+
+
 def test_other_errors_are_not_taken_for_want_of_memory() -> None:
     engine = engine_of(small_replica())
+    with pytest.raises(ZeroDivisionError):
+        engine.judge(lambda model: 1 / 0)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        engine.judge(lambda model: model(torch.ones(1, 31)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         engine.gradients(lambda first, count: torch.ones(count, 31), loss_sum, 0, 8, chance=1)
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -177,3 +178,26 @@ def test_task_is_named_with_what_it_does_wrong(install: Install, wrong: str) -> 
         use()
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("tell its author")
+
+
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=repr)
+def test_too_little_memory_is_no_fault_of_the_task_but_where_its_model_is_built(
+    install: Install, full: Exception
+) -> None:
+    """Where samples go through the model, whoever asked for it may ask for fewer at once."""
+    install(example())
+    task = built()
+    model = task.build_model(0)
+
+    def fill(*arguments: object) -> NoReturn:
+        raise full
+
+    model.register_forward_pre_hook(fill)
+    batch = task.batch(0, "alice", 0, 4)
+    for use in (lambda: task.loss_sum(model, batch), lambda: task.evaluate(model)):
+        with pytest.raises(type(full)):
+            use()
+    install(example().replace("return nn.Sequential(nn", "raise MemoryError\n        return (nn"))
+    del sys.modules["toys"]
+    with pytest.raises(ConfigError, match="could not build its model: MemoryError"):
+        built().build_model(0)
