@@ -99,7 +99,7 @@ STALLED_SECONDS = 30.0
 MAX_QUEUED_BYTES = 4 * 2**20
 """Control messages that wait for one peer's stream; more are dropped."""
 MESSAGES_PER_SECOND = 500.0
-MESSAGES_AT_ONCE = 5000.0
+MESSAGES_AT_ONCE = 1000.0
 """Control messages that are heard from one peer; each costs the event loop up to a millisecond."""
 MAX_REQUESTS_PER_PEER = 8
 MAX_REMEMBERED = 1024
