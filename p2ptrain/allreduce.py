@@ -524,23 +524,25 @@ class Attempt:
     def _take_part(self, sender: PeerId, chunk: Chunk, payload: Buffer | None) -> None:
         """`payload`: None for our own, which is encoded when its turn comes."""
         reduction = self._reduction
+        mine = self._ranges[reduction.rank]
+        if chunk.samples and payload is not None and chunk.number < len(mine):
+            start, stop = mine[chunk.number]
+            if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
+                raise BadMessage(
+                    f"chunk {chunk.number} from {sender[-8:]} has {len(payload)} bytes, not {expected}"
+                )
         if not reduction.accept(sender, chunk):
             return
         rank = self.freeze.roster.index(sender)
         if self.evidence is not None:
             self.evidence.told(rank, chunk)
         if chunk.samples and payload is not None:
-            start, stop = self._ranges[reduction.rank][chunk.number]
-            if len(payload) != (expected := self._codec.encoded_bytes(stop - start)):
-                raise BadMessage(
-                    f"chunk {chunk.number} from {sender[-8:]} has {len(payload)} bytes, not {expected}"
-                )
             self._parts[rank, chunk.number] = payload
         self._part_came.set()
 
     async def _reduce(self) -> None:
         """Average the chunks of my span, in order, as soon as all members' parts of each are here."""
-        while not self._over:
+        while not (self._over or self._failed):
             for number in self._reduction.ready():
                 await self._average(number)
                 if self._over or self._failed:

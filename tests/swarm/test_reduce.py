@@ -263,3 +263,18 @@ async def test_memory_of_a_part_is_lent_once_until_it_has_been_added() -> None:
         assert bytes(attempt.payload()[:size]) == torch.full((CHUNK_VALUES,), 2.0).numpy().tobytes()
         assert not failures
         attempt.close()
+
+
+async def test_attempt_fails_by_the_name_of_who_sends_a_part_of_the_wrong_size_and_nothing_breaks() -> None:
+    """Bob's came first; then Alice's own completes the chunk."""
+    async with asyncio.TaskGroup() as group:
+        failures: list[Any] = []
+        attempt = alices(group, failures)
+        await attempt.receive(BOB, Chunk(**named(attempt), number=0, samples=1), bytes(5))
+        attempt.contribute(Contribution(torch.ones(VALUES), 1))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        ((suspects, cause, detail),) = failures
+        assert (suspects, cause) == ([BOB], AbortCause.BAD_CHUNK)
+        assert f"has 5 bytes, not {4 * CHUNK_VALUES}" in detail
+        attempt.close()
