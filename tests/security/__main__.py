@@ -87,7 +87,9 @@ def play(field: Field, behaviour: Behaviour) -> Outcome:
         # Whatever else this machine does may have changed meanwhile: the mean of before and after counts.
         again, cores_again = rate_of_honest_ones(field, behaviour)
         before, usual_cores = (before + again) / 2, (usual_cores + cores_again) / 2
-    share, taken = during / before if before else 0.0, max(0.0, cores - usual_cores)
+    # A liar computes as it did before it lied, and what a part that ended took is of its whole life.
+    taken = 0.0 if behaviour.lie else max(0.0, cores - usual_cores)
+    share = during / before if before else 0.0
     return Outcome(
         name=behaviour.name,
         met=met,
