@@ -742,7 +742,7 @@ async def newcomer_comes(field: Field) -> str:
     hashed = [each for each in field.stage.told[name] if each["event"] == "state_hashed"]
     field.stage.honest.remove(name)
     field.stage.part(name)
-    return f"caught up by {caught['by']}, and {len(hashed)} states of it were compared"
+    return f"caught up by {caught['how']}, and {len(hashed)} states of it were compared"
 
 
 NUMBERS = count(1)
