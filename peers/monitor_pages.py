@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from p2ptrain.errors import ConfigError, PeerFault, PortBusy
-from p2ptrain.telemetry.connections import Connections, cut, quiet
+from p2ptrain.telemetry.connections import Connections, quiet
 from p2ptrain.telemetry.health import MAX_HEADER_BYTES
 from peers.watching import Json
 
@@ -158,7 +158,6 @@ class Pages:
         self._listening = 0
         self._listener: asyncio.Server | None = None
         self._connections: Connections | None = None
-        self._watch: asyncio.Task[None] | None = None
         self._files = {path: _file(name) for path, (name, _) in PAGE.items()}
         self._runner = web.AppRunner(
             self._application(),
@@ -188,19 +187,15 @@ class Pages:
             raise self._fault(self._host, self._port, error) from error
         self._port = self._listener.sockets[0].getsockname()[1]
         self._connections = Connections(server, QUESTION_SECONDS)
-        self._watch = asyncio.create_task(self._connections.watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
         if self._listener is not None:
             self._listener.close()
-        if self._runner.server is not None:
-            for connection in self._runner.server.connections:
-                cut(connection)  # a page that follows would hold up the end
+        if self._connections is not None:
+            self._connections.close()
         await self._runner.cleanup()
 
     def _application(self) -> web.Application:

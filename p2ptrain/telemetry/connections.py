@@ -19,28 +19,34 @@ LOOKS = 10
 
 
 class Connections:
-    """Ends those that are open for `seconds` and have not been `asked` a whole question."""
+    """Until closed, ends those that are open for `seconds` and have not been `asked` a whole question."""
 
     def __init__(self, server: web.Server, seconds: float) -> None:
         self._server, self._seconds = server, seconds
         self._since: dict[web.RequestHandler, float] = {}
+        self._watching = asyncio.create_task(self._watch())
 
     def asked(self, connection: web.RequestHandler) -> None:
         """It may stay as long as it likes."""
         self._since[connection] = math.inf
 
-    async def watch(self) -> None:
-        """Until it is cancelled."""
+    def close(self) -> None:
+        """End all of them now: a reader that hangs, or a page that follows, must not hold up the end."""
+        self._watching.cancel()
+        for connection in self._server.connections:
+            _cut(connection)
+
+    async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._seconds / LOOKS)
             now = asyncio.get_running_loop().time()
             self._since = {each: self._since.get(each, now) for each in self._server.connections}
             for connection, since in self._since.items():
                 if now - since > self._seconds:
-                    cut(connection)
+                    _cut(connection)
 
 
-def cut(connection: web.RequestHandler) -> None:
+def _cut(connection: web.RequestHandler) -> None:
     """End it now, whatever is still unread: `close` would wait for the reader."""
     if connection.transport is not None:
         connection.transport.abort()

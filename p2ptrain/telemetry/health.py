@@ -23,7 +23,7 @@ from typing import Self, cast
 from aiohttp import web
 
 from p2ptrain.errors import ConfigError, PortBusy
-from p2ptrain.telemetry.connections import Connections, cut, quiet
+from p2ptrain.telemetry.connections import Connections, quiet
 
 CONNECTION_SECONDS = 10.0
 """Prometheus waits as long for a scrape."""
@@ -59,7 +59,7 @@ class HealthServer:
         self._cached = b""
         self._cached_until = float("-inf")
         self._listener: asyncio.Server | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._connections: Connections | None = None
         self._runner = _runner(self)
 
     @property
@@ -78,19 +78,16 @@ class HealthServer:
             raise cannot_listen(self._host, self._port, error) from error
         self._port = self._listener.sockets[0].getsockname()[1]
         assert self._runner.server is not None
-        self._watch = asyncio.create_task(Connections(self._runner.server, CONNECTION_SECONDS).watch())
+        self._connections = Connections(self._runner.server, CONNECTION_SECONDS)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._listener is not None
-        assert self._runner.server is not None
-        assert self._watch is not None
-        self._watch.cancel()
+        assert self._connections is not None
         self._listener.close()
-        for connection in self._runner.server.connections:
-            cut(connection)  # a reader that hangs must not hold up the end
+        self._connections.close()
         await self._runner.cleanup()
 
     # -- pages -----------------------------------------------------------------------------------------------
