@@ -54,9 +54,9 @@ def reserved(address: str) -> tuple[str, socket.socket]:
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _bind(probe, parts[2], int(parts[3]))
+            bind(probe, parts[2], int(parts[3]))
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _bind(keeper, parts[2], int(parts[3]))
+        bind(keeper, parts[2], int(parts[3]))
     except OSError as error:
         keeper.close()
         if error.errno == errno.EADDRINUSE:
@@ -70,7 +70,8 @@ def reserved(address: str) -> tuple[str, socket.socket]:
     return f"/{parts[1]}/{parts[2]}/tcp/{keeper.getsockname()[1]}", keeper
 
 
-def _bind(listener: socket.socket, host: str, port: int) -> None:
+def bind(listener: socket.socket, host: str, port: int) -> None:
+    """To that address and no other: one of IPv6 takes nothing of IPv4's. Raises OSError."""
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     listener.bind((host, port))

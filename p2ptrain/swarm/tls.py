@@ -28,6 +28,7 @@ from p2ptrain.swarm.certificate import make_credentials
 from p2ptrain.swarm.flow import MAX_FLOWS, Flow, flows_wanted
 from p2ptrain.swarm.frames import pack
 from p2ptrain.swarm.holders import port_holder
+from p2ptrain.swarm.machine import bind
 from p2ptrain.swarm.port import Buffer
 from p2ptrain.swarm.throttle import Throttle
 
@@ -401,9 +402,7 @@ def _listener(host: str, port: int) -> socket.socket:
     listener = socket.socket(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, port))
+        bind(listener, host, port)
         listener.listen(128)
         listener.setblocking(False)
     except OSError as error:
